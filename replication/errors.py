@@ -1,0 +1,35 @@
+"""Errors of replication. Each says what the caller may do next."""
+
+from __future__ import annotations
+
+
+class ReplicationError(Exception):
+    """Base of all errors that this package raises for the world's faults (its own bugs are assertions)."""
+
+
+class NotLeader(ReplicationError):
+    """This replica does not lead its group (any more); nothing was proposed. Ask `leader` (a replica id, 0 if unknown)."""
+
+    def __init__(self, leader: int = 0) -> None:
+        super().__init__(f"not the leader; the leader is replica {leader}" if leader else "not the leader; no leader is known")
+        self.leader = leader
+
+
+class ProposalDropped(ReplicationError):
+    """The leader refuses for now (a transfer is on its way, too much is uncommitted, a change is pending). Try again."""
+
+
+class LogFormatError(ReplicationError):
+    """The log's files are of a format that this version does not read. Nothing was changed."""
+
+
+class LogWriteFailed(ReplicationError):
+    """A write or sync of the log failed: its outcome is unknown, and the process must stop (pitfall 11)."""
+
+
+class LogMismatch(ReplicationError):
+    """The engine and the log contradict each other (pitfall 19). The node refuses to serve; restore it from a peer."""
+
+
+class FrameError(ReplicationError):
+    """Bytes from a peer that do not decode. The connection is closed; nothing was applied."""
