@@ -1,0 +1,246 @@
+"""What clients and ranges ask of a range, and the answers (protocol.md section 3).
+
+Array-like msgspec structs; fields are only appended, with defaults. `id` pairs an answer with its request on one stream.
+Every request names the range it was computed for: `range_id` (0: whoever holds the key) and `version` of the range's epoch
+(0: do not check). All are idempotent: a retry carries the same txn_id.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from txn.types import Expect, Guard, Participant, Write
+
+
+class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    """The values of `keys` at timestamp `at`; 0: the leader asks the oracle, the answer says which. -> ReadReply"""
+
+    id: int
+    range_id: int
+    version: int
+    at: int
+    keys: list[bytes]
+
+
+class Scan(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
+    """Rows of [start, end) at `at` in order (or reversed), at most the limits; at least one row. -> ScanReply"""
+
+    id: int
+    range_id: int
+    version: int
+    at: int
+    start: bytes
+    end: bytes  # b"" : to the end of the range's span
+    rows_max: int
+    bytes_max: int
+    reverse: bool = False
+    keys_only: bool = False
+
+
+class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
+    """One range's part of a transaction. Without participants it is the whole transaction (one entry commits it).
+
+    -> PrepareReply. The anchor's part lists every participant, itself included, and has locus == anchor_key.
+    """
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    locus: bytes
+    anchor_key: bytes
+    writes: list[Write]
+    expects: list[Expect] = []
+    guards: list[Guard] = []
+    participants: list[Participant] = []  # only in the anchor's part of a transaction over several ranges
+    one_range: bool = True
+    age: int = 0  # begin_ts of the first attempt: the older waits, the younger is refused
+    priority: int = 0
+
+
+class Finalize(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
+    """To the anchor: every part is PREPARED, commit at commit_ts; or 0: some part is FENCED, abort. -> TxnReply"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    anchor_key: bytes
+    commit_ts: int
+
+
+class Resolve(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
+    """To a participant: the outcome. `record`: sent from the anchor's terminal record (else a hint). -> Ack"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    anchor_key: bytes
+    locus: bytes
+    start: bytes
+    end: bytes
+    commit_ts: int  # 0: aborted
+    record: bool = False
+
+
+class Fence(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
+    """Refuse this part for ever unless it is prepared already. -> PartReply"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    locus: bytes
+    anchor_key: bytes
+
+
+class QueryMode(enum.IntEnum):
+    READ = 0  # is it visible at read_ts? never waits for a client, never decides
+    BLOCKED = 1  # only asks
+    ORPHAN = 2  # a part is older than the orphan timer: without a record, abort
+
+
+class QueryTxn(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
+    """To the anchor: what became of it? -> TxnReply"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    anchor_key: bytes
+    mode: int
+    read_ts: int = 0
+
+
+class QueryPart(msgspec.Struct, array_like=True, frozen=True, tag=8, gc=False):
+    """To a participant, from the anchor on behalf of a reader at read_ts. ABSENT promises: only above read_ts. -> PartReply"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    locus: bytes
+    read_ts: int
+
+
+class Outcome(msgspec.Struct, array_like=True, frozen=True, tag=9, gc=False):
+    """To the anchor: the definite outcome; without a record the attempt is fenced and ABORTED. -> TxnReply (terminal)"""
+
+    id: int
+    range_id: int
+    version: int
+    txn_id: bytes
+    anchor_key: bytes
+
+
+class GetTimestamps(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
+    """To the oracle (the meta range's leader): `fresh` new timestamps, and the last issued one. -> Timestamps"""
+
+    id: int
+    fresh: int
+
+
+class GetDirectory(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
+    """To any node: its view of the ranges, their leaders and the nodes' addresses. -> Directory"""
+
+    id: int
+
+
+Request = (
+    Read | Scan | Prepare | Finalize | Resolve | Fence | QueryTxn | QueryPart | Outcome | GetTimestamps | GetDirectory
+)
+
+
+class ReadReply(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    id: int
+    at: int
+    versions: list[int]  # 0: no value
+    values: list[bytes | None]
+
+
+class ScanReply(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
+    """`done`: the span was read to its end (within the range: `covered_to` is where it ends or began, if reversed)."""
+
+    id: int
+    at: int
+    keys: list[bytes]
+    values: list[bytes]  # empty with keys_only
+    versions: list[int]
+    done: bool
+    covered_to: bytes
+
+
+class PrepareReply(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
+    id: int
+    status: int  # a PartStatus: COMMITTED (one range), PREPARED, FENCED, ABORTED, EXPIRED
+    ts: int  # commit_ts or min_ts
+    reason: int = 0  # a FenceReason
+    key: bytes = b""  # where the conflict or the failed condition is
+    other_txn: bytes = b""
+    other_version: int = 0
+    results: list[bytes] | None = None  # new values of the ADD writes in order; None: read them back at ts
+
+
+class PartReply(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
+    id: int
+    status: int  # a PartStatus
+    ts: int = 0
+
+
+class TxnReply(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
+    id: int
+    status: int  # a TxnStatus
+    ts: int = 0
+
+
+class Ack(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
+    """Applied, in the receiver's own log."""
+
+    id: int
+
+
+class Timestamps(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
+    """`first` .. `first + count - 1` are the caller's alone; `read_ts` is the last issued before or at this answer."""
+
+    id: int
+    read_ts: int
+    first: int
+    count: int
+
+
+class RangeInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    range_id: int
+    start: bytes
+    end: bytes  # b"": to the end of all keys
+    version: int
+    conf_ver: int
+    replicas: list[tuple[int, int]]  # (node, replica id)
+    leader_node: int  # a hint; 0: unknown
+
+
+class Directory(msgspec.Struct, array_like=True, frozen=True, tag=8):
+    id: int
+    cluster: str
+    node: int  # who answers
+    ranges: list[RangeInfo]
+    addresses: list[tuple[int, str]]  # (node, host:port)
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True, tag=9):
+    """Nothing is said about the outcome of a transaction by any of these.
+
+    code: `not_leader` (details: leader_node), `epoch_mismatch` (details: ranges, of RangeInfo), `throttled` (retry_after_s),
+    `unavailable`, `snapshot_too_old`, or the code of any kvstore error.
+    """
+
+    id: int
+    code: str
+    message: str = ""
+    details: dict[str, Any] = {}
+
+
+Reply = ReadReply | ScanReply | PrepareReply | PartReply | TxnReply | Ack | Timestamps | Directory | Failure
