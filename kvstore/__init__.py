@@ -1,0 +1,1 @@
+"""Kvorum: a distributed transactional key-value store."""

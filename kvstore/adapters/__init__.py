@@ -1,0 +1,1 @@
+"""The world behind ports: RocksDB, files, sockets, clock, randomness. Only the composition root builds these."""

@@ -1,0 +1,1 @@
+"""The command line: `kvstore` runs nodes, `kvctl` administers a cluster."""

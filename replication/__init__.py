@@ -1,0 +1,1 @@
+"""Rules of replication: Raft, the node's log, snapshots, the message channel, gossip. Knows bytes only."""

@@ -1,0 +1,1 @@
+"""Programs that run from a checkout: benchmarks, checkers, chaos, tidy."""

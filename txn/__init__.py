@@ -1,0 +1,1 @@
+"""Rules of transactions: versions, locks, records, coordinator, recovery. Knows keys, not nodes."""
