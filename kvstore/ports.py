@@ -78,7 +78,7 @@ class Engine(Protocol):
     def snapshot(self) -> EngineView: ...
 
     def flush(self) -> None:
-        """Blocks; what was written before the call is durable when it returns. For a worker thread."""
+        """Blocks; what was written before the call is durable after it. For a worker thread."""
 
     def size_bytes(self) -> int:
         """Roughly what the data takes on disk and in memory."""
@@ -95,20 +95,33 @@ class Engine(Protocol):
 class FramePipe(Protocol):
     """One connection (a WebSocket, or a simulated one): whole frames, in order."""
 
+    def try_send(self, frame: bytes) -> bool:
+        """Hand a frame over at once. False: above the high-water mark, nothing was taken; use `send`.
+
+        Raises: PipeClosed.
+        """
+
     async def send(self, frame: bytes) -> None:
         """Returns when the bytes left our buffers below the high-water mark. Raises: PipeClosed."""
 
     async def receive(self) -> bytes:
         """The next frame. Raises: PipeClosed."""
 
+    def buffered_bytes(self) -> int:
+        """What was handed over and has not left yet; that it falls shows progress."""
+
     def abort(self) -> None:
-        """End it at once; never blocks."""
+        """End it at once; never blocks. Calls that wait raise PipeClosed."""
+
+    async def close(self, timeout_s: float) -> None:
+        """Let what was handed over leave, then end; after `timeout_s` as `abort`. Never raises."""
 
 
 class Network(Protocol):
     """Dials and serves pipes. Addresses are "host:port"."""
 
-    async def dial(self, address: str, path: str, timeout_s: float) -> FramePipe: ...
+    async def dial(self, address: str, path: str, timeout_s: float) -> FramePipe:
+        """Raises: PipeClosed when it fails, or is not done within `timeout_s`."""
 
     async def serve(
         self, address: str, on_pipe: Callable[[str, FramePipe], Awaitable[None]]
