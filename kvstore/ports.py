@@ -36,8 +36,9 @@ class EngineCursor(Protocol):
 
 
 class EngineView(Protocol):
-    """The engine's rows at one instant. Holds old data back from being cleaned up until it is
-    closed.
+    """The engine's rows at one instant. Holds old data back from cleaning up until it is closed.
+
+    One thread at a time uses it and its cursors, which end with it.
     """
 
     def get(self, key: bytes) -> bytes | None: ...

@@ -1,0 +1,290 @@
+"""Network over WebSockets of aiohttp: one binary message is one frame.
+
+Nothing of aiohttp waits for a peer on our behalf: its heartbeat and its compression are off, `close` runs only under
+a timeout, and the transport is kept from connect time, so that `abort` ends a connection whose peer has stalled.
+The socket's buffer in this process is bounded by HIGH_WATER_BYTES and one frame; what comes in is paused by aiohttp
+beyond a few frames that nobody has received yet.
+
+A node's one port serves these paths beside its HTTP routes: `serve` makes an application with the stream paths alone,
+or takes one that has other routes already; `attach` only adds the paths, for whoever runs the application.
+Requests that carry an Origin header are refused: a web page must not speak to a node on its reader's machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+from aiohttp.client import ClientTimeout
+from aiohttp.client_reqrep import ClientRequest
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
+
+from kvstore.errors import KVError, PipeClosed
+from kvstore.link import WIRE_BYTES_MAX
+from kvstore.ports import FramePipe
+from replication.errors import FrameError
+
+STREAM_PATHS: Final = ("/v1/stream", "/v1/peer", "/v1/snapshot")
+HIGH_WATER_BYTES: Final = (
+    256 * 1024
+)  # in the transport's buffer; beyond it `try_send` refuses and `send` waits
+MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
+CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
+SHUTDOWN_TIMEOUT_S: Final = 0.5
+
+OnPipe = Callable[[str, FramePipe], Awaitable[None]]
+Socket = aiohttp.ClientWebSocketResponse[bool] | web.WebSocketResponse[bool]
+
+_dialled: contextvars.ContextVar[list[asyncio.Transport]] = contextvars.ContextVar("dialled")
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Notes the transport of each connection for the task that dials it: aiohttp does not give it away later."""
+
+    async def connect(
+        self, req: ClientRequest, traces: list[Trace], timeout: ClientTimeout
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        if connection.transport is not None:
+            _dialled.get([]).append(connection.transport)
+        return connection
+
+
+class WsPipe:
+    """One WebSocket as a FramePipe, of either side."""
+
+    __slots__ = ("_closed", "_finishing", "_network", "_socket", "_transport", "path", "remote")
+
+    def __init__(
+        self, network: WsNetwork, socket: Socket, transport: asyncio.Transport, path: str
+    ) -> None:
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self.path = path
+        self.remote = str(transport.get_extra_info("peername"))
+        self._network = network
+        self._socket = socket
+        self._transport = transport
+        self._finishing = False
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def try_send(self, frame: bytes) -> bool:
+        transport = self._transport
+        if self._finishing or transport.is_closing():
+            raise PipeClosed("the connection is closed")
+        if transport.get_write_buffer_size() >= HIGH_WATER_BYTES:
+            return False
+        sending = self._socket.send_bytes(frame)
+        try:
+            sending.send(None)  # writes at once; it waits only after that, for the buffer to fall
+        except StopIteration:
+            return True
+        except (ConnectionError, RuntimeError) as error:
+            raise PipeClosed(f"the connection is closed: {error}") from error
+        sending.close()
+        return True
+
+    async def send(self, frame: bytes) -> None:
+        if self._finishing or self._transport.is_closing():
+            raise PipeClosed("the connection is closed")
+        try:
+            await self._socket.send_bytes(frame)
+        except (ConnectionError, RuntimeError) as error:
+            raise PipeClosed(f"the connection is closed: {error}") from error
+
+    async def receive(self) -> bytes:
+        if self._finishing:
+            raise PipeClosed("the connection is closed")
+        try:
+            message = await self._socket.receive()
+        except (ConnectionError, RuntimeError) as error:
+            self.abort()
+            raise PipeClosed(f"the connection is closed: {error}") from error
+        if message.type is aiohttp.WSMsgType.BINARY:
+            data = message.data
+            return data if type(data) is bytes else bytes(data)
+        self.abort()
+        if message.type is aiohttp.WSMsgType.ERROR:
+            raise PipeClosed(f"the connection failed: {message.data}")
+        if message.type is aiohttp.WSMsgType.TEXT:
+            raise PipeClosed("a text message; frames are binary")
+        raise PipeClosed("the other side closed the connection")
+
+    def buffered_bytes(self) -> int:
+        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        if self._finishing:
+            return
+        self._finishing = True
+        self._transport.abort()
+        self._network.spawn(self._finish(CLOSE_TIMEOUT_S))
+
+    async def close(self, timeout_s: float) -> None:
+        if self._finishing:
+            return
+        self._finishing = True
+        await self._finish(timeout_s)
+
+    async def wait_closed(self) -> None:
+        await asyncio.shield(self._closed)
+
+    async def _finish(self, timeout_s: float) -> None:
+        """Let aiohttp tidy up. On an aborted transport nothing of this waits for the peer."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._socket.close()
+        except (TimeoutError, ConnectionError, RuntimeError):
+            pass  # it was closing already, or the peer does not answer: the abort ends it
+        finally:
+            self._transport.abort()
+            self._network.forget(self)
+            if not self._closed.done():
+                self._closed.set_result(None)
+
+
+class WsNetwork:
+    """The Network port over WebSockets. Made and closed on the loop that uses it; `close` before the loop ends."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+        self._runners: list[web.AppRunner] = []
+        self._pipes: dict[int, WsPipe] = {}  # by id(): every pipe that is not finished
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._closed = False
+
+    async def dial(self, address: str, path: str, timeout_s: float) -> WsPipe:
+        if self._closed:
+            raise PipeClosed("the network is closed")
+        slot: list[asyncio.Transport] = []
+        token = _dialled.set(slot)
+        try:
+            async with asyncio.timeout(timeout_s):
+                socket = await self._client().ws_connect(
+                    f"http://{address}{path}",
+                    compress=0,
+                    heartbeat=None,
+                    autoclose=False,
+                    max_msg_size=MESSAGE_BYTES_MAX,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
+                )
+        except TimeoutError:
+            raise PipeClosed(f"no connection to {address} within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise PipeClosed(f"no connection to {address}: {error}") from error
+        finally:
+            _dialled.reset(token)
+        return self._keep(WsPipe(self, socket, slot[-1], path))
+
+    async def serve(self, address: str, on_pipe: OnPipe, app: web.Application | None = None) -> str:
+        """Listen, beside the routes that `app` has already. Raises: OSError: the address is not to be had."""
+        if app is None:
+            app = web.Application()
+        self.attach(app, on_pipe)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            handle_signals=False,
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        host, port = split_address(address)
+        site = web.TCPSite(runner, host, port)
+        try:
+            await site.start()
+        except OSError:
+            self._runners.remove(runner)
+            await runner.cleanup()
+            raise
+        real_host, real_port = runner.addresses[0][:2]
+        return f"[{real_host}]:{real_port}" if ":" in real_host else f"{real_host}:{real_port}"
+
+    def attach(self, app: web.Application, on_pipe: OnPipe) -> None:
+        """Add the stream paths to an application that someone else runs; its shutdown closes their WebSockets."""
+        app.add_routes(self.routes(on_pipe))
+        app.on_shutdown.append(self._close_pipes)
+
+    def routes(self, on_pipe: OnPipe) -> list[web.RouteDef]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await self._upgraded(request, on_pipe)
+
+        return [web.get(path, handle) for path in STREAM_PATHS]
+
+    async def close(self) -> None:
+        """Stop listening, end every connection, and give up what aiohttp holds."""
+        self._closed = True
+        runners, self._runners = self._runners, []
+        for runner in runners:
+            await runner.cleanup()
+        await self._close_pipes(None)
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def spawn(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            await work
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks[id(task)] = task
+        task.add_done_callback(lambda done: self._tasks.pop(id(done), None))
+
+    def forget(self, pipe: WsPipe) -> None:
+        self._pipes.pop(id(pipe), None)
+
+    def _keep(self, pipe: WsPipe) -> WsPipe:
+        self._pipes[id(pipe)] = pipe
+        return pipe
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=_Connector(limit=0, force_close=True),
+                timeout=ClientTimeout(total=None),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._session
+
+    async def _upgraded(self, request: web.Request, on_pipe: OnPipe) -> web.StreamResponse:
+        if "Origin" in request.headers:
+            raise web.HTTPForbidden(text="streams are not for web pages")
+        socket: web.WebSocketResponse[bool] = web.WebSocketResponse(
+            compress=False,
+            heartbeat=None,
+            autoclose=False,
+            max_msg_size=MESSAGE_BYTES_MAX,
+            timeout=CLOSE_TIMEOUT_S,
+        )
+        await socket.prepare(request)
+        transport = request.transport
+        if transport is None or self._closed:
+            return socket
+        pipe = self._keep(WsPipe(self, socket, transport, request.path))
+        try:
+            await on_pipe(request.path, pipe)
+            await pipe.wait_closed()
+        except (KVError, FrameError):
+            pass  # a refused handshake, or the end of the connection; on_pipe has said what it wanted to
+        finally:
+            pipe.abort()
+        return socket
+
+    async def _close_pipes(self, _: web.Application | None) -> None:
+        for pipe in list(self._pipes.values()):
+            pipe.abort()
+        if self._tasks:
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """("host", port) of "host:port" or "[v6]:port". Raises: ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError(f"not an address of the form host:port: {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
