@@ -1,0 +1,275 @@
+"""Applying commands: a pure function of the command and the range's state, the same on every replica.
+
+A1 nothing is changed by a command whose part is decided already: the log's order decides, the first wins (I1), and the
+answer is what stands. A2 a record moves STAGED -> COMMITTED | ABORTED, or nothing -> ABORTED, once (I2). A3 reads go
+through the overlay of the write batch that is being built, since two entries of one turn may touch one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from txn import keycode
+from txn.commands import (
+    AbortUnstaged,
+    Batch,
+    Commit,
+    Decide,
+    FencePart,
+    OracleBound,
+    OutboxDone,
+    PreparePart,
+    ResolvePart,
+)
+from txn.mvcc import encode_latest, find_txn, history_of, latest_ts
+from txn.ports import Rows
+from txn.state import (
+    ABSENT,
+    Answer,
+    DecidedRow,
+    Outbox,
+    OutboxRow,
+    Part,
+    PreparedRow,
+    RangeState,
+    Staged,
+    StagedRow,
+    TerminalRow,
+    encode_row,
+)
+from txn.types import FenceReason, PartStatus, TxnStatus, begin_ts_of
+
+
+class Overlay:
+    """Rows of a write batch that is being built, over the stored ones."""
+
+    __slots__ = ("_below", "_get_below", "bytes", "rows")
+
+    def __init__(self, below: Rows) -> None:
+        self.rows: dict[bytes, bytes | None] = {}
+        self.bytes = 0
+        self._below = below
+        self._get_below = below.get
+
+    def get(self, key: bytes, /) -> bytes | None:
+        if key in self.rows:
+            return self.rows[key]
+        return self._get_below(key)
+
+    def put(self, key: bytes, data: bytes) -> None:
+        self.rows[key] = data
+        self.bytes += len(key) + len(data)
+
+    def delete(self, key: bytes) -> None:
+        self.rows[key] = None
+        self.bytes += len(key)
+
+    def scan(
+        self, start: bytes, end: bytes | None, *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Merged in memory: for small spans, such as the versions of one key."""
+        rows = dict(self._below.scan(start, end))
+        for key, data in self.rows.items():
+            if start <= key and (end is None or key < end):
+                if data is None:
+                    rows.pop(key, None)
+                else:
+                    rows[key] = data
+        return iter(sorted(rows.items(), reverse=reverse))
+
+
+def apply_batch(state: RangeState, overlay: Overlay, batch: Batch) -> list[Answer]:
+    """Apply the commands of one entry, in order; an answer for each."""
+    state.row.closed_ts = max(state.row.closed_ts, batch.closed_ts)
+    return [_APPLY[type(command)](state, overlay, command) for command in batch.commands]
+
+
+def _write_version(
+    overlay: Overlay, key: bytes, commit_ts: int, txn_id: bytes, value: bytes | None
+) -> None:
+    row_key = b"L" + key
+    old = overlay.get(row_key)
+    if old is not None:
+        old_ts = latest_ts(old)
+        assert old_ts < commit_ts, "M1: versions of a key are written in rising order"
+        overlay.put(keycode.history_row(key, old_ts), history_of(old))
+    overlay.put(row_key, encode_latest(commit_ts, txn_id, value))
+
+
+def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
+    txn_id, locus = command.txn_id, command.locus
+    known = _known(state, overlay, txn_id, locus)
+    if known is not ABSENT:
+        return known
+    latest = overlay.get(b"L" + locus)
+    if latest is not None and latest_ts(latest) > begin_ts_of(txn_id):
+        found = find_txn(overlay, locus, txn_id, latest, begin_ts_of(txn_id))
+        if found:
+            return Answer(PartStatus.COMMITTED, found)
+    commit_ts = command.commit_ts
+    for key, value in zip(command.keys, command.values, strict=True):
+        _write_version(overlay, key, commit_ts, txn_id, value)
+    if command.keep_status:
+        row = DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
+        overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
+    return Answer(PartStatus.COMMITTED, commit_ts)
+
+
+def _known(state: RangeState, overlay: Overlay, txn_id: bytes, locus: bytes) -> Answer:
+    return state.answer_of(overlay, txn_id, locus)
+
+
+def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answer:
+    txn_id, locus = command.txn_id, command.locus
+    known = _known(state, overlay, txn_id, locus)
+    if known is not ABSENT:
+        return known
+    if state.terminal_of(overlay, txn_id, command.anchor_key)[0] == TxnStatus.ABORTED:
+        return Answer(PartStatus.ABORTED)
+    row = PreparedRow(
+        command.anchor_key,
+        command.min_ts,
+        command.age,
+        command.keys,
+        command.values,
+        command.guards,
+    )
+    state.add_part(Part(locus, txn_id, row))
+    overlay.put(keycode.part_row(keycode.PREPARED, locus, txn_id), encode_row(row))
+    if command.participants:
+        state.staged[txn_id] = Staged(command.anchor_key, command.participants)
+        staged = StagedRow(command.participants)
+        overlay.put(
+            keycode.part_row(keycode.STAGED, command.anchor_key, txn_id), encode_row(staged)
+        )
+    return Answer(PartStatus.PREPARED, command.min_ts)
+
+
+def _fence(state: RangeState, overlay: Overlay, command: FencePart) -> Answer:
+    txn_id, locus = command.txn_id, command.locus
+    known = _known(state, overlay, txn_id, locus)
+    if known is not ABSENT:
+        return known
+    latest = overlay.get(b"L" + locus)
+    found = find_txn(overlay, locus, txn_id, latest, begin_ts_of(txn_id))
+    if found:
+        return Answer(PartStatus.COMMITTED, found)
+    answer = Answer(
+        PartStatus.FENCED, 0, command.reason, command.key, command.other_txn, command.other_version
+    )
+    row = DecidedRow(
+        PartStatus.FENCED,
+        0,
+        command.anchor_key,
+        command.reason,
+        command.key,
+        command.other_txn,
+        command.other_version,
+    )
+    overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
+    return answer
+
+
+def _decide(state: RangeState, overlay: Overlay, command: Decide) -> Answer:
+    txn_id, anchor_key, commit_ts = command.txn_id, command.anchor_key, command.commit_ts
+    staged = state.staged.pop(txn_id, None)
+    if staged is None:
+        status, ts = state.terminal_of(overlay, txn_id, anchor_key)
+        return _terminal_answer(status, ts)
+    overlay.delete(keycode.part_row(keycode.STAGED, anchor_key, txn_id))
+    overlay.put(
+        keycode.part_row(keycode.TERMINAL, anchor_key, txn_id), encode_row(TerminalRow(commit_ts))
+    )
+    for participant in staged.participants:
+        if participant.locus == anchor_key:
+            part = state.part(txn_id, anchor_key)
+            if part is not None:
+                _resolve_part(state, overlay, part, commit_ts, hinted=False)
+        else:
+            _post(state, overlay, Outbox(anchor_key, txn_id, participant, commit_ts))
+    return _terminal_answer(TxnStatus.COMMITTED if commit_ts else TxnStatus.ABORTED, commit_ts)
+
+
+def _terminal_answer(status: int, ts: int) -> Answer:
+    if status == TxnStatus.COMMITTED:
+        return Answer(PartStatus.COMMITTED, ts)
+    return Answer(PartStatus.ABORTED) if status == TxnStatus.ABORTED else ABSENT
+
+
+def _post(state: RangeState, overlay: Overlay, row: Outbox) -> None:
+    state.outbox[row.txn_id, row.participant.locus] = row
+    key = keycode.outbox_row(row.anchor_key, row.txn_id, row.participant.locus)
+    overlay.put(key, encode_row(OutboxRow(row.participant, row.commit_ts)))
+
+
+def _resolve_part(
+    state: RangeState, overlay: Overlay, part: Part, commit_ts: int, *, hinted: bool
+) -> None:
+    state.remove_part(part)
+    overlay.delete(keycode.part_row(keycode.PREPARED, part.locus, part.txn_id))
+    if commit_ts:
+        assert commit_ts >= part.row.min_ts, "I4: committed below a part's min_ts"
+        for key, value in zip(part.row.keys, part.row.values, strict=True):
+            _write_version(overlay, key, commit_ts, part.txn_id, value)
+    status = PartStatus.COMMITTED if commit_ts else PartStatus.ABORTED
+    row = DecidedRow(status, commit_ts, part.row.anchor_key, hinted=hinted)
+    overlay.put(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id), encode_row(row))
+
+
+def _resolve(state: RangeState, overlay: Overlay, command: ResolvePart) -> Answer:
+    part = state.part(command.txn_id, command.locus)
+    if part is not None:
+        _resolve_part(state, overlay, part, command.commit_ts, hinted=command.hinted)
+        return Answer(
+            PartStatus.COMMITTED if command.commit_ts else PartStatus.ABORTED, command.commit_ts
+        )
+    known = _known(state, overlay, command.txn_id, command.locus)
+    if known is ABSENT and not command.commit_ts:
+        fence = FencePart(command.txn_id, command.locus, command.anchor_key, FenceReason.RECOVERY)
+        return _fence(state, overlay, fence)
+    return known
+
+
+def _abort_unstaged(state: RangeState, overlay: Overlay, command: AbortUnstaged) -> Answer:
+    txn_id, anchor_key = command.txn_id, command.anchor_key
+    status, ts = state.terminal_of(overlay, txn_id, anchor_key)
+    if status == TxnStatus.STAGED:
+        return Answer(PartStatus.PREPARED)
+    if status != TxnStatus.ABSENT:
+        return _terminal_answer(status, ts)
+    fence = FencePart(txn_id, anchor_key, anchor_key, FenceReason.RECOVERY)
+    answer = _fence(state, overlay, fence)
+    if answer.status == PartStatus.FENCED:
+        overlay.put(
+            keycode.part_row(keycode.TERMINAL, anchor_key, txn_id), encode_row(TerminalRow(0))
+        )
+        return Answer(PartStatus.ABORTED)
+    return answer
+
+
+def _outbox_done(state: RangeState, overlay: Overlay, command: OutboxDone) -> Answer:
+    if state.outbox.pop((command.txn_id, command.locus), None) is not None:
+        overlay.delete(keycode.outbox_row(command.anchor_key, command.txn_id, command.locus))
+    return ABSENT
+
+
+def _oracle_bound(state: RangeState, overlay: Overlay, command: OracleBound) -> Answer:
+    if command.hi > state.oracle_hi:
+        state.oracle_hi = command.hi
+        overlay.put(
+            keycode.node_row(keycode.ORACLE, state.row.range_id), command.hi.to_bytes(8, "big")
+        )
+    return ABSENT
+
+
+_APPLY: dict[type, Callable[[RangeState, Overlay, Any], Answer]] = {
+    Commit: _commit,
+    PreparePart: _prepare,
+    FencePart: _fence,
+    Decide: _decide,
+    ResolvePart: _resolve,
+    AbortUnstaged: _abort_unstaged,
+    OutboxDone: _outbox_done,
+    OracleBound: _oracle_bound,
+}

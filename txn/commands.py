@@ -1,0 +1,113 @@
+"""What a range's log holds: batches of commands. One Raft entry is one batch, all that a turn decided for the range.
+
+Each command is the result of an evaluation by a leader: it carries final values and timestamps, so that applying it is
+a pure function of the command and the state (txn/apply.py). Fields are only appended, with defaults.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from txn.types import Guard, Participant
+
+
+class Commit(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    """A transaction of one range, whole: its versions are its record (protocol.md section 4.7)."""
+
+    txn_id: bytes
+    locus: bytes
+    commit_ts: int
+    keys: list[bytes]
+    values: list[bytes | None]  # None deletes
+    keep_status: bool = (
+        False  # the locus is a span (delete_range alone): no version can be the record, so a row is
+    )
+
+
+class PreparePart(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
+    """One part of a transaction over several ranges; with participants it also stages the record (at the anchor)."""
+
+    txn_id: bytes
+    locus: bytes
+    anchor_key: bytes
+    min_ts: int
+    age: int
+    keys: list[bytes]
+    values: list[bytes | None]
+    guards: list[Guard]
+    participants: list[Participant] = []
+
+
+class FencePart(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
+    """Refuse the part for ever, unless it is prepared or decided already: the log's order decides."""
+
+    txn_id: bytes
+    locus: bytes
+    anchor_key: bytes
+    reason: int
+    key: bytes = b""
+    other_txn: bytes = b""
+    other_version: int = 0
+
+
+class Decide(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
+    """At the anchor: STAGED becomes COMMITTED{commit_ts} or (0) ABORTED; its own part is resolved, the outbox written."""
+
+    txn_id: bytes
+    anchor_key: bytes
+    commit_ts: int
+
+
+class ResolvePart(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
+    """At a participant: intents become versions at commit_ts, or (0) vanish."""
+
+    txn_id: bytes
+    anchor_key: bytes
+    locus: bytes
+    commit_ts: int
+    hinted: bool
+
+
+class AbortUnstaged(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
+    """At the anchor, when nothing is known of the transaction: fence itself and write ABORTED, in one entry."""
+
+    txn_id: bytes
+    anchor_key: bytes
+
+
+class OutboxDone(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
+    """The Resolve for this participant was applied there: its outbox row goes."""
+
+    txn_id: bytes
+    anchor_key: bytes
+    locus: bytes
+
+
+class OracleBound(msgspec.Struct, array_like=True, frozen=True, tag=8, gc=False):
+    """Meta range only: no timestamp at or above `hi` is issued before a higher bound is committed."""
+
+    hi: int
+
+
+Command = (
+    Commit
+    | PreparePart
+    | FencePart
+    | Decide
+    | ResolvePart
+    | AbortUnstaged
+    | OutboxDone
+    | OracleBound
+)
+
+
+class Batch(msgspec.Struct, array_like=True, frozen=True):
+    """The data of one COMMAND entry. `version`: the range's epoch at proposal, compared again at apply."""
+
+    closed_ts: int
+    version: int
+    commands: list[Command]
+
+
+encode_batch = msgspec.msgpack.Encoder().encode
+decode_batch = msgspec.msgpack.Decoder(Batch).decode

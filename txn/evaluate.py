@@ -1,0 +1,841 @@
+"""The leader's side of a range: evaluates requests against the state and decides what goes into the log.
+
+Story. A Prepare looks for its own outcome first, then latches, then looks for conflicts, then for conditions; then it waits
+for a fresh timestamp of the oracle; then it becomes one command. A Read gets its timestamp first, waits for the writers
+that were latched when it came, and looks; an undecided intent at or below its timestamp is asked about at its anchor.
+
+E1 a part is evaluated only while nothing of its txn_id is latched: its outcome is answered from what is durable.
+E2 **every min_ts is a fresh oracle timestamp, asked for after the latches were taken** (protocol.md 4e offers L as a short
+cut; we never take it). Every read this or an earlier leader served had its timestamp issued before that, so the new
+version lies above it: no read watermark, no floor at a leader change and no barrier table is needed (I11, I12 hold by
+construction), and nothing volatile is left whose loss could hurt.
+E3 a reader's promise "invisible at r" needs no memory either: a part that is not latched yet will get a fresh min_ts > r.
+E4 a refusal is durable before it is told: a FENCE goes through the log (protocol.md 4g).
+E5 nothing evaluated is carried over to another term: `stop` drops all of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from txn import keycode
+from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
+from txn.latches import LatchTable, Pending, Waiter
+from txn.messages import (
+    Ack,
+    Failure,
+    Fence,
+    Finalize,
+    Outcome,
+    PartReply,
+    Prepare,
+    PrepareReply,
+    QueryMode,
+    QueryPart,
+    QueryTxn,
+    Read,
+    ReadReply,
+    Reply,
+    Request,
+    Resolve,
+    Scan,
+    ScanReply,
+    TxnReply,
+)
+from txn.mvcc import decode_latest, find_txn, latest_ts, older_at, scan_at
+from txn.ports import Output, Rows
+from txn.recovery import Recovery
+from txn.state import ABSENT, Answer, Part, RangeState
+from txn.types import (
+    TIMESTAMP_MAX,
+    ExpectKind,
+    FenceReason,
+    Guard,
+    PartStatus,
+    TxnStatus,
+    WriteKind,
+    begin_ts_of,
+    point_end,
+)
+
+RANGE_ROWS_MAX = 5_000  # of one transaction in one range
+RANGE_BYTES_MAX = 4 << 20
+SCAN_ROWS_MAX = 1_000
+SCAN_BYTES_MAX = 256 << 10
+WAITERS_MAX = 20_000
+INT64 = 1 << 63
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Times in seconds."""
+
+    conflict_wait_s: float = 0.05
+    anchor_timer_s: float = 1.0
+    orphan_timer_s: float = 2.0
+    read_wait_s: float = 5.0
+    outbox_delay_s: float = 0.02
+    outbox_retry_s: float = 0.5
+
+
+class Evaluator:
+    """One per range and leader's term. Fed by the store: `step`, `give_timestamps`, `applied`, `tick`."""
+
+    def __init__(
+        self, state: RangeState, rows: Rows, out: Output, limits: Limits, term: int
+    ) -> None:
+        self.state = state
+        self.rows = rows
+        self.out = out
+        self.limits = limits
+        self.term = term
+        self.latches = LatchTable()
+        self.proposals: list[Pending] = []  # to be proposed, in this order
+        self.await_fresh: list[Pending] = []  # each needs one fresh timestamp
+        self.await_read: list[Waiter] = []  # reads without a timestamp
+        self.blocked: dict[
+            bytes, list[Waiter]
+        ] = {}  # txn_id of an undecided part -> who waits for its end
+        self.runnable: list[Waiter] = []  # to be evaluated again, once applied rows are readable
+        self.ready = False
+        self.now = 0.0  # of the call that is being served
+        self.issued = 0  # the largest timestamp known to be issued
+        self._early: list[tuple[Request, Any]] = []
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._timer_number = 0
+        self._waiting = 0
+        self.recovery = Recovery(self)
+        self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
+            Prepare: lambda request, origin, now: self._prepare(request, origin, now, now),
+            Read: self._read,
+            Scan: self._read,
+            Finalize: self.recovery.finalize,
+            Resolve: self.recovery.resolve,
+            Fence: self._fence_request,
+            QueryTxn: self.recovery.query_txn,
+            QueryPart: self._query_part,
+            Outcome: self.recovery.outcome,
+        }
+
+    # -- life
+
+    def start(self, now: float) -> None:
+        """An entry of the own term is applied: everything inherited is known, serving begins."""
+        self.ready = True
+        for loci in self.state.parts.values():
+            for part in loci.values():
+                part.forget_volatile(now)
+        self.recovery.start(now)
+        early, self._early = self._early, []
+        for request, origin in early:
+            self.step(request, origin, now)
+
+    def stop(self) -> None:
+        """Leadership is gone. Everybody who waits is told to ask elsewhere; nothing is said about outcomes."""
+        self.ready = False
+        seen: list[tuple[Any, Any]] = list(self._early)
+        pendings = list(self.latches.txns.values())
+        for pending in pendings:
+            if pending.request is not None:
+                seen.append((pending.request, pending.origin))
+            seen += [
+                (waiter.request, waiter.origin) for waiter in pending.waiters if not waiter.done
+            ]
+        for waiters in (
+            *self.blocked.values(),
+            self.await_read,
+            self.runnable,
+            *self.recovery.waiters(),
+        ):
+            seen += [(waiter.request, waiter.origin) for waiter in waiters if not waiter.done]
+            for waiter in waiters:
+                waiter.done = True
+        for request, origin in seen:
+            if origin is not None:
+                self.out.reply(origin, Failure(request.id, "not_leader"), False)
+        self._early, self.await_fresh, self.await_read, self.runnable, self.proposals = (
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
+        self.blocked, self._timers, self.latches = {}, [], LatchTable()
+        for loci in self.state.parts.values():
+            for part in loci.values():
+                part.forget_volatile(0.0)
+
+    def step(self, request: Request, origin: Any, now: float) -> None:
+        """One request. The answer goes out through `out.reply`, now or later, at most once."""
+        self.now = now
+        if not self.ready:
+            if len(self._early) >= WAITERS_MAX:
+                self.out.reply(
+                    origin, Failure(request.id, "throttled", "the range has no leader yet"), False
+                )
+            else:
+                self._early.append((request, origin))
+            return
+        self._handlers[type(request)](request, origin, now)
+
+    def run_again(self, now: float) -> None:
+        """Evaluate again whoever waited for what has been applied meanwhile (rows are readable now)."""
+        while self.runnable:
+            waiters, self.runnable = self.runnable, []
+            for waiter in waiters:
+                if not waiter.done:
+                    waiter.done = True
+                    self._again(waiter, now)
+
+    def _again(self, waiter: Waiter, now: float) -> None:
+        request = waiter.request
+        kind = type(request)
+        if kind is Prepare:
+            self._prepare(request, waiter.origin, now, waiter.since)
+        elif kind is Read or kind is Scan:
+            self._read_again(waiter, now)
+        else:
+            self._handlers[kind](request, waiter.origin, now)
+
+    def wait_for(self, pending: Pending, request: Any, origin: Any, since: float) -> None:
+        pending.waiters.append(Waiter(request, origin, since))
+
+    # -- time
+
+    def at(self, when: float, call: Callable[[float], None]) -> None:
+        self._timer_number += 1
+        heapq.heappush(self._timers, (when, self._timer_number, call))
+
+    def deadline(self) -> float | None:
+        timer = self._timers[0][0] if self._timers else None
+        other = self.recovery.deadline()
+        if timer is None or (other is not None and other < timer):
+            return other
+        return timer
+
+    def tick(self, now: float) -> None:
+        if not self.ready:
+            return
+        self.now = now
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
+        self.recovery.tick(now)
+
+    # -- timestamps
+
+    def fresh_wanted(self) -> int:
+        return len(self.await_fresh)
+
+    def give_timestamps(
+        self,
+        pendings: Sequence[Pending],
+        first: int,
+        readers: Sequence[Waiter],
+        read_ts: int,
+        now: float,
+    ) -> None:
+        """The oracle's answer for these: fresh timestamps from `first` on, one each; `read_ts` for all readers."""
+        self.issued = max(self.issued, read_ts, first + len(pendings) - 1)
+        for waiter in readers:
+            if waiter.done:
+                continue
+            at = waiter.request.at
+            if at > read_ts:
+                message = f"version {at} was not issued yet; the newest is {read_ts}"
+                self.out.reply(
+                    waiter.origin, Failure(waiter.request.id, "invalid_argument", message), False
+                )
+                continue
+            if not at:
+                waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
+                waiter.sequence = self.latches.sequence
+            self._read_again(waiter, now)
+        closed = self.state.row.closed_ts
+        for number, pending in enumerate(pendings):
+            if self.latches.txns.get(pending.txn_id) is not pending:
+                continue  # given up meanwhile
+            ts = first + number
+            if ts <= closed:
+                self.await_fresh.append(pending)
+                continue
+            pending.command = self._command(pending, ts)
+            self.proposals.append(pending)
+
+    def _command(self, pending: Pending, ts: int) -> Command:
+        request: Prepare = pending.request
+        if request.one_range:
+            keep = request.locus not in pending.keys
+            return Commit(request.txn_id, request.locus, ts, pending.keys, pending.values, keep)
+        return PreparePart(
+            request.txn_id,
+            request.locus,
+            request.anchor_key,
+            ts,
+            request.age or begin_ts_of(request.txn_id),
+            pending.keys,
+            pending.values,
+            pending.guards,
+            request.participants,
+        )
+
+    # -- what was proposed
+
+    def applied(self, pendings: Sequence[Pending], answers: Sequence[Answer], now: float) -> None:
+        """An own entry of this term was applied; `answers` are the commands' in order."""
+        self.now = now
+        release = self.latches.release
+        for pending, answer in zip(pendings, answers, strict=True):
+            if pending.txn_id:
+                release(pending)
+            if pending.waiters:
+                self.runnable += pending.waiters
+            self._wake(pending)
+            if pending.then is not None:
+                pending.then(answer)
+            elif pending.origin is not None:
+                self.out.reply(pending.origin, self._reply_to(pending, answer), False)
+            command = pending.command
+            if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
+                self.recovery.prepared(command, now)
+
+    def _wake(self, pending: Pending) -> None:
+        """Whoever waits for a part's end goes on once its transaction left this range."""
+        if (
+            self.blocked
+            and pending.txn_id in self.blocked
+            and pending.txn_id not in self.state.parts
+        ):
+            self.runnable += self.blocked.pop(pending.txn_id)
+
+    def dropped(self, pendings: Sequence[Pending], code: str) -> None:
+        """Raft refused to take the entry: nothing happened; the askers may try again."""
+        for pending in pendings:
+            if pending.txn_id:
+                self.latches.release(pending)
+            if pending.part is not None:
+                pending.part.resolving = None
+            self.runnable += pending.waiters
+            if pending.origin is not None:
+                self.out.reply(pending.origin, Failure(pending.request.id, code), False)
+            self.recovery.dropped(pending)
+
+    def _reply_to(self, pending: Pending, answer: Answer) -> Reply:
+        request = pending.request
+        kind = type(request)
+        if kind is Prepare:
+            results = pending.results if answer.status == PartStatus.COMMITTED else None
+            return prepare_reply(request.id, answer, results)
+        if kind is Fence:
+            return PartReply(request.id, answer.status, answer.ts)
+        if kind is Resolve:
+            return Ack(request.id)
+        status = TxnStatus.COMMITTED if answer.status == PartStatus.COMMITTED else TxnStatus.ABORTED
+        return TxnReply(request.id, status, answer.ts)
+
+    # -- Prepare (protocol.md section 4)
+
+    def _prepare(self, request: Prepare, origin: Any, now: float, since: float) -> None:
+        txn_id = request.txn_id
+        latched = self.latches.txns.get(txn_id)
+        if latched is not None:
+            self.wait_for(latched, request, origin, since)
+            return
+        known = self._known_outcome(request)
+        if known is not None:
+            self.out.reply(origin, prepare_reply(request.id, known, None), False)
+            return
+        row = self.state.row
+        if begin_ts_of(txn_id) <= row.outcome_horizon:
+            self.out.reply(origin, PrepareReply(request.id, PartStatus.EXPIRED, 0), False)
+            return
+        wrong = self._wrong_prepare(request)
+        if wrong:
+            self.out.reply(origin, Failure(request.id, *wrong), False)
+            return
+        blocker = self._latch_blocker(request)
+        if blocker is not None:
+            self.wait_for(blocker, request, origin, since)
+            return
+        if self._in_conflict(request, origin, now, since):
+            return
+        pending = Pending(txn_id, request, origin)
+        refusal = self._compute(request, pending)
+        if refusal is not None:
+            self._refuse(request, origin, refusal)
+            return
+        self.latches.acquire(pending)
+        self.await_fresh.append(pending)
+
+    def _known_outcome(self, request: Prepare) -> Answer | None:
+        """(a) answer from what stands, never evaluate twice."""
+        txn_id, locus = request.txn_id, request.locus
+        answer = self.state.answer_of(self.rows, txn_id, locus)
+        if answer is not ABSENT:
+            return answer
+        if request.one_range:
+            latest = self.rows.get(b"L" + locus)
+            if latest is not None and latest_ts(latest) > begin_ts_of(txn_id):
+                found = find_txn(self.rows, locus, txn_id, latest, begin_ts_of(txn_id))
+                if found:
+                    return Answer(PartStatus.COMMITTED, found)
+        return None
+
+    def _wrong_prepare(self, request: Prepare) -> tuple[str, str] | None:
+        state = self.state
+        if request.version and request.version != state.row.version:
+            return "epoch_mismatch", ""
+        if not state.owns(request.locus):
+            return "epoch_mismatch", ""
+        if len(request.txn_id) != 16 or (
+            not request.one_range and request.participants and request.locus != request.anchor_key
+        ):
+            return "invalid_argument", "malformed transaction"
+        size = 0
+        for write in request.writes:
+            size += len(write.key) + len(write.value)
+            if write.kind == WriteKind.DELETE_RANGE:
+                if not state.owns_span(write.key, write.value) or write.key >= write.value:
+                    return "epoch_mismatch", ""
+            elif not state.owns(write.key):
+                return "epoch_mismatch", ""
+        for guard in request.guards:
+            if not state.owns_span(guard.start, guard.end):
+                return "epoch_mismatch", ""
+        if size > RANGE_BYTES_MAX or len(request.writes) > RANGE_ROWS_MAX:
+            return (
+                "transaction_too_large",
+                f"at most {RANGE_BYTES_MAX} bytes and {RANGE_ROWS_MAX} rows in one range",
+            )
+        return None
+
+    def _latch_blocker(self, request: Prepare) -> Pending | None:
+        latches = self.latches
+        if not latches.txns:
+            return None
+        for write in request.writes:
+            if write.kind == WriteKind.DELETE_RANGE:
+                found = latches.blocker_of_write_span(write.key, write.value)
+            else:
+                found = latches.blocker_of_write(write.key)
+            if found is not None:
+                return found
+        for guard in request.guards:
+            found = latches.blocker_of_guard(guard.start, guard.end)
+            if found is not None:
+                return found
+        for expect in request.expects:
+            found = latches.blocker_of_guard(expect.key, point_end(expect.key))
+            if found is not None:
+                return found
+        return None
+
+    def _in_conflict(self, request: Prepare, origin: Any, now: float, since: float) -> bool:
+        """(c): waits or refuses if so. Undecided parts of others first, then versions newer than what was read."""
+        state = self.state
+        if state.parts:
+            found = self._foreign_part(request)
+            if found is not None:
+                self._wait_or_refuse(request, origin, now, since, *found)
+                return True
+        for guard in request.guards:
+            newer = self._newer_than(guard.start, guard.end, guard.read_ts)
+            if newer is not None:
+                key, ts, other = newer
+                self._refuse(
+                    request,
+                    origin,
+                    Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts),
+                )
+                return True
+        return False
+
+    def _foreign_part(self, request: Prepare) -> tuple[Part, bytes] | None:
+        state, txn_id = self.state, request.txn_id
+        guarded = bool(state.point_guards) or bool(state.span_guards)
+        for write in request.writes:
+            if write.kind == WriteKind.DELETE_RANGE:
+                for key, part in state.intents_in(write.key, write.value):
+                    return part, key
+                if guarded:
+                    found = state.foreign_guard_in(write.key, write.value, txn_id)
+                    if found is not None:
+                        return found, write.key
+                continue
+            found = state.intents.get(write.key)
+            if found is not None:
+                return found, write.key
+            if guarded:
+                found = state.foreign_guard(write.key, txn_id)
+                if found is not None:
+                    return found, write.key
+        for guard in request.guards:
+            for key, part in state.intents_in(guard.start, guard.end):
+                return part, key
+        for expect in request.expects:
+            found = state.intents.get(expect.key)
+            if found is not None:
+                return found, expect.key
+        return None
+
+    def _wait_or_refuse(
+        self, request: Prepare, origin: Any, now: float, since: float, part: Part, key: bytes
+    ) -> None:
+        """The older waits, the younger is refused; a transaction of one range holds nothing elsewhere and always waits."""
+        mine = (request.age or begin_ts_of(request.txn_id), request.txn_id)
+        until = since + self.limits.conflict_wait_s
+        if now < until and (request.one_range or mine < (part.row.age, part.txn_id)):
+            waiter = Waiter(request, origin, since)
+            self.blocked.setdefault(part.txn_id, []).append(waiter)
+            self.at(until, lambda time: self._give_up_waiting(waiter, part, time))
+            return
+        self.recovery.blocked_by(part)
+        self._refuse(
+            request,
+            origin,
+            Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, part.txn_id, part.row.min_ts),
+        )
+
+    def _give_up_waiting(self, waiter: Waiter, part: Part, now: float) -> None:
+        if waiter.done:
+            return
+        waiters = self.blocked.get(part.txn_id)
+        if waiters is not None and waiter in waiters:
+            waiters.remove(waiter)
+            if not waiters:
+                del self.blocked[part.txn_id]
+        waiter.done = True
+        self._prepare(waiter.request, waiter.origin, now, waiter.since)
+
+    def _newer_than(
+        self, start: bytes, end: bytes, read_ts: int
+    ) -> tuple[bytes, int, bytes] | None:
+        """A version above read_ts inside the span: (key, its timestamp, who wrote it)."""
+        if end == point_end(start):
+            row = self.rows.get(b"L" + start)
+            if row is not None and latest_ts(row) > read_ts:
+                return start, latest_ts(row), row[8:24]
+            return None
+        low, high = keycode.family_span(keycode.LATEST, start, end)
+        for found, row in self.rows.scan(low, high):
+            if latest_ts(row) > read_ts:
+                return found[1:], latest_ts(row), row[8:24]
+        return None
+
+    def _refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
+        """(g) a negative answer is durable before it is given."""
+        pending = Pending(request.txn_id, request, origin)
+        pending.command = FencePart(
+            request.txn_id,
+            request.locus,
+            request.anchor_key,
+            refusal.reason,
+            refusal.key,
+            refusal.other_txn,
+            refusal.other_version,
+        )
+        self.latches.acquire(pending)
+        self.proposals.append(pending)
+
+    # -- conditions and values, under the latch
+
+    def _compute(self, request: Prepare, pending: Pending) -> Answer | None:
+        """(d): conditions, then the final value of every key. Returns a refusal, or None."""
+        for expect in request.expects:
+            row = self.rows.get(b"L" + expect.key)
+            version = decode_latest(row) if row is not None else None
+            value = version.value if version is not None else None
+            current = version.commit_ts if version is not None and value is not None else 0
+            if expect.kind == ExpectKind.ABSENT:
+                holds = value is None
+            elif expect.kind == ExpectKind.VERSION:
+                holds = current == expect.version
+            else:
+                holds = value == expect.value
+            if not holds:
+                return Answer(
+                    PartStatus.FENCED, 0, FenceReason.COMPARE_FAILED, expect.key, b"", current
+                )
+        pending.guards = list(request.guards)
+        writes = request.writes
+        if len(writes) == 1 and writes[0].kind <= WriteKind.DELETE:
+            write = writes[0]
+            pending.keys = [write.key]
+            pending.values = [write.value if write.kind == WriteKind.PUT else None]
+            return None
+        final: dict[bytes, bytes | None] = {}
+        for write in writes:
+            refusal = self._compute_write(write, final, pending)
+            if refusal is not None:
+                return refusal
+        pending.keys, pending.values = list(final), list(final.values())
+        return None
+
+    def _compute_write(
+        self, write: Any, final: dict[bytes, bytes | None], pending: Pending
+    ) -> Answer | None:
+        kind, key = write.kind, write.key
+        if kind == WriteKind.PUT:
+            final[key] = write.value
+        elif kind == WriteKind.DELETE:
+            final[key] = None
+        elif kind == WriteKind.DELETE_RANGE:
+            pending.spans.append((key, write.value))
+            pending.guards.append(delete_range_guard(key, write.value))
+            for found in list(final):
+                if key <= found < write.value:
+                    final[found] = None
+            low, high = keycode.family_span(keycode.LATEST, key, write.value)
+            size = 0
+            for row_key, row in self.rows.scan(low, high):
+                if row[24]:
+                    continue
+                final[row_key[1:]] = None
+                size += len(row_key)
+                if len(final) > RANGE_ROWS_MAX or size > RANGE_BYTES_MAX:
+                    return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
+        else:
+            current = final[key] if key in final else self._newest_value(key)
+            result = add(kind, current, write.value)
+            if result is None:
+                return Answer(PartStatus.FENCED, 0, FenceReason.BAD_VALUE, key)
+            final[key] = result
+            if pending.results is None:
+                pending.results = []
+            pending.results.append(result)
+        return None
+
+    def _newest_value(self, key: bytes) -> bytes | None:
+        row = self.rows.get(b"L" + key)
+        return decode_latest(row).value if row is not None else None
+
+    # -- Read and Scan (protocol.md sections 4.2 and 7)
+
+    def _read(self, request: Any, origin: Any, now: float) -> None:
+        waiter = Waiter(request, origin, now, self.latches.sequence)
+        if request.at:
+            self._read_again(waiter, now)
+        else:
+            self.await_read.append(waiter)
+
+    def _read_again(self, waiter: Waiter, now: float) -> None:
+        request = waiter.request
+        row = self.state.row
+        if now > waiter.since + self.limits.read_wait_s:
+            self.out.reply(
+                waiter.origin,
+                Failure(request.id, "unavailable", "an undecided write could not be decided"),
+                False,
+            )
+            return
+        if request.version and request.version != row.version:
+            self.out.reply(waiter.origin, Failure(request.id, "epoch_mismatch"), False)
+            return
+        if request.at < row.gc_threshold:
+            self.out.reply(waiter.origin, Failure(request.id, "snapshot_too_old"), False)
+            return
+        reply = (
+            self._look_up(waiter, request)
+            if type(request) is Read
+            else self._look_through(waiter, request)
+        )
+        if reply is not None:
+            self.out.reply(waiter.origin, reply, True)
+
+    def _look_up(self, waiter: Waiter, request: Read) -> Reply | None:
+        """The answer; or None, and the waiter stands where it will be woken."""
+        state, at = self.state, request.at
+        latches = self.latches
+        for key in request.keys:
+            if not state.owns(key):
+                return Failure(request.id, "epoch_mismatch")
+            if latches.txns:
+                blocker = latches.blocker_of_read(key, waiter.sequence)
+                if blocker is not None:
+                    blocker.waiters.append(self._copy(waiter))
+                    return None
+        if state.intents:
+            for key in request.keys:
+                part = state.intents.get(key)
+                if part is not None and self._undecided(part, at, waiter):
+                    return None
+        versions: list[int] = []
+        values: list[bytes | None] = []
+        get = self.rows.get
+        for key in request.keys:
+            row = get(b"L" + key)
+            if row is None:
+                version = None
+            elif latest_ts(row) <= at:
+                version = decode_latest(row)
+            else:
+                version = older_at(self.rows, key, at)
+            if version is None or version.value is None:
+                versions.append(0)
+                values.append(None)
+            else:
+                versions.append(version.commit_ts)
+                values.append(version.value)
+        return ReadReply(request.id, at, versions, values)
+
+    def _copy(self, waiter: Waiter) -> Waiter:
+        return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
+
+    def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
+        """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
+        if part.row.min_ts > at or at <= part.invisible_to:
+            return False
+        copy = self._copy(waiter)
+        if (
+            at > self.issued
+        ):  # a promise about a timestamp that was never issued would mislead later readers
+            self.await_read.append(copy)
+        elif part.resolving is not None:
+            part.resolving.waiters.append(copy)
+        else:
+            self.recovery.ask_visibility(part, at, copy)
+        return True
+
+    def _look_through(self, waiter: Waiter, request: Scan) -> Reply | None:
+        state, at = self.state, request.at
+        row = state.row
+        start, end = request.start, request.end or row.end
+        if not state.owns_span(start, end) and start != end:
+            return Failure(request.id, "epoch_mismatch")
+        blocker = self.latches.blocker_of_scan(start, end, waiter.sequence)
+        if blocker is not None:
+            blocker.waiters.append(self._copy(waiter))
+            return None
+        keys: list[bytes] = []
+        values: list[bytes] = []
+        versions: list[int] = []
+        size, done = 0, True
+        rows_max = max(1, min(request.rows_max, SCAN_ROWS_MAX))
+        bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
+        for key, version in scan_at(self.rows, start, end, at, reverse=request.reverse):
+            if len(keys) >= rows_max or (keys and size >= bytes_max):
+                done = False
+                break
+            assert version.value is not None
+            keys.append(key)
+            versions.append(version.commit_ts)
+            size += len(key) + 16
+            if not request.keys_only:
+                values.append(version.value)
+                size += len(version.value)
+        if done:
+            covered_to = start if request.reverse else end
+            low, high = start, end
+        else:
+            covered_to = keys[-1] if request.reverse else point_end(keys[-1])
+            low, high = (covered_to, end) if request.reverse else (start, covered_to)
+        for key, part in state.intents.items():
+            if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
+                return None
+        return ScanReply(request.id, at, keys, values, versions, done, covered_to)
+
+    # -- Fence and QueryPart
+
+    def _fence_request(self, request: Fence, origin: Any, now: float) -> None:
+        latched = self.latches.txns.get(request.txn_id)
+        if latched is not None:
+            self.wait_for(latched, request, origin, now)
+            return
+        if not self.state.owns(request.locus):
+            self.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
+            return
+        answer = self.state.answer_of(self.rows, request.txn_id, request.locus)
+        if answer is not ABSENT:
+            self.out.reply(origin, PartReply(request.id, answer.status, answer.ts), False)
+            return
+        if begin_ts_of(request.txn_id) <= self.state.row.outcome_horizon:
+            self.out.reply(origin, PartReply(request.id, PartStatus.EXPIRED), False)
+            return
+        pending = Pending(request.txn_id, request, origin)
+        pending.command = FencePart(
+            request.txn_id, request.locus, request.anchor_key, FenceReason.RECOVERY
+        )
+        self.latches.acquire(pending)
+        self.proposals.append(pending)
+
+    def _query_part(self, request: QueryPart, origin: Any, now: float) -> None:
+        latched = self.latches.txns.get(request.txn_id)
+        if latched is not None:
+            self.wait_for(latched, request, origin, now)
+            return
+        if not self.state.owns(request.locus):
+            self.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
+            return
+        answer = self.state.answer_of(self.rows, request.txn_id, request.locus)
+        if answer is ABSENT and begin_ts_of(request.txn_id) <= self.state.row.outcome_horizon:
+            answer = Answer(PartStatus.EXPIRED)
+        self.out.reply(origin, PartReply(request.id, answer.status, answer.ts), answer is ABSENT)
+
+    # -- used by recovery
+
+    def propose(self, pending: Pending) -> None:
+        """Latch and queue a command that needs no timestamp."""
+        if pending.txn_id:
+            self.latches.acquire(pending)
+        self.proposals.append(pending)
+
+    def propose_resolve(
+        self, part: Part, commit_ts: int, *, hinted: bool, request: Any = None, origin: Any = None
+    ) -> None:
+        """Resolve an undecided part; readers and writers of its keys wait for the latch from now on."""
+        assert part.resolving is None
+        pending = Pending(part.txn_id, request, origin)
+        pending.keys = list(part.row.keys)
+        pending.part = part
+        pending.command = ResolvePart(
+            part.txn_id, part.row.anchor_key, part.locus, commit_ts, hinted
+        )
+        part.resolving = pending
+        self.propose(pending)
+
+    def propose_bound(self, hi: int, then: Callable[[Answer], None]) -> None:
+        """Meta range: raise the oracle's bound."""
+        pending = Pending(b"", None, None)
+        pending.command = OracleBound(hi)
+        pending.then = then
+        self.proposals.append(pending)
+
+
+def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) -> PrepareReply:
+    return PrepareReply(
+        request_id,
+        answer.status,
+        answer.ts,
+        answer.reason,
+        answer.key,
+        answer.other_txn,
+        answer.other_version,
+        results,
+    )
+
+
+def delete_range_guard(start: bytes, end: bytes) -> Guard:
+    """Blocks later writers of the span until the transaction ends, and validates nothing (protocol.md 4.8)."""
+    return Guard(start, end, TIMESTAMP_MAX)
+
+
+def add(kind: int, current: bytes | None, by: bytes) -> bytes | None:
+    """The sum as bytes in the row's format; None if the row is not of the format, or the sum does not fit."""
+    try:
+        amount = int(by)
+        if kind == WriteKind.ADD_INT64:
+            if current is not None and len(current) != 8:
+                return None
+            total = (int.from_bytes(current, "big", signed=True) if current else 0) + amount
+            return total.to_bytes(8, "big", signed=True) if -INT64 <= total < INT64 else None
+        if current is not None and (len(current) > 20 or not current.lstrip(b"-").isdigit()):
+            return None
+        total = (int(current) if current else 0) + amount
+        return b"%d" % total if -INT64 <= total < INT64 else None
+    except ValueError:
+        return None
+
+
+__all__ = ["Evaluator", "Limits", "QueryMode", "Waiter", "add"]

@@ -1,0 +1,169 @@
+"""Latches: what a leader has evaluated and not yet applied. Held from evaluation to apply, in memory only.
+
+A writer excludes writers, guards and (by order) readers of its keys; guards exclude writers only. Waiters of a latch are
+evaluated again from the start when it goes. A latch is numbered when taken: a reader waits only for those that were there
+when it came, since later writers take a fresh timestamp above the reader's (so a hot key starves nobody).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from txn.types import point_end
+
+if TYPE_CHECKING:
+    from txn.commands import Command
+    from txn.state import Answer, Part
+    from txn.types import Guard
+
+
+class Pending:
+    """One evaluated command, from latching until it is applied or given up."""
+
+    __slots__ = (
+        "command",
+        "guards",
+        "keys",
+        "origin",
+        "part",
+        "request",
+        "results",
+        "sequence",
+        "spans",
+        "then",
+        "txn_id",
+        "values",
+        "waiters",
+    )
+
+    def __init__(self, txn_id: bytes, request: Any, origin: Any) -> None:
+        self.txn_id = txn_id
+        self.request = request
+        self.origin = origin
+        self.command: Command | None = None
+        self.keys: list[bytes] = []
+        self.values: list[bytes | None] = []
+        self.guards: list[Guard] = []
+        self.spans: list[tuple[bytes, bytes]] = []  # written spans (delete_range)
+        self.results: list[bytes] | None = None
+        self.waiters: list[Waiter] = []
+        self.sequence = 0
+        self.part: Part | None = None  # what a Resolve resolves
+        self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
+
+
+class Waiter:
+    """A request that waits, and is evaluated again from the start: for a latch, a transaction, or an answer."""
+
+    __slots__ = ("done", "origin", "request", "sequence", "since")
+
+    def __init__(self, request: Any, origin: Any, since: float, sequence: int = 0) -> None:
+        self.request = request
+        self.origin = origin
+        self.since = since
+        self.sequence = sequence  # readers: later latches are not waited for
+        self.done = False
+
+
+class LatchTable:
+    def __init__(self) -> None:
+        self.writes: dict[bytes, Pending] = {}
+        self.txns: dict[bytes, Pending] = {}
+        self.sequence = 0
+        self._point_guards: dict[bytes, list[Pending]] = {}
+        self._span_guards: list[tuple[bytes, bytes, Pending]] = []
+        self._write_spans: list[tuple[bytes, bytes, Pending]] = []
+
+    def blocker_of_write(self, key: bytes) -> Pending | None:
+        found = self.writes.get(key)
+        if found is not None:
+            return found
+        if self._point_guards:
+            holders = self._point_guards.get(key)
+            if holders:
+                return holders[0]
+        for spans in (self._span_guards, self._write_spans):
+            for start, end, pending in spans:
+                if start <= key < end:
+                    return pending
+        return None
+
+    def blocker_of_guard(self, start: bytes, end: bytes) -> Pending | None:
+        """A writer inside [start, end)."""
+        for low, high, pending in self._write_spans:
+            if low < end and start < high:
+                return pending
+        if end == point_end(start):
+            return self.writes.get(start)
+        for key, pending in self.writes.items():
+            if start <= key < end:
+                return pending
+        return None
+
+    def blocker_of_write_span(self, start: bytes, end: bytes) -> Pending | None:
+        found = self.blocker_of_guard(start, end)
+        if found is not None:
+            return found
+        for key, holders in self._point_guards.items():
+            if start <= key < end:
+                return holders[0]
+        for low, high, pending in self._span_guards:
+            if low < end and start < high:
+                return pending
+        return None
+
+    def blocker_of_read(self, key: bytes, sequence: int) -> Pending | None:
+        """A writer of the key that latched at or before `sequence`."""
+        found = self.writes.get(key)
+        if found is not None and found.sequence <= sequence:
+            return found
+        for start, end, pending in self._write_spans:
+            if start <= key < end and pending.sequence <= sequence:
+                return pending
+        return None
+
+    def blocker_of_scan(self, start: bytes, end: bytes, sequence: int) -> Pending | None:
+        for key, pending in self.writes.items():
+            if pending.sequence <= sequence and start <= key and (not end or key < end):
+                return pending
+        for low, high, pending in self._write_spans:
+            if pending.sequence <= sequence and (not end or low < end) and start < high:
+                return pending
+        return None
+
+    def acquire(self, pending: Pending) -> None:
+        """Latch keys, spans, guards and the txn_id of `pending`; the caller has looked for blockers."""
+        self.sequence += 1
+        pending.sequence = self.sequence
+        assert pending.txn_id not in self.txns, "a transaction is latched once"
+        self.txns[pending.txn_id] = pending
+        writes = self.writes
+        for key in pending.keys:
+            assert key not in writes, "a key has one writer"
+            writes[key] = pending
+        for guard in pending.guards:
+            if guard.end == point_end(guard.start):
+                self._point_guards.setdefault(guard.start, []).append(pending)
+            else:
+                self._span_guards.append((guard.start, guard.end, pending))
+        for start, end in pending.spans:
+            self._write_spans.append((start, end, pending))
+
+    def release(self, pending: Pending) -> None:
+        del self.txns[pending.txn_id]
+        for key in pending.keys:
+            del self.writes[key]
+        for guard in pending.guards:
+            if guard.end == point_end(guard.start):
+                holders = self._point_guards[guard.start]
+                holders.remove(pending)
+                if not holders:
+                    del self._point_guards[guard.start]
+            else:
+                self._span_guards.remove((guard.start, guard.end, pending))
+        for start, end in pending.spans:
+            self._write_spans.remove((start, end, pending))
+
+    def held(self) -> int:
+        return len(self.txns)

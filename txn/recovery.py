@@ -1,0 +1,510 @@
+"""What whoever meets an undecided transaction does, and what the anchor owes its participants (protocol.md sections 6, 7, 10).
+
+Nobody but the log decides. A blocked writer or reader only asks the anchor; the anchor's timer fences what is missing; a
+participant's orphan timer lets the anchor fence itself when it has no record at all.
+
+R1 STAGED becomes ABORTED only after some participant answered FENCED (or ABORTED), durably. R2 STAGED becomes COMMITTED at the
+maximum of all min_ts, after every participant answered PREPARED or COMMITTED. R3 an outbox row goes only after the
+participant acknowledged its Resolve as applied. R4 every answer is stable: late, doubled or reordered ones do no harm.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from txn.commands import AbortUnstaged, Decide, FencePart, OutboxDone, PreparePart
+from txn.latches import Pending, Waiter
+from txn.messages import (
+    Ack,
+    Failure,
+    Fence,
+    Finalize,
+    Outcome,
+    PartReply,
+    QueryMode,
+    QueryPart,
+    QueryTxn,
+    Reply,
+    Resolve,
+    TxnReply,
+)
+from txn.mvcc import find_txn
+from txn.state import ABSENT, Answer, Outbox, Part, Staged
+from txn.types import FenceReason, Participant, PartStatus, TxnStatus, begin_ts_of
+
+if TYPE_CHECKING:
+    from txn.evaluate import Evaluator
+
+OUTBOX_IN_FLIGHT_MAX = 2_000
+ASK_AGAIN_S = 0.02
+_DECIDED_PART = {
+    PartStatus.COMMITTED: TxnStatus.COMMITTED,
+    PartStatus.FENCED: TxnStatus.ABORTED,
+    PartStatus.ABORTED: TxnStatus.ABORTED,
+}
+
+
+class Recovery:
+    """The anchor's and the participants' duties of one leader's term."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.ev = evaluator
+        self._calls: dict[int, Callable[[Reply], None]] = {}
+        self._call_number = 0
+        self._anchor_due: deque[tuple[float, bytes]] = deque()
+        self._orphan_due: deque[tuple[float, bytes, bytes]] = deque()
+        self._outbox_due: deque[tuple[float, tuple[bytes, bytes]]] = deque()
+        self._outbox_out: dict[tuple[bytes, bytes], None] = {}  # sent, not acknowledged
+        self._recovering: dict[
+            bytes, dict[bytes, tuple[int, int]]
+        ] = {}  # txn_id -> locus -> (PartStatus, ts)
+        self._deciding: dict[bytes, None] = {}
+        self._outcome_waiting: dict[bytes, list[Waiter]] = {}
+        self._asks: dict[
+            bytes, tuple[int, list[Waiter]]
+        ] = {}  # txn_id -> (read_ts asked, who waits)
+        self._kicks: dict[bytes, None] = {}  # blocked-by questions on their way
+
+    # -- life and time
+
+    def start(self, now: float) -> None:
+        """Arm the timers of all that was inherited."""
+        state, limits = self.ev.state, self.ev.limits
+        for txn_id in state.staged:
+            self._anchor_due.append((now + limits.anchor_timer_s, txn_id))
+        for txn_id, loci in state.parts.items():
+            for locus, part in loci.items():
+                if part.row.anchor_key != locus:
+                    self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
+        for key in state.outbox:
+            self._outbox_due.append((now, key))
+
+    def waiters(self) -> Iterable[list[Waiter]]:
+        yield from self._outcome_waiting.values()
+        for _, waiting in self._asks.values():
+            yield waiting
+
+    def deadline(self) -> float | None:
+        """The earliest thing that is due; what was finished meanwhile is skipped."""
+        state = self.ev.state
+        due: float | None = None
+        while self._anchor_due and self._anchor_due[0][1] not in state.staged:
+            self._anchor_due.popleft()
+        while self._orphan_due and state.part(*self._orphan_due[0][1:]) is None:
+            self._orphan_due.popleft()
+        while self._outbox_due and self._outbox_due[0][1] not in state.outbox:
+            self._outbox_due.popleft()
+        if self._anchor_due:
+            due = self._anchor_due[0][0]
+        if self._orphan_due and (due is None or self._orphan_due[0][0] < due):
+            due = self._orphan_due[0][0]
+        if self._outbox_due and (due is None or self._outbox_due[0][0] < due):
+            due = self._outbox_due[0][0]
+        return due
+
+    def tick(self, now: float) -> None:
+        limits, state = self.ev.limits, self.ev.state
+        while self._anchor_due and self._anchor_due[0][0] <= now:
+            txn_id = self._anchor_due.popleft()[1]
+            if txn_id in state.staged:
+                self._recover(txn_id, state.staged[txn_id])
+                self._anchor_due.append((now + limits.anchor_timer_s, txn_id))
+        while self._orphan_due and self._orphan_due[0][0] <= now:
+            _, txn_id, locus = self._orphan_due.popleft()
+            part = state.part(txn_id, locus)
+            if part is not None:
+                self._ask_orphan(part)
+                self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
+        while self._outbox_due and self._outbox_due[0][0] <= now:
+            if len(self._outbox_out) >= OUTBOX_IN_FLIGHT_MAX:
+                self._outbox_due.appendleft(
+                    (now + limits.outbox_delay_s, self._outbox_due.popleft()[1])
+                )
+                break
+            key = self._outbox_due.popleft()[1]
+            row = state.outbox.get(key)
+            if row is not None and key not in self._outbox_out:
+                self._send_outbox(key, row)
+
+    def prepared(self, command: PreparePart, now: float) -> None:
+        """A part became PREPARED under this leader."""
+        if command.participants:
+            self._anchor_due.append((now + self.ev.limits.anchor_timer_s, command.txn_id))
+        if command.anchor_key != command.locus:
+            self._orphan_due.append(
+                (now + self.ev.limits.orphan_timer_s, command.txn_id, command.locus)
+            )
+        part = self.ev.state.part(command.txn_id, command.locus)
+        if part is not None:
+            part.first_seen = now
+
+    def dropped(self, pending: Pending) -> None:
+        """A proposal of ours was refused by Raft: the timers bring it again."""
+        self._deciding.pop(pending.txn_id, None)
+
+    # -- questions to other ranges
+
+    def call(self, key: bytes, request: Any, then: Callable[[Reply], None]) -> None:
+        self._call_number += 1
+        self._calls[self._call_number] = then
+        self.ev.out.call(key, request, self._call_number)
+
+    def on_reply(self, call_id: int, reply: Reply, now: float) -> None:
+        """The answer to a call, or a Failure: no answer came in time."""
+        then = self._calls.pop(call_id, None)
+        if then is not None and self.ev.ready:
+            self.ev.now = now
+            then(reply)
+
+    # -- the anchor: decisions
+
+    def finalize(self, request: Finalize, origin: Any, now: float) -> None:
+        ev = self.ev
+        if self._waits_or_misses(request, origin, now):
+            return
+        if request.txn_id in ev.state.staged:
+            self._decide(request.txn_id, request.anchor_key, request.commit_ts, request, origin)
+            return
+        if self._reply_known(request, origin):
+            return
+        if request.commit_ts:
+            ev.out.reply(
+                origin,
+                Failure(request.id, "invalid_argument", "nothing is staged under this id"),
+                False,
+            )
+        else:
+            self._abort_unstaged(request, origin)
+
+    def outcome(self, request: Outcome, origin: Any, now: float) -> None:
+        """The definite outcome; whatever is still open is decided first."""
+        ev = self.ev
+        if self._waits_or_misses(request, origin, now):
+            return
+        staged = ev.state.staged.get(request.txn_id)
+        if staged is not None:
+            self._outcome_waiting.setdefault(request.txn_id, []).append(
+                Waiter(request, origin, now)
+            )
+            self._recover(request.txn_id, staged)
+            return
+        if self._reply_known(request, origin):
+            return
+        if begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon:
+            ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
+            return
+        self._abort_unstaged(request, origin)
+
+    def query_txn(self, request: QueryTxn, origin: Any, now: float) -> None:
+        ev = self.ev
+        if self._waits_or_misses(request, origin, now):
+            return
+        staged = ev.state.staged.get(request.txn_id)
+        if staged is not None:
+            if request.mode == QueryMode.READ:
+                _Visibility(self, request, origin, staged)
+            else:
+                ev.out.reply(origin, TxnReply(request.id, TxnStatus.STAGED), False)
+            return
+        if self._reply_known(request, origin):
+            return
+        if request.mode == QueryMode.ORPHAN:
+            self._abort_unstaged(request, origin)
+        else:
+            status = TxnStatus.INVISIBLE if request.mode == QueryMode.READ else TxnStatus.ABSENT
+            ev.out.reply(origin, TxnReply(request.id, status), True)
+
+    def _waits_or_misses(self, request: Any, origin: Any, now: float) -> bool:
+        ev = self.ev
+        latched = ev.latches.txns.get(request.txn_id)
+        if latched is not None:
+            ev.wait_for(latched, request, origin, now)
+            return True
+        if not ev.state.owns(request.anchor_key):
+            ev.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
+            return True
+        return False
+
+    def _reply_known(self, request: Any, origin: Any) -> bool:
+        """Answer from a terminal record, from the anchor's own part, or from the versions of a one-range commit."""
+        ev, txn_id, anchor_key = self.ev, request.txn_id, request.anchor_key
+        status, ts = ev.state.terminal_of(ev.rows, txn_id, anchor_key)
+        if status == TxnStatus.ABSENT:
+            answer = ev.state.answer_of(ev.rows, txn_id, anchor_key)
+            status, ts = _DECIDED_PART.get(PartStatus(answer.status), TxnStatus.ABSENT), answer.ts
+        if status == TxnStatus.ABSENT:
+            latest = ev.rows.get(b"L" + anchor_key)
+            ts = find_txn(ev.rows, anchor_key, txn_id, latest, begin_ts_of(txn_id))
+            status = TxnStatus.COMMITTED if ts else TxnStatus.ABSENT
+        if status == TxnStatus.ABSENT:
+            return False
+        ev.out.reply(origin, TxnReply(request.id, status, ts), False)
+        return True
+
+    def _abort_unstaged(self, request: Any, origin: Any) -> None:
+        pending = Pending(request.txn_id, request, origin)
+        pending.command = AbortUnstaged(request.txn_id, request.anchor_key)
+        self.ev.propose(pending)
+
+    def _decide(
+        self, txn_id: bytes, anchor_key: bytes, commit_ts: int, request: Any, origin: Any
+    ) -> None:
+        ev = self.ev
+        pending = Pending(txn_id, request, origin)
+        part = ev.state.part(txn_id, anchor_key)
+        if part is not None:
+            pending.keys = list(part.row.keys)
+            pending.part = part
+            part.resolving = pending
+        pending.command = Decide(txn_id, anchor_key, commit_ts)
+        self._deciding[txn_id] = None
+        participants = ev.state.staged[txn_id].participants
+
+        def then(answer: Answer) -> None:
+            self._deciding.pop(txn_id, None)
+            self._recovering.pop(txn_id, None)
+            ev.runnable += self._outcome_waiting.pop(txn_id, [])
+            if origin is not None:
+                status = (
+                    TxnStatus.COMMITTED
+                    if answer.status == PartStatus.COMMITTED
+                    else TxnStatus.ABORTED
+                )
+                ev.out.reply(origin, TxnReply(request.id, status, answer.ts), False)
+            self._post(txn_id, participants)
+
+        pending.then = then
+        ev.propose(pending)
+
+    def _post(self, txn_id: bytes, participants: list[Participant]) -> None:
+        """Decide was applied: its outbox rows leave a little later, in company."""
+        due = self.ev.now + self.ev.limits.outbox_delay_s
+        for participant in participants:
+            if (txn_id, participant.locus) in self.ev.state.outbox:
+                self._outbox_due.append((due, (txn_id, participant.locus)))
+
+    # -- the anchor: recovery of a staged transaction
+
+    def _recover(self, txn_id: bytes, staged: Staged) -> None:
+        """Ask every participant, with a Fence: what is not prepared yet never will be (R1, R2)."""
+        if txn_id in self._deciding:
+            return
+        known = self._recovering.setdefault(txn_id, {})
+        for participant in staged.participants:
+            if known.get(participant.locus, (0, 0))[0] == PartStatus.PREPARED:
+                continue
+            request = Fence(0, 0, 0, txn_id, participant.locus, staged.anchor_key)
+            self.call(participant.locus, request, self._on_fence_reply(txn_id, participant.locus))
+
+    def _on_fence_reply(self, txn_id: bytes, locus: bytes) -> Callable[[Reply], None]:
+        def on_reply(reply: Reply) -> None:
+            staged = self.ev.state.staged.get(txn_id)
+            if staged is None or txn_id in self._deciding or not isinstance(reply, PartReply):
+                return
+            known = self._recovering.setdefault(txn_id, {})
+            known[locus] = (reply.status, reply.ts)
+            self._conclude(txn_id, staged, known)
+
+        return on_reply
+
+    def _conclude(self, txn_id: bytes, staged: Staged, known: dict[bytes, tuple[int, int]]) -> None:
+        commit_ts = 0
+        for participant in staged.participants:
+            status, ts = known.get(participant.locus, (PartStatus.ABSENT, 0))
+            if status in (PartStatus.FENCED, PartStatus.ABORTED):
+                self._propose_decision(txn_id, staged.anchor_key, 0)
+                return
+            if status not in (PartStatus.PREPARED, PartStatus.COMMITTED):
+                commit_ts = -1
+            elif commit_ts >= 0:
+                commit_ts = max(commit_ts, ts)
+        if commit_ts > 0:
+            self._propose_decision(txn_id, staged.anchor_key, commit_ts)
+
+    def _propose_decision(self, txn_id: bytes, anchor_key: bytes, commit_ts: int) -> None:
+        latched = self.ev.latches.txns.get(txn_id)
+        if latched is None:  # else something about it is in flight: the timer comes again
+            self._decide(txn_id, anchor_key, commit_ts, None, None)
+
+    # -- the anchor: the outbox
+
+    def _send_outbox(self, key: tuple[bytes, bytes], row: Outbox) -> None:
+        self._outbox_out[key] = None
+        part = row.participant
+        request = Resolve(
+            0,
+            0,
+            0,
+            row.txn_id,
+            row.anchor_key,
+            part.locus,
+            part.start,
+            part.end,
+            row.commit_ts,
+            record=True,
+        )
+
+        def on_reply(reply: Reply) -> None:
+            self._outbox_out.pop(key, None)
+            if key not in self.ev.state.outbox:
+                return
+            if isinstance(reply, Ack):
+                pending = Pending(b"", None, None)
+                pending.command = OutboxDone(row.txn_id, row.anchor_key, part.locus)
+                self.ev.propose(pending)
+            self._outbox_due.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
+
+        self.call(part.locus, request, on_reply)
+
+    # -- a participant
+
+    def resolve(self, request: Resolve, origin: Any, now: float) -> None:
+        ev = self.ev
+        latched = ev.latches.txns.get(request.txn_id)
+        if latched is not None:
+            ev.wait_for(latched, request, origin, now)
+            return
+        if not ev.state.owns(request.locus):
+            ev.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
+            return
+        part = ev.state.part(request.txn_id, request.locus)
+        if part is not None:
+            ev.propose_resolve(
+                part, request.commit_ts, hinted=not request.record, request=request, origin=origin
+            )
+            return
+        answer = ev.state.answer_of(ev.rows, request.txn_id, request.locus)
+        below = begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon
+        if answer is ABSENT and not below and not request.commit_ts:
+            pending = Pending(request.txn_id, request, origin)
+            pending.command = FencePart(
+                request.txn_id, request.locus, request.anchor_key, FenceReason.RECOVERY
+            )
+            ev.propose(pending)
+        elif answer is ABSENT and not below:
+            message = "resolved as committed, but it was never prepared here"
+            ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+        else:
+            ev.out.reply(origin, Ack(request.id), False)
+
+    def _ask_orphan(self, part: Part) -> None:
+        if part.resolving is not None:
+            return
+        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.ORPHAN)
+        self.call(part.row.anchor_key, request, lambda reply: self._learn_outcome(part, reply))
+
+    def blocked_by(self, part: Part) -> None:
+        """A writer gave up waiting for this part: ask the anchor, once at a time; only asking, never fencing."""
+        if (
+            part.resolving is not None
+            or part.txn_id in self._kicks
+            or part.row.anchor_key == part.locus
+        ):
+            return
+        self._kicks[part.txn_id] = None
+
+        def on_reply(reply: Reply) -> None:
+            self._kicks.pop(part.txn_id, None)
+            self._on_outcome(part, reply)
+
+        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.BLOCKED)
+        self.call(part.row.anchor_key, request, on_reply)
+
+    def _learn_outcome(self, part: Part, reply: Reply) -> None:
+        self._on_outcome(part, reply)
+
+    def _on_outcome(self, part: Part, reply: Reply) -> bool:
+        """Resolve the part if the outcome is known. Whether it is."""
+        if not isinstance(reply, TxnReply) or reply.status not in (
+            TxnStatus.COMMITTED,
+            TxnStatus.ABORTED,
+        ):
+            return False
+        ev = self.ev
+        current = ev.state.part(part.txn_id, part.locus)
+        if current is not None and current.resolving is None and part.txn_id not in ev.latches.txns:
+            if current.row.anchor_key == current.locus and part.txn_id in ev.state.staged:
+                self._propose_decision(
+                    part.txn_id, part.locus, reply.ts if reply.status == TxnStatus.COMMITTED else 0
+                )
+            else:
+                ts = reply.ts if reply.status == TxnStatus.COMMITTED else 0
+                ev.propose_resolve(current, ts, hinted=True)
+        return True
+
+    # -- readers (protocol.md section 7)
+
+    def ask_visibility(self, part: Part, at: int, waiter: Waiter) -> None:
+        """A reader at `at` met an undecided intent at or below it: ask the anchor; it is woken by the answer."""
+        ask = self._asks.get(part.txn_id)
+        if ask is not None:
+            ask[1].append(waiter)
+            return
+        self._asks[part.txn_id] = (at, [waiter])
+        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.READ, at)
+        self.call(part.row.anchor_key, request, lambda reply: self._on_visibility(part, reply))
+
+    def _on_visibility(self, part: Part, reply: Reply) -> None:
+        asked, waiters = self._asks.pop(part.txn_id)
+        ev = self.ev
+        if isinstance(reply, TxnReply) and reply.status == TxnStatus.INVISIBLE:
+            part.invisible_to = max(part.invisible_to, asked)
+        elif not self._on_outcome(part, reply):
+            # No answer: they ask again, until their own time is up.
+            ev.at(ev.now + ASK_AGAIN_S, lambda _: self._rerun(waiters))
+            return
+        self._rerun(waiters)
+
+    def _rerun(self, waiters: list[Waiter]) -> None:
+        self.ev.runnable += waiters
+
+
+class _Visibility:
+    """The anchor answers a reader at read_ts about a STAGED transaction: asks each participant, decides nothing."""
+
+    def __init__(self, recovery: Recovery, request: QueryTxn, origin: Any, staged: Staged) -> None:
+        self.recovery = recovery
+        self.request = request
+        self.origin = origin
+        self.missing = {participant.locus: participant for participant in staged.participants}
+        self.commit_ts = 0
+        self.answered = False
+        for participant in staged.participants:
+            question = QueryPart(0, 0, 0, request.txn_id, participant.locus, request.read_ts)
+            recovery.call(participant.locus, question, self._on_reply(participant))
+
+    def _on_reply(self, participant: Participant) -> Callable[[Reply], None]:
+        def on_reply(reply: Reply) -> None:
+            if not self.answered:
+                self._learn(participant, reply)
+
+        return on_reply
+
+    def _learn(self, participant: Participant, reply: Reply) -> None:
+        if not isinstance(reply, PartReply):
+            self._answer(Failure(self.request.id, "unavailable", "a participant did not answer"))
+            return
+        status = reply.status
+        if status == PartStatus.PREPARED:
+            self.commit_ts = max(self.commit_ts, reply.ts)
+            self.missing.pop(participant.locus, None)
+            if not self.missing:  # R2: all prepared and staged is committed, whoever writes it down
+                self._answer(TxnReply(self.request.id, TxnStatus.COMMITTED, self.commit_ts))
+        elif status == PartStatus.COMMITTED:
+            self._answer(TxnReply(self.request.id, TxnStatus.COMMITTED, reply.ts))
+        elif status == PartStatus.EXPIRED:
+            self.answered = True
+            self.recovery.query_txn(self.request, self.origin, self.recovery.ev.now)
+        elif status in (PartStatus.FENCED, PartStatus.ABORTED):
+            self._answer(TxnReply(self.request.id, TxnStatus.ABORTED))
+        else:
+            self._answer(TxnReply(self.request.id, TxnStatus.INVISIBLE))
+
+    def _answer(self, reply: Reply) -> None:
+        self.answered = True
+        self.recovery.ev.out.reply(self.origin, reply, False)
+
+
+__all__ = ["Recovery"]

@@ -1,0 +1,278 @@
+"""The replicated state of one range, as every replica keeps it: what is undecided in memory, the rest in rows.
+
+Invariants: S1 an undecided part, a staged record, an outbox row is in memory exactly when its row exists (the rows are read
+only when a replica starts; a queue in RocksDB slows with its own tombstones). S2 at most one intent per key (I10). S3 no
+intent under a guard of another transaction (I10). S4 nothing here changes but by txn/apply.py, or at `load`.
+
+Where we differ from protocol.md section 2: INTENT and GUARD have no rows of their own. A PREPARED row holds its writes and
+guards whole, and intents and guards are derived from it; so they cannot disagree (I10), and a commit writes fewer rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from txn import keycode
+from txn.ports import Rows
+from txn.types import Guard, Participant, PartStatus, TxnStatus, point_end
+
+
+class RangeRow(msgspec.Struct, array_like=True):
+    """The range's own row: changes in the same write batch as every row of the entries it speaks of (pitfall 1)."""
+
+    range_id: int
+    start: bytes
+    end: bytes  # b"": the end of all keys
+    version: int
+    conf_ver: int
+    applied_index: int
+    applied_term: int
+    closed_ts: int = 0
+    gc_threshold: int = 0
+    outcome_horizon: int = 0
+    installing: bool = False
+
+
+class PreparedRow(msgspec.Struct, array_like=True, frozen=True):
+    anchor_key: bytes
+    min_ts: int
+    age: int
+    keys: list[bytes]
+    values: list[bytes | None]
+    guards: list[Guard]
+
+
+class DecidedRow(msgspec.Struct, array_like=True, frozen=True):
+    status: int  # a PartStatus: FENCED, COMMITTED or ABORTED
+    ts: int
+    anchor_key: bytes
+    reason: int = 0
+    key: bytes = b""
+    other_txn: bytes = b""
+    other_version: int = 0
+    hinted: bool = False
+
+
+class StagedRow(msgspec.Struct, array_like=True, frozen=True):
+    participants: list[Participant]
+
+
+class TerminalRow(msgspec.Struct, array_like=True, frozen=True):
+    commit_ts: int  # 0: aborted
+
+
+class OutboxRow(msgspec.Struct, array_like=True, frozen=True):
+    participant: Participant
+    commit_ts: int  # 0: aborted
+
+
+class Part:
+    """An undecided part, in memory."""
+
+    __slots__ = ("first_seen", "invisible_to", "locus", "resolving", "row", "txn_id")
+
+    def __init__(self, locus: bytes, txn_id: bytes, row: PreparedRow) -> None:
+        self.locus = locus
+        self.txn_id = txn_id
+        self.row = row
+        # Volatile, of this leader's term:
+        self.invisible_to = 0  # the anchor promised: it commits above this timestamp, or not at all
+        self.first_seen = -1.0  # monotonic seconds
+        self.resolving: Any = None  # the latch of its Resolve, once that is proposed
+
+    def forget_volatile(self, now: float) -> None:
+        """A new term: what an earlier leader was promised or had proposed does not count."""
+        self.invisible_to, self.first_seen, self.resolving = 0, now, None
+
+
+class Staged(NamedTuple):
+    anchor_key: bytes
+    participants: list[Participant]
+
+
+class Outbox(NamedTuple):
+    anchor_key: bytes
+    txn_id: bytes
+    participant: Participant
+    commit_ts: int
+
+
+class Answer(NamedTuple):
+    """What applying a command (or looking at the state) says of a part."""
+
+    status: int  # a PartStatus
+    ts: int = 0
+    reason: int = 0
+    key: bytes = b""
+    other_txn: bytes = b""
+    other_version: int = 0
+
+
+ABSENT = Answer(PartStatus.ABSENT)
+
+_encode = msgspec.msgpack.Encoder().encode
+encode_row = _encode
+_decode_range = msgspec.msgpack.Decoder(RangeRow).decode
+_decode_prepared = msgspec.msgpack.Decoder(PreparedRow).decode
+_decode_decided = msgspec.msgpack.Decoder(DecidedRow).decode
+_decode_staged = msgspec.msgpack.Decoder(StagedRow).decode
+_decode_terminal = msgspec.msgpack.Decoder(TerminalRow).decode
+_decode_outbox = msgspec.msgpack.Decoder(OutboxRow).decode
+
+
+def decode_range_row(data: bytes) -> RangeRow:
+    return _decode_range(data)
+
+
+class RangeState:
+    """See the module. `row` is the range's row; `persist` of it is the store's business, once a write batch."""
+
+    def __init__(self, row: RangeRow) -> None:
+        self.row = row
+        self.parts: dict[bytes, dict[bytes, Part]] = {}  # txn_id -> locus -> part
+        self.intents: dict[bytes, Part] = {}  # key -> the part that will write it
+        self.point_guards: dict[bytes, dict[bytes, Part]] = {}  # key -> txn_id -> part
+        self.span_guards: dict[bytes, list[tuple[bytes, bytes, Part]]] = {}  # txn_id -> spans
+        self.staged: dict[bytes, Staged] = {}  # txn_id -> record
+        self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
+        self.oracle_hi = 0
+
+    def load(self, rows: Rows) -> None:
+        """Read what is undecided, once, when the replica starts or has installed a snapshot."""
+        for mirror in (
+            self.parts,
+            self.intents,
+            self.point_guards,
+            self.span_guards,
+            self.staged,
+            self.outbox,
+        ):
+            mirror.clear()
+        for key, data in self._family(rows, keycode.PREPARED):
+            locus, at = keycode.unescape(key, 1)
+            self.add_part(Part(locus, key[at:], _decode_prepared(data)))
+        for key, data in self._family(rows, keycode.STAGED):
+            anchor_key, at = keycode.unescape(key, 1)
+            self.staged[key[at:]] = Staged(anchor_key, _decode_staged(data).participants)
+        for key, data in self._family(rows, keycode.OUTBOX):
+            anchor_key, at = keycode.unescape(key, 1)
+            txn_id, row = key[at : at + 16], _decode_outbox(data)
+            self.outbox[txn_id, row.participant.locus] = Outbox(
+                anchor_key, txn_id, row.participant, row.commit_ts
+            )
+        bound = rows.get(keycode.node_row(keycode.ORACLE, self.row.range_id))
+        self.oracle_hi = int.from_bytes(bound, "big") if bound else 0
+
+    def _family(self, rows: Rows, family: bytes) -> Iterator[tuple[bytes, bytes]]:
+        low, high = keycode.family_span(family, self.row.start, self.row.end)
+        return rows.scan(low, high)
+
+    # -- changes, by apply and load only
+
+    def add_part(self, part: Part) -> None:
+        self.parts.setdefault(part.txn_id, {})[part.locus] = part
+        for key in part.row.keys:
+            assert key not in self.intents, "I10: a second intent on a key"
+            self.intents[key] = part
+        for guard in part.row.guards:
+            if guard.end == point_end(guard.start):
+                self.point_guards.setdefault(guard.start, {})[part.txn_id] = part
+            else:
+                self.span_guards.setdefault(part.txn_id, []).append((guard.start, guard.end, part))
+
+    def remove_part(self, part: Part) -> None:
+        loci = self.parts[part.txn_id]
+        del loci[part.locus]
+        if not loci:
+            del self.parts[part.txn_id]
+        for key in part.row.keys:
+            del self.intents[key]
+        for guard in part.row.guards:
+            if guard.end == point_end(guard.start):
+                holders = self.point_guards.get(guard.start)
+                if holders is not None:
+                    holders.pop(part.txn_id, None)
+                    if not holders:
+                        del self.point_guards[guard.start]
+        spans = self.span_guards.get(part.txn_id)
+        if spans is not None:
+            spans[:] = [span for span in spans if span[2] is not part]
+            if not spans:
+                del self.span_guards[part.txn_id]
+
+    # -- look-ups
+
+    def part(self, txn_id: bytes, locus: bytes) -> Part | None:
+        loci = self.parts.get(txn_id)
+        return loci.get(locus) if loci else None
+
+    def owns(self, key: bytes) -> bool:
+        row = self.row
+        return row.start <= key and (not row.end or key < row.end)
+
+    def owns_span(self, start: bytes, end: bytes) -> bool:
+        row = self.row
+        return row.start <= start and (not row.end or (bool(end) and end <= row.end))
+
+    def foreign_guard(self, key: bytes, txn_id: bytes) -> Part | None:
+        """Another transaction's replicated guard over a key."""
+        holders = self.point_guards.get(key)
+        if holders:
+            for other, part in holders.items():
+                if other != txn_id:
+                    return part
+        for other, spans in self.span_guards.items():
+            if other != txn_id:
+                for start, end, part in spans:
+                    if start <= key < end:
+                        return part
+        return None
+
+    def foreign_guard_in(self, start: bytes, end: bytes, txn_id: bytes) -> Part | None:
+        """Another transaction's replicated guard that meets [start, end)."""
+        for key, holders in self.point_guards.items():
+            if start <= key < end:
+                for other, part in holders.items():
+                    if other != txn_id:
+                        return part
+        for other, spans in self.span_guards.items():
+            if other != txn_id:
+                for low, high, part in spans:
+                    if low < end and start < high:
+                        return part
+        return None
+
+    def intents_in(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Part]]:
+        """Intents on keys of [start, end); in no particular order of keys, but the same on every replica."""
+        if end == point_end(start):
+            part = self.intents.get(start)
+            if part is not None:
+                yield start, part
+            return
+        for key, part in self.intents.items():
+            if start <= key < end:
+                yield key, part
+
+    def answer_of(self, get: Rows, txn_id: bytes, locus: bytes) -> Answer:
+        """What this range knows of a part: all but ABSENT are stable."""
+        part = self.part(txn_id, locus)
+        if part is not None:
+            return Answer(PartStatus.PREPARED, part.row.min_ts)
+        data = get.get(keycode.part_row(keycode.DECIDED, locus, txn_id))
+        if data is None:
+            return ABSENT
+        row = _decode_decided(data)
+        return Answer(row.status, row.ts, row.reason, row.key, row.other_txn, row.other_version)
+
+    def terminal_of(self, rows: Rows, txn_id: bytes, anchor_key: bytes) -> tuple[int, int]:
+        """(TxnStatus, commit_ts) of a transaction anchored here; COMMITTED, ABORTED, STAGED or ABSENT."""
+        if txn_id in self.staged:
+            return TxnStatus.STAGED, 0
+        data = rows.get(keycode.part_row(keycode.TERMINAL, anchor_key, txn_id))
+        if data is None:
+            return TxnStatus.ABSENT, 0
+        commit_ts = _decode_terminal(data).commit_ts
+        return (TxnStatus.COMMITTED, commit_ts) if commit_ts else (TxnStatus.ABORTED, 0)
