@@ -27,9 +27,17 @@ class LogWriteFailed(ReplicationError):
     """A write or sync of the log failed: its outcome is unknown, and the process must stop (pitfall 11)."""
 
 
+class LogDiskFull(LogWriteFailed):
+    """The log's disk is full. The process must stop as for any failed write; space, not the disk, is what it lacks."""
+
+
 class LogMismatch(ReplicationError):
     """The engine and the log contradict each other (pitfall 19). The node refuses to serve; restore it from a peer."""
 
 
 class FrameError(ReplicationError):
     """Bytes from a peer that do not decode. The connection is closed; nothing was applied."""
+
+
+class InvalidMembership(ReplicationError):
+    """A membership, or a change from one to another, that the rules of membership.py do not allow. Ask for another."""

@@ -1,0 +1,205 @@
+"""A node's disk in memory, with the faults of real ones: the log's segments and the node's small files.
+
+What was written and not synced is lost at a crash, sector by sector and in any subset. Bits flip, writes and syncs
+fail on demand. `crash` and `kill` return the disk that the restarted node finds; the old one then refuses
+everything, so that a node that should be dead cannot go on writing.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Final
+
+from replication.errors import LogDiskFull, LogWriteFailed
+
+SECTOR_BYTES: Final = 512  # written whole or not at all
+
+
+@dataclass
+class _Segment:
+    durable: bytearray
+    current: bytearray
+    unsynced: list[tuple[int, bytes]] = field(
+        default_factory=list
+    )  # writes since the last sync, in order
+
+    @classmethod
+    def of(cls, content: bytes | bytearray) -> _Segment:
+        return cls(bytearray(content), bytearray(content))
+
+
+class SimDisk:
+    """LogFiles (replication/ports.py) in memory, and small files that are replaced as a whole.
+
+    Deterministic: what survives a crash is drawn from the random source that `crash` is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int | None = None,
+        _content: tuple[dict[int, _Segment], dict[str, bytes]] | None = None,
+    ) -> None:
+        """capacity_bytes: what the segments may take together; None: no limit."""
+        self._segments, self._files = _content or ({}, {})
+        self._capacity_bytes = capacity_bytes
+        self._failed: str | None = None
+        self._fail_syncs_after: int | None = None
+        self._fail_writes_after: int | None = None
+        self.write_count = 0
+        self.sync_count = 0
+        self.written_bytes = 0
+        self.create_count = 0
+        self.delete_count = 0
+
+    # -- LogFiles --------------------------------------------------------------------------------------------------
+
+    def segments(self) -> list[int]:
+        """Ids of the segments that exist, ascending."""
+        return sorted(self._segments)
+
+    def read(self, segment: int) -> bytes:
+        """The whole file, unsynced writes included. Raises: FileNotFoundError."""
+        if segment not in self._segments:
+            raise FileNotFoundError(f"segment {segment}")
+        return bytes(self._segments[segment].current)
+
+    def create(self, segment: int, size_bytes: int) -> None:
+        """A new segment full of zeros; durable. Raises: LogDiskFull, LogWriteFailed."""
+        self._check(f"create segment {segment}")
+        if segment in self._segments:
+            self._fail(f"create segment {segment}: it exists")
+        used = sum(len(file.current) for file in self._segments.values())
+        if self._capacity_bytes is not None and used + size_bytes > self._capacity_bytes:
+            self._fail(f"create segment {segment}: no space left", full=True)
+        self._segments[segment] = _Segment.of(bytes(size_bytes))
+        self.create_count += 1
+
+    def write(self, segment: int, offset: int, data: bytes) -> None:
+        """Write at an offset; not durable before `sync`. Raises: LogDiskFull, LogWriteFailed."""
+        self._check(f"write segment {segment}")
+        file = self._file(segment, "write")
+        failing = self._countdown("_fail_writes_after")
+        if failing:  # some of it may have reached the disk
+            data = data[: len(data) // 2 // SECTOR_BYTES * SECTOR_BYTES]
+        if len(file.current) < offset + len(data):
+            file.current.extend(bytes(offset + len(data) - len(file.current)))
+        file.current[offset : offset + len(data)] = data
+        file.unsynced.append((offset, bytes(data)))
+        if failing:
+            self._fail(f"write segment {segment}: injected failure")
+        self.write_count += 1
+        self.written_bytes += len(data)
+
+    def sync(self, segment: int) -> None:
+        """Make every write so far to this segment durable. Raises: LogWriteFailed."""
+        self._check(f"sync segment {segment}")
+        file = self._file(segment, "sync")
+        if self._countdown("_fail_syncs_after"):
+            file.unsynced.clear()  # the cache says clean, and the disk has nothing of it
+            self._fail(f"sync segment {segment}: injected failure")
+        for offset, data in file.unsynced:
+            _put(file.durable, offset, data)
+        file.unsynced.clear()
+        self.sync_count += 1
+
+    def delete(self, segment: int) -> None:
+        """Remove a segment; durable. Raises: LogWriteFailed."""
+        self._check(f"delete segment {segment}")
+        self._file(segment, "delete")
+        del self._segments[segment]
+        self.delete_count += 1
+
+    def close(self) -> None:
+        """Nothing is synced by it."""
+        self._failed = self._failed or "closed"
+
+    # -- small files -----------------------------------------------------------------------------------------------
+
+    def read_file(self, name: str) -> bytes | None:
+        """The content, or None if there is no such file."""
+        return self._files.get(name)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Replace a file as a whole, durably. Raises: LogWriteFailed after a fault."""
+        self._check(f"write file {name}")
+        self._files[name] = bytes(data)
+
+    # -- faults ----------------------------------------------------------------------------------------------------
+
+    def fail_sync(self, after: int = 0) -> None:
+        """The sync after `after` more good ones fails."""
+        self._fail_syncs_after = after
+
+    def fail_write(self, after: int = 0) -> None:
+        """The write after `after` more good ones fails, with some of it done."""
+        self._fail_writes_after = after
+
+    def flip(self, segment: int, offset: int, bit: int = 0) -> None:
+        """Rot: one bit is not what was written any more, on the disk and in the cache."""
+        file = self._segments[segment]
+        for content in (file.current, file.durable):
+            if offset < len(content):
+                content[offset] ^= 1 << bit
+
+    def lose(self, segment: int) -> None:
+        """A whole segment is gone."""
+        del self._segments[segment]
+
+    def crash(self, rng: random.Random) -> SimDisk:
+        """The power fails: of each unsynced write any subset of sectors survives, drawn from `rng`.
+
+        Returns: the disk as it is found afterwards. This one is dead.
+        """
+        segments: dict[int, _Segment] = {}
+        for segment, file in sorted(self._segments.items()):
+            content = bytearray(file.durable)
+            share = rng.choice((0.0, 0.5, 0.9, 1.0))
+            for offset, data in file.unsynced:
+                for at in range(0, len(data), SECTOR_BYTES):
+                    if rng.random() < share:
+                        _put(content, offset + at, data[at : at + SECTOR_BYTES])
+            segments[segment] = _Segment.of(content)
+        return self._successor(segments)
+
+    def kill(self) -> SimDisk:
+        """The process dies and the machine lives: what was written is in the cache still, and is not durable yet.
+
+        Returns: the disk that the restarted process opens. This one is dead.
+        """
+        return self._successor(self._segments)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _successor(self, segments: dict[int, _Segment]) -> SimDisk:
+        after = SimDisk(capacity_bytes=self._capacity_bytes, _content=(segments, self._files))
+        self._segments, self._files = {}, {}
+        self._failed = self._failed or "the machine crashed"
+        return after
+
+    def _check(self, what: str) -> None:
+        if self._failed is not None:
+            raise LogWriteFailed(f"{what}: refused, for earlier this failed: {self._failed}")
+
+    def _fail(self, why: str, *, full: bool = False) -> None:
+        self._failed = why
+        raise LogDiskFull(why) if full else LogWriteFailed(why)
+
+    def _file(self, segment: int, what: str) -> _Segment:
+        if segment not in self._segments:
+            self._fail(f"{what} segment {segment}: no such file")
+        return self._segments[segment]
+
+    def _countdown(self, name: str) -> bool:
+        left: int | None = getattr(self, name)
+        if left is None:
+            return False
+        setattr(self, name, left - 1 if left else None)
+        return not left
+
+
+def _put(content: bytearray, offset: int, data: bytes) -> None:
+    if len(content) < offset + len(data):
+        content.extend(bytes(offset + len(data) - len(content)))
+    content[offset : offset + len(data)] = data
