@@ -1,0 +1,95 @@
+"""What a process of Kvorum logs: events with fields, as one JSON object a line, or as text for people.
+
+A module takes `log = structlog.get_logger(__name__)` and says `log.info("range split", range=7, at=key)`: the event is
+a constant text, what varies goes into fields. Keys and values of users are not logged at `info` or above.
+Records of other libraries (aiohttp, asyncio) pass through the same renderer. The hot path logs nothing per operation.
+
+Only a program sets logging up (`kvstore`, `kvctl`, tools), never the library: who embeds a node decides for himself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final, Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+Format = Literal["auto", "json", "console"]
+Level = Literal["debug", "info", "warning", "error"]
+
+LIBRARIES_LEVEL: Final = (
+    logging.WARNING
+)  # of loggers that are not ours: their chatter is not our operators' concern
+OURS: Final = ("kvstore", "txn", "replication", "tools")
+
+
+def set_up(level: Level = "info", format: Format = "auto", stream: TextIO | None = None) -> None:  # noqa: A002  # the configuration's word
+    """Send every log record of this process to `stream` (standard error if None). Calling it again replaces the setup.
+
+    Args: level: the least level of our own records. format: "auto" is "console" on a terminal, else "json".
+    """
+    target = sys.stderr if stream is None else stream
+    is_terminal = target.isatty()
+    as_json = format == "json" or (format == "auto" and not is_terminal)
+
+    handler = logging.StreamHandler(target)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_shared(as_json=as_json),
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *_renderers(as_json=as_json, colors=is_terminal),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(LIBRARIES_LEVEL)
+    for name in OURS:
+        logging.getLogger(name).setLevel(level.upper())
+
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            *_shared(as_json=as_json),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,  # so that a second set_up reaches loggers that exist
+    )
+
+
+def _shared(*, as_json: bool) -> list[Processor]:
+    """What every record gets, ours or a library's."""
+    time_format = "iso" if as_json else "%H:%M:%S.%f"
+    return [
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt=time_format, utc=as_json, key="time"),
+        structlog.processors.StackInfoRenderer(),
+        _readable_bytes,
+    ]
+
+
+def _renderers(*, as_json: bool, colors: bool) -> list[Processor]:
+    if not as_json:
+        return [structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time")]
+    return [
+        structlog.processors.ExceptionRenderer(),
+        structlog.processors.JSONRenderer(default=str),
+    ]
+
+
+def _readable_bytes(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    r"""Keys are bytes: shown as kvctl shows them, printable ASCII as it is and the rest as \xNN."""
+    for name, value in event.items():
+        if isinstance(value, bytes):
+            event[name] = "".join(
+                chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}"
+                for byte in value
+            )
+    return event
