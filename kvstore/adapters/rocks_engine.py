@@ -130,8 +130,6 @@ class RocksEngine:
             raise _typed(error) from None
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        if not keys:
-            return []
         try:
             return self._get(list(keys))  # type: ignore[no-any-return]
         except Exception as error:
@@ -401,7 +399,7 @@ def _typed(error: Exception) -> Exception:
         return error
     if isinstance(error, DbClosedError):
         return EngineClosed("the storage engine is closed")
-    if isinstance(error, KeyError | TypeError):  # "raw mode only support bytes": a bug of ours
+    if isinstance(error, TypeError) or "raw mode only support bytes" in text:  # a bug of ours
         return TypeError(text)
     if "No space left on device" in text:
         return DiskFull(text)
