@@ -1,0 +1,207 @@
+"""An event loop whose time is virtual: when nothing is ready it jumps to the next timer.
+
+One seed gives one history: callbacks run in the order in which they were scheduled, blocking calls run inline and
+complete at a drawn virtual time, sockets, processes and other threads are refused. Nothing here depends on the wall
+clock, on addresses of objects or on the hash seed; what runs on the loop must not either (no iteration over sets, no
+`asyncio.wait`, `TaskGroup`, `all_tasks`, `as_completed`).
+
+When nothing is ready and no timer is left, nothing can ever happen again: that is a SimDeadlock, which names the tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import Any, Final, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+EPOCH_S: Final = (
+    1000.0  # where virtual time begins: not 0, so that a forgotten 0.0 is seen as long ago
+)
+EXECUTOR_S: Final = (0.000_1, 0.005)  # how long a blocking call takes, drawn from between
+COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections
+
+
+class SimError(RuntimeError):
+    """The simulated code did what the simulated world does not have."""
+
+
+class SimDeadlock(SimError):
+    """Nothing is ready and no timer is left, but the main coroutine has not ended."""
+
+
+class SimTimeout(SimError):
+    """The main coroutine has not ended by the virtual time limit."""
+
+
+class _NoSelector:
+    """Stands where the selector would wait for sockets: it moves the clock instead."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self._loop = loop
+
+    def select(self, timeout: float | None) -> list[Any]:
+        self._loop.advance(timeout)
+        return []
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise SimError("there are no sockets, pipes, processes or signals in a simulation")
+
+
+_REFUSED: Any = _refuse
+
+
+class SimLoop(asyncio.BaseEventLoop):
+    """Args: rng: draws the durations of blocking calls. time_limit_s: virtual seconds until SimTimeout is raised."""
+
+    def __init__(self, rng: random.Random, *, time_limit_s: float = float("inf")) -> None:
+        super().__init__()
+        self.steps = 0
+        self._rng = rng
+        self._now = EPOCH_S
+        self._end = EPOCH_S + time_limit_s
+        self._selector = _NoSelector(self)
+        self._clock_resolution = 1e-9
+        self._created = 0
+        self._running: dict[
+            int, asyncio.Task[Any]
+        ] = {}  # tasks that have not ended, in order of creation
+        self._thread = threading.get_ident()
+
+    def time(self) -> float:
+        return self._now
+
+    def advance(self, timeout: float | None) -> None:
+        """One step: with nothing ready (`timeout` is not 0), go to the next timer."""
+        self.steps += 1
+        if self.steps % COLLECT_STEPS == 0:
+            gc.collect()
+        if timeout == 0:
+            return
+        if timeout is None:
+            names = ", ".join(task.get_name() for task in self._running.values())
+            raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        self._now = max(self._now, scheduled[0].when())
+        if self._now > self._end:
+            raise SimTimeout(f"not done at {self._now:.3f}, after {self.steps} steps")
+
+    def create_task(
+        self,
+        coro: Any,
+        *,
+        name: object = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[Any]:
+        number = self._created = self._created + 1
+        task = super().create_task(coro, name=name or f"task-{number}", context=context)
+        self._running[number] = task
+        task.add_done_callback(lambda _: self._running.pop(number, None))
+        return task
+
+    def running(self) -> list[asyncio.Task[Any]]:
+        """Tasks that have not ended, in order of creation."""
+        return list(self._running.values())
+
+    def run_in_executor(
+        self,
+        executor: Any,  # noqa: ARG002 - there is only this thread
+        func: Callable[[*Ts], T],
+        *args: *Ts,
+    ) -> asyncio.Future[T]:
+        """Runs now; the outcome is seen at a later virtual time."""
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            result = func(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the future's outcome
+            self.call_later(self._rng.uniform(*EXECUTOR_S), _settle, future, None, error)
+        else:
+            self.call_later(self._rng.uniform(*EXECUTOR_S), _settle, future, result, None)
+        return future
+
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        if threading.get_ident() != self._thread:
+            raise SimError("another thread calls into a simulation")
+        return self.call_soon(callback, *args, context=context)
+
+    def _process_events(self, event_list: list[Any]) -> None:
+        assert not event_list
+
+    def _write_to_self(self) -> None: ...
+
+    getaddrinfo = getnameinfo = create_connection = create_server = _REFUSED
+    create_datagram_endpoint = create_unix_connection = create_unix_server = _REFUSED
+    connect_accepted_socket = connect_read_pipe = connect_write_pipe = sendfile = _REFUSED
+    start_tls = subprocess_exec = subprocess_shell = _REFUSED
+    add_signal_handler = remove_signal_handler = _REFUSED
+    add_reader = remove_reader = add_writer = remove_writer = _REFUSED
+    sock_recv = sock_recv_into = sock_sendall = sock_connect = sock_accept = _REFUSED
+
+
+def _settle(future: asyncio.Future[T], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return  # cancelled meanwhile
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def run(
+    main: Callable[[SimLoop], Coroutine[Any, Any, T]],
+    seed: int,
+    *,
+    time_limit_s: float = float("inf"),
+) -> T:
+    """Run `main(loop)` to its end under a loop of its own and return what it returns.
+
+    Tasks that are left over are cancelled in the order of their creation, and run to their end.
+    Raises: SimDeadlock, SimTimeout, and whatever `main` raises.
+    """
+    loop = SimLoop(random.Random(f"{seed}/loop"), time_limit_s=time_limit_s)
+    with _collected_by_steps():
+        try:
+            asyncio.set_event_loop(loop)
+            return loop.run_until_complete(main(loop))
+        finally:
+            try:
+                _cancel_all(loop)
+            finally:
+                asyncio.set_event_loop(None)
+                loop.close()
+
+
+def _cancel_all(loop: SimLoop) -> None:
+    left = loop.running()
+    for task in left:
+        task.cancel()
+
+    async def gathered() -> None:
+        await asyncio.gather(*left, return_exceptions=True)
+
+    if left:
+        loop.run_until_complete(gathered())
+    loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+@contextmanager
+def _collected_by_steps() -> Iterator[None]:
+    """Finalizers run at fixed steps only, else they would run when memory happens to be short."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
