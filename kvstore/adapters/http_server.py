@@ -1,0 +1,457 @@
+"""The HTTP gateway of a node: keys, transactions, administration, health, metrics, a status page.
+
+It adds routes to the application that serves the node's one port, and holds nothing but counters: every request is
+answered by the node's own client, so a gateway may be asked on any node. What arrives is checked before anything is
+done, every refusal is JSON with a stable code, and a body is read only within a budget of bytes in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+import msgspec
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry, exposition
+
+from kvstore import limits, operations
+from kvstore.adapters import http_openapi, http_page
+from kvstore.adapters.http_wire import (
+    VERSION_HEADER,
+    VERSION_MAX,
+    Query,
+    error_body,
+    json_bytes,
+    status_of,
+    unquote,
+)
+from kvstore.bootstrap import InitRequest, check
+from kvstore.errors import (
+    InvalidArgument,
+    KVError,
+    NotFound,
+    NotReady,
+    PermissionDenied,
+    Throttled,
+    TransactionTooLarge,
+    ValueTooLarge,
+)
+
+if TYPE_CHECKING:
+    from kvstore.client import Database, Transaction
+
+JSON_BYTES_MAX: Final = 12 * limits.MIB  # a whole transaction in base64, and its brackets
+BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
+REQUESTS_IN_FLIGHT_MAX: Final = 1_024
+BODY_TIMEOUT_S: Final = 30.0
+REQUEST_TIMEOUT_S_MAX: Final = 300.0
+PAGE_BYTES_MAX: Final = 4 * limits.MIB
+_KV_PATH: Final = "/v1/kv/"
+_SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
+
+_T = TypeVar("_T")
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Observe = Callable[[str, str, float], None]  # (operation, outcome, seconds)
+
+log = structlog.get_logger(__name__)
+
+
+class NodeSurface(Protocol):
+    """What the gateway needs of a node."""
+
+    @property
+    def database(self) -> Database | None: ...
+    @property
+    def cluster_id(self) -> str: ...
+    @property
+    def node_id(self) -> int: ...
+    @property
+    def registry(self) -> CollectorRegistry: ...
+    def status(self) -> dict[str, Any]: ...
+    def live(self) -> bool: ...
+    def ready(self) -> tuple[bool, str]: ...
+    async def initialize(self, request: InitRequest) -> None: ...
+
+
+class TransactionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/txn."""
+
+    operations: list[operations.Operation]
+    idempotency_key: str | None = None
+
+
+class RequestTimeout(KVError):
+    """The body did not arrive in time; nothing was done. Send it again."""
+
+    code = "request_timeout"
+    retryable = True
+
+
+def add_routes(app: web.Application, node: NodeSurface, observe: Observe | None = None) -> None:
+    """Serve `node` on `app`. `observe` is told of every request of the data routes, for metrics."""
+    gateway = _Gateway(node, observe)
+    add = app.router.add_route
+    for method, path, operation, handler in gateway.routes():
+        add(method, path, gateway.answering(operation, handler))
+
+
+class _Gateway:
+    def __init__(self, node: NodeSurface, observe: Observe | None) -> None:
+        self._node = node
+        self._observe = observe
+        self._requests_in_flight = 0
+        self._body_bytes_in_flight = 0
+
+    def routes(self) -> list[tuple[str, str, str, _Handler]]:
+        key = _KV_PATH + r"{key:[\s\S]*}"
+        return [
+            ("GET", key, "get", self._get),
+            ("HEAD", key, "get", self._get),
+            ("PUT", key, "put", self._put),
+            ("DELETE", key, "delete", self._delete),
+            ("GET", "/v1/kv", "scan", self._scan),
+            ("POST", "/v1/txn", "txn", self._txn),
+            ("GET", "/v1/admin/identity", "", self._identity),
+            ("POST", "/v1/admin/init", "", self._init),
+            ("GET", "/v1/admin/status", "", self._status),
+            ("GET", "/v1/admin/ranges", "", self._ranges),
+            ("GET", "/v1/admin/nodes", "", self._nodes),
+            ("GET", "/v1/openapi.json", "", self._openapi),
+            ("GET", "/health/live", "", self._live),
+            ("GET", "/health/ready", "", self._ready),
+            ("GET", "/metrics", "", self._metrics),
+            ("GET", "/", "", self._page),
+        ]
+
+    def answering(self, operation: str, handler: _Handler) -> _Handler:
+        """`handler` with its errors turned into answers, counted, and within the limit of requests in flight.
+
+        Health and metrics (no `operation`) are answered however busy the node is.
+        """
+
+        @functools.wraps(handler)
+        async def answer(request: web.Request) -> web.StreamResponse:
+            clock = asyncio.get_running_loop().time
+            began, outcome = clock(), "ok"
+            self._requests_in_flight += 1
+            try:
+                if operation and self._requests_in_flight > REQUESTS_IN_FLIGHT_MAX:
+                    raise Throttled(0.1, "too many requests are under way")
+                _refuse_foreign_origin(request)
+                return await handler(request)
+            except KVError as error:
+                outcome = error.code
+                return _error_response(error)
+            except (asyncio.CancelledError, ConnectionError, web.HTTPException):
+                outcome = "gone"  # the caller went away, or aiohttp has its own answer
+                raise
+            except Exception as error:  # a bug of ours is logged and answered
+                outcome = "internal_error"
+                log.exception("http request failed", path=request.path, method=request.method)
+                return _error_response(_internal_error(request, error))
+            finally:
+                self._requests_in_flight -= 1
+                if operation and self._observe is not None:
+                    self._observe(operation, outcome, clock() - began)
+
+        return answer
+
+    # --- keys and transactions
+
+    async def _get(self, request: web.Request) -> web.Response:
+        key = _key_of(request)
+        query = Query(request.rel_url.raw_query_string, ("timeout",))
+        entry = await _within(self._database().get_entry(key), query)
+        if entry is None:
+            raise NotFound("no such key")
+        headers = {VERSION_HEADER: str(entry.version)}
+        return web.Response(
+            body=entry.value, content_type="application/octet-stream", headers=headers
+        )
+
+    async def _put(self, request: web.Request) -> web.Response:
+        key = _key_of(request)
+        query = Query(request.rel_url.raw_query_string, ("if_version", "if_absent", "timeout"))
+        if_version, if_absent = query.integer("if_version", 1, VERSION_MAX), query.flag("if_absent")
+        if if_version is not None and if_absent:
+            raise InvalidArgument("give if_version or if_absent, not both")
+        database = self._database()
+        too_large = ValueTooLarge(f"the value is longer than {limits.VALUE_BYTES_MAX} bytes")
+        async with _Body(self, request, limits.VALUE_BYTES_MAX, too_large) as value:
+            if if_version is not None:
+                writing = database.put(key, value, if_version=if_version)
+            else:
+                writing = database.put(key, value, if_absent=if_absent)
+            version = await _within(writing, query)
+        return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        key = _key_of(request)
+        query = Query(request.rel_url.raw_query_string, ("timeout",))
+        version = await _within(self._database().delete(key), query)
+        return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
+
+    async def _scan(self, request: web.Request) -> web.Response:
+        names = ("prefix", "start", "end", "limit", "reverse", "keys_only", "at", "timeout")
+        query = Query(request.rel_url.raw_query_string, names)
+        start, end, prefix = (query.bytes_of(name) for name in ("start", "end", "prefix"))
+        if prefix is not None and (start is not None or end is not None):
+            raise InvalidArgument("give a prefix, or start and end, not both")
+        most = operations.SCAN_ROWS_MAX
+        limit = query.integer("limit", 1, most) or operations.SCAN_ROWS_DEFAULT
+        at = query.integer("at", 1, VERSION_MAX)
+        rows = _Page(self._database(), start or b"", end, prefix, limit, query, at)
+        return _json(await _within(rows.read(), query))
+
+    async def _txn(self, request: web.Request) -> web.Response:
+        query = Query(request.rel_url.raw_query_string, ("timeout",))
+        database = self._database()
+        too_large = TransactionTooLarge(f"the body is longer than {JSON_BYTES_MAX} bytes")
+        async with _Body(self, request, JSON_BYTES_MAX, too_large) as body:
+            wanted = _decode(body, TransactionRequest)
+            operations.check_operations(wanted.operations)
+            answer = await _within(_run(database, wanted), query)
+        return _json(answer)
+
+    # --- administration
+
+    async def _identity(self, _request: web.Request) -> web.Response:
+        node, state = self._node, str(self._node.status().get("state", ""))
+        empty = not node.cluster_id and state == "waiting"
+        identity = {
+            "cluster_id": node.cluster_id,
+            "node_id": node.node_id,
+            "state": state,
+            "empty": empty,
+        }
+        return _json(identity)
+
+    async def _init(self, request: web.Request) -> web.Response:
+        too_large = InvalidArgument(f"the body is longer than {JSON_BYTES_MAX} bytes")
+        async with _Body(self, request, JSON_BYTES_MAX, too_large) as body:
+            wanted = _decode(body, InitRequest)
+        check(wanted)
+        await self._node.initialize(wanted)
+        return await self._identity(request)
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return _json(self._node.status())
+
+    async def _ranges(self, _request: web.Request) -> web.Response:
+        return _json({"node": self._node.node_id, "ranges": self._node.status().get("ranges", [])})
+
+    async def _nodes(self, _request: web.Request) -> web.Response:
+        status = self._node.status()
+        return _json(
+            {
+                "node": self._node.node_id,
+                "nodes": status.get("nodes", []),
+                "peers": status.get("peers", {}),
+            }
+        )
+
+    # --- health, metrics, pages
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        live = self._node.live()
+        return _json({"live": live}, status=200 if live else 503)
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        ready, reason = self._node.ready()
+        return _json({"ready": ready, "reason": reason}, status=200 if ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(
+            body=encode(self._node.registry), headers={"Content-Type": content_type}
+        )
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        return _json(http_openapi.document())
+
+    async def _page(self, _request: web.Request) -> web.Response:
+        ready, reason = self._node.ready()
+        page = http_page.render(self._node.status(), ready, reason)
+        headers = {
+            "Content-Security-Policy": http_page.SECURITY_POLICY,
+            "X-Content-Type-Options": "nosniff",
+        }
+        return web.Response(text=page, content_type="text/html", headers=headers)
+
+    # --- what handlers share
+
+    def _database(self) -> Database:
+        database = self._node.database
+        if database is None:
+            raise NotReady("the node is not part of a cluster yet: run `kvctl init`")
+        return database
+
+    def reserve_body(self, size_bytes: int) -> None:
+        if self._body_bytes_in_flight + size_bytes > BODY_BYTES_IN_FLIGHT_MAX:
+            raise Throttled(0.1, "too many bytes of requests are in flight")
+        self._body_bytes_in_flight += size_bytes
+
+    def release_body(self, size_bytes: int) -> None:
+        self._body_bytes_in_flight -= size_bytes
+
+
+class _Body:
+    """A request's body, at most `bytes_max`, counted against the gateway's budget while the block runs."""
+
+    def __init__(
+        self, gateway: _Gateway, request: web.Request, bytes_max: int, too_large: KVError
+    ) -> None:
+        self._gateway = gateway
+        self._request = request
+        self._bytes_max = bytes_max
+        self._too_large = too_large
+        self._reserved = 0
+
+    async def __aenter__(self) -> bytes:
+        try:
+            if (self._request.content_length or 0) > self._bytes_max:
+                raise self._too_large
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._read()
+        except TimeoutError:
+            self._release()
+            raise RequestTimeout from None
+        except BaseException:
+            self._release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    async def _read(self) -> bytes:
+        body = bytearray()
+        async for chunk in self._request.content.iter_any():
+            self._gateway.reserve_body(len(chunk))
+            self._reserved += len(chunk)
+            body += chunk
+            if len(body) > self._bytes_max:
+                raise self._too_large
+        return bytes(body)
+
+    def _release(self) -> None:
+        self._gateway.release_body(self._reserved)
+        self._reserved = 0
+
+
+class _Page:
+    """One page of a scan, all of it at one version, bounded in rows and in bytes."""
+
+    def __init__(
+        self,
+        database: Database,
+        start: bytes,
+        end: bytes | None,
+        prefix: bytes | None,
+        limit: int,
+        query: Query,
+        at: int | None,
+    ) -> None:
+        self._database = database
+        self._span = start, end, prefix
+        self._limit = limit
+        self._reverse = query.flag("reverse")
+        self._keys_only = query.flag("keys_only")
+        self._at = at
+
+    async def read(self) -> dict[str, Any]:
+        """{"items", "more", "next", "version"}: ask on with start=next (end=next if reverse) and at=version."""
+        start, end, prefix = self._span
+        items: list[dict[str, bytes]] = []
+        size_bytes, more = 0, False
+        async with self._database.snapshot(at=self._at) as view:
+            async for key, value in view.scan(
+                start,
+                end,
+                prefix=prefix,
+                limit=self._limit + 1,
+                reverse=self._reverse,
+                keys_only=self._keys_only,
+            ):
+                if len(items) >= self._limit or size_bytes >= PAGE_BYTES_MAX:
+                    more = True
+                    break
+                items.append({"key": key} if self._keys_only else {"key": key, "value": value})
+                size_bytes += len(key) + len(value)
+            version = await view.version()
+        last = items[-1]["key"] if more else None
+        following = None if last is None else last if self._reverse else last + b"\x00"
+        return {"items": items, "more": more, "next": following, "version": str(version)}
+
+
+async def _run(database: Database, wanted: TransactionRequest) -> dict[str, Any]:
+    committed: list[Transaction] = []
+
+    async def attempt(tx: Transaction) -> list[dict[str, Any]]:
+        committed[:] = [tx]
+        return await operations.run_operations(tx, wanted.operations)
+
+    results = await database.run(attempt, idempotency_key=wanted.idempotency_key)
+    version = committed[0].commit_version if committed else None
+    return {"version": None if not version else str(version), "results": results}
+
+
+async def _within(work: Awaitable[_T], query: Query) -> _T:
+    """Await `work` for at most the request's `timeout`; the client's own default holds without one."""
+    timeout_s = query.seconds("timeout", REQUEST_TIMEOUT_S_MAX)
+    if timeout_s is None:
+        return await work
+    async with asyncio.timeout(timeout_s):
+        return await work
+
+
+def _key_of(request: web.Request) -> bytes:
+    key = unquote(request.rel_url.raw_path[len(_KV_PATH) :], "the key")
+    limits.validate_key(key)
+    return key
+
+
+def _decode(body: bytes, type_: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except (
+        msgspec.DecodeError,
+        RecursionError,
+        UnicodeDecodeError,
+    ) as error:  # ValidationError is a DecodeError
+        raise InvalidArgument(f"malformed body: {error}") from None
+
+
+def _refuse_foreign_origin(request: web.Request) -> None:
+    """A browser on another site's behalf may read our pages (same-origin policy hides them) but change nothing."""
+    origin = request.headers.get("Origin")
+    if origin is None or request.method in _SAFE_METHODS:
+        return
+    if origin.partition("://")[2] != request.headers.get("Host", ""):
+        raise PermissionDenied("requests of other web sites are refused")
+
+
+def _internal_error(request: web.Request, error: Exception) -> KVError:
+    may_have_written = request.method not in _SAFE_METHODS
+    message = f"internal error ({type(error).__name__}); the node's log has more"
+    return KVError(message, code="internal_error", maybe_committed=may_have_written)
+
+
+def _error_response(error: KVError) -> web.Response:
+    headers = {}
+    if isinstance(error, Throttled):
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    return web.Response(
+        status=status_of(error),
+        body=error_body(error),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        status=status, body=json_bytes(value), content_type="application/json", headers=headers
+    )

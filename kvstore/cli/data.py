@@ -1,0 +1,275 @@
+"""What `kvctl` does with data: get, put, delete, incr, scan, txn, import, export. Each opens a client and closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from kvstore import operations
+from kvstore.cli.output import Format, Notation, console, print_json, table
+from kvstore.errors import InvalidArgument, NotFound
+
+if TYPE_CHECKING:
+    from kvstore.client import Database, Transaction
+
+IMPORT_ROWS: Final = 500  # of one transaction
+IMPORT_BYTES: Final = 1 << 20
+IMPORT_LINE_BYTES_MAX: Final = 4 << 20
+IMPORT_CONCURRENCY: Final = 4
+
+T = TypeVar("T")
+
+
+class Target(NamedTuple):
+    """Where to ask, for how long, and how to print."""
+
+    endpoints: str
+    timeout_s: float
+    format: Format
+
+
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+    """One line of an export: bytes as base64."""
+
+    key: bytes
+    value: bytes
+
+
+def run(target: Target, work: Callable[[Database], Awaitable[T]]) -> T:
+    """`work` with a client that is closed afterwards."""
+
+    async def connected() -> T:
+        async with _connect(target) as database:
+            return await work(database)
+
+    return asyncio.run(connected())
+
+
+def get(target: Target, key: bytes, notation: Notation, raw: bool) -> None:
+    """Print the value. Raises NotFound if there is none."""
+    entry = run(target, lambda database: database.get_entry(key))
+    if entry is None:
+        raise NotFound(f"no such key: {notation.write(key)}")
+    if target.format is Format.JSON:
+        print_json({"key": entry.key, "value": entry.value, "version": str(entry.version)})
+    elif raw:
+        sys.stdout.buffer.write(entry.value)
+        sys.stdout.buffer.flush()
+    else:
+        sys.stdout.write(notation.write(entry.value) + "\n")
+
+
+def put(target: Target, key: bytes, value: bytes, if_version: int | None, if_absent: bool) -> None:
+    if if_version is not None and if_absent:
+        raise InvalidArgument("give --if-version or --if-absent, not both")
+
+    async def work(database: Database) -> int:
+        if if_version is not None:
+            return await database.put(key, value, if_version=if_version)
+        return await database.put(key, value, if_absent=if_absent)
+
+    _print_version(target, run(target, work))
+
+
+def delete(target: Target, key: bytes) -> None:
+    _print_version(target, run(target, lambda database: database.delete(key)))
+
+
+def increment(target: Target, key: bytes, by: int) -> None:
+    total = run(target, lambda database: database.increment(key, by))
+    if target.format is Format.JSON:
+        print_json({"value": str(total)})
+    else:
+        sys.stdout.write(f"{total}\n")
+
+
+class Span(NamedTuple):
+    """What a scan or an export covers; `limit` 0 means all."""
+
+    start: bytes | None
+    end: bytes | None
+    prefix: bytes | None
+    limit: int
+    reverse: bool
+    keys_only: bool
+
+
+def scan(target: Target, span: Span, notation: Notation) -> None:
+    """Print rows in order; says on standard error when the limit left some out."""
+
+    async def work(database: Database) -> list[tuple[bytes, bytes]]:
+        most = span.limit + 1 if span.limit else None
+        return [row async for row in _rows(database, span, most)]
+
+    rows = run(target, work)
+    more = bool(span.limit) and len(rows) > span.limit
+    rows = rows[: span.limit] if more else rows
+    if target.format is Format.JSON:
+        items = [
+            {"key": key} if span.keys_only else {"key": key, "value": value} for key, value in rows
+        ]
+        print_json({"items": items, "more": more})
+        return
+    if span.keys_only:
+        sys.stdout.writelines(notation.write(key) + "\n" for key, _ in rows)
+    else:
+        cells = ((notation.write(key), notation.write(value)) for key, value in rows)
+        console().print(table(("key", "value"), cells))
+    if more:
+        console(stderr=True).print(f"(more than {span.limit}; see --limit)")
+
+
+def transact(target: Target, script: str, notation: Notation) -> None:
+    """Run a script of operations in one transaction, and print what it read."""
+    wanted = operations.parse_script(script, notation.read)
+    last: list[Transaction] = []
+
+    async def attempt(tx: Transaction) -> list[dict[str, Any]]:
+        last[:] = [tx]
+        return await operations.run_operations(tx, wanted)
+
+    results = run(target, lambda database: database.run(attempt))
+    version = last[0].commit_version if last else None
+    if target.format is Format.JSON:
+        print_json({"version": str(version) if version else None, "results": results})
+        return
+    rows = [
+        row
+        for operation, result in zip(wanted, results, strict=True)
+        for row in _read(operation, result)
+    ]
+    if rows:
+        written = (
+            (notation.write(key), "(none)" if value is None else notation.write(value))
+            for key, value in rows
+        )
+        console().print(table(("key", "value"), written))
+    sys.stdout.write(f"committed at {version}\n" if version else "done; nothing was written\n")
+
+
+def export(target: Target, span: Span, path: Path | None) -> int:
+    """Write one JSON object a line, all of one version; the number of rows."""
+
+    async def work(database: Database) -> int:
+        count = 0
+        with _writing(path) as file:
+            async for key, value in _rows(database, span, span.limit or None):
+                file.write(msgspec.json.encode(Row(key, value)) + b"\n")
+                count += 1
+        return count
+
+    return run(target, work)
+
+
+def import_(target: Target, path: Path | None) -> int:
+    """Put every line of an export; the number of rows. Each batch is atomic, the whole is not; running it again is right.
+
+    Raises: InvalidArgument with the line's number; what came before it has been written.
+    """
+
+    async def work(database: Database) -> int:
+        count = 0
+        with _reading(path) as file:
+            chunks = _batches(file)
+            while group := [
+                batch for _, batch in zip(range(IMPORT_CONCURRENCY), chunks, strict=False)
+            ]:
+                await asyncio.gather(*(_write(database, batch) for batch in group))
+                count += sum(len(batch) for batch in group)
+        return count
+
+    return run(target, work)
+
+
+def read_value(text: str | None) -> bytes:
+    """The raw bytes of standard input, for an absent value or `-`."""
+    assert text in (None, "-")
+    return sys.stdin.buffer.read()
+
+
+@asynccontextmanager
+async def _connect(target: Target) -> AsyncIterator[Database]:
+    import kvstore
+
+    async with kvstore.connect(target.endpoints, timeout=target.timeout_s) as database:
+        yield database
+
+
+async def _rows(
+    database: Database, span: Span, limit: int | None
+) -> AsyncIterator[tuple[bytes, bytes]]:
+    if span.prefix is not None and (span.start is not None or span.end is not None):
+        raise InvalidArgument("give --prefix, or --start and --end, not both")
+    async for row in database.scan(
+        span.start or b"",
+        span.end,
+        prefix=span.prefix,
+        limit=limit,
+        reverse=span.reverse,
+        keys_only=span.keys_only,
+    ):
+        yield row
+
+
+async def _write(database: Database, rows: list[Row]) -> None:
+    async with database.batch() as batch:
+        for row in rows:
+            batch.put(row.key, row.value)
+
+
+def _batches(file: IO[bytes]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size_bytes = 0
+    for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES_MAX), b""), 1):
+        if not line.strip():
+            continue
+        try:
+            row = msgspec.json.decode(line, type=Row)
+        except (msgspec.DecodeError, RecursionError, binascii.Error) as error:
+            raise InvalidArgument(f"line {number}: {error}") from None
+        batch.append(row)
+        size_bytes += len(row.key) + len(row.value)
+        if len(batch) >= IMPORT_ROWS or size_bytes >= IMPORT_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _writing(path: Path | None) -> IO[bytes]:
+    if path is None or str(path) == "-":
+        return open(sys.stdout.fileno(), "wb", closefd=False)
+    return path.open("wb")
+
+
+def _reading(path: Path | None) -> IO[bytes]:
+    if path is None or str(path) == "-":
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    return path.open("rb")
+
+
+def _read(
+    operation: operations.Operation, result: dict[str, Any]
+) -> list[tuple[bytes, bytes | None]]:
+    if isinstance(operation, operations.Get):
+        return [(operation.key, result["value"])]
+    return [(item["key"], item["value"]) for item in result.get("items", [])]
+
+
+def _print_version(target: Target, version: int) -> None:
+    if target.format is Format.JSON:
+        print_json({"version": str(version)})
+    else:
+        sys.stdout.write(f"version {version}\n")
+
+
+def base64_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

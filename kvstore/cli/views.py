@@ -1,0 +1,92 @@
+"""The tables that people see: nodes, ranges, the cluster's health. Pure: data in, rich renderables out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.cli.health import Health, NodeHealth, RangeHealth
+from kvstore.cli.output import escape, table
+
+KEY_CHARACTERS_MAX: Final = 40
+_STYLE: Final = {"ok": "bold green", "degraded": "bold yellow", "unavailable": "bold red"}
+
+
+def status(health: Health) -> Group:
+    """The verdict first, then what is wrong, then the nodes."""
+    head = Text.assemble(
+        (health.verdict, _STYLE[health.verdict]), f"  cluster {health.cluster_id or '(none yet)'}"
+    )
+    lines = [head, Text(_tolerance(health)), *(Text(f"- {problem}") for problem in health.problems)]
+    return Group(*lines, Text(), nodes(health.nodes), Text(), Text(_summary(health.ranges)))
+
+
+def nodes(rows: Sequence[NodeHealth]) -> Table:
+    cells = (
+        (
+            node.node_id or "?",
+            node.address,
+            Text(node.state or "?", style="green" if node.state == "ready" else "red"),
+            node.replicas,
+            node.leaders,
+            duration(node.uptime_s),
+            node.version,
+        )
+        for node in rows
+    )
+    return table(("node", "address", "state", "replicas", "leaders", "uptime", "version"), cells)
+
+
+def ranges(rows: Sequence[RangeHealth]) -> Table:
+    cells = (
+        (
+            each.range_id or "?",
+            key_text(each.start),
+            key_text(each.end) if each.end else "(end)",
+            each.leader or "-",
+            each.term,
+            ",".join(str(node) for node in each.nodes),
+            Text(each.problem or "ok", style="red" if each.problem else "green"),
+        )
+        for each in rows
+    )
+    return table(("range", "start", "end", "leader", "term", "nodes", "state"), cells)
+
+
+def key_text(key: bytes) -> str:
+    """A key for people, cut when it is long."""
+    text = escape(key) or "(start)"
+    return text if len(text) <= KEY_CHARACTERS_MAX else text[: KEY_CHARACTERS_MAX - 1] + "…"
+
+
+def duration(seconds: float) -> str:
+    """Such as 42s, 3m 5s, 2h 7m, 3d 4h."""
+    whole = int(seconds)
+    for size, unit, smaller, smaller_unit in (
+        (86_400, "d", 3_600, "h"),
+        (3_600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // smaller}{smaller_unit}"
+    return f"{whole}s"
+
+
+def _tolerance(health: Health) -> str:
+    if health.fault_tolerance < 0:
+        return "parts of the key space cannot be read or written now"
+    count = health.fault_tolerance
+    return f"{count} node{'' if count == 1 else 's'} may fail and every key is still served"
+
+
+def _summary(rows: Sequence[RangeHealth]) -> str:
+    bad = sum(1 for each in rows if each.problem)
+    return (
+        f"{len(rows)} ranges, {bad} with a problem (kvctl ranges ls --problem)"
+        if bad
+        else f"{len(rows)} ranges"
+    )

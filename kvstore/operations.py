@@ -1,0 +1,195 @@
+"""Operations as data: what `POST /v1/txn` and `kvctl txn` run atomically, and the one place that runs them.
+
+All operations of a list run in one transaction, in order, each seeing the writes before it. A `check`
+that does not hold raises CompareFailed, and then nothing is written. In JSON, bytes are base64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from kvstore import limits
+from kvstore.errors import CompareFailed, InvalidArgument
+
+if TYPE_CHECKING:
+    from kvstore.client import Transaction
+
+OPERATIONS_MAX: Final = limits.TXN_ROWS_MAX
+SCAN_ROWS_MAX: Final = 10_000
+SCAN_ROWS_DEFAULT: Final = 1_000
+
+_QUOTED: Final = re.compile(r"""\"[^"]*"|'[^']*'""")
+_TOKEN: Final = re.compile(
+    r"""[^\S\n]*(?:(?P<end>[;\n])|\#[^\n]*|(?P<word>(?:"[^"]*"|'[^']*'|[^\s;"'])+)|\Z)"""
+)
+
+
+class Get(msgspec.Struct, tag_field="op", tag="get", frozen=True, forbid_unknown_fields=True):
+    """Result: {"value": bytes or None}."""
+
+    key: bytes
+    for_update: bool = False  # lock it, and read its newest version
+
+
+class Put(msgspec.Struct, tag_field="op", tag="put", frozen=True, forbid_unknown_fields=True):
+    key: bytes
+    value: bytes
+
+
+class Delete(msgspec.Struct, tag_field="op", tag="delete", frozen=True, forbid_unknown_fields=True):
+    key: bytes
+
+
+class DeleteRange(
+    msgspec.Struct, tag_field="op", tag="delete_range", frozen=True, forbid_unknown_fields=True
+):
+    """[start, end)."""
+
+    start: bytes
+    end: bytes
+
+
+class Increment(
+    msgspec.Struct, tag_field="op", tag="increment", frozen=True, forbid_unknown_fields=True
+):
+    """The row is a decimal number in ASCII; an absent one counts as 0. A `get` after it sees the sum."""
+
+    key: bytes
+    by: int = 1
+
+
+class Scan(msgspec.Struct, tag_field="op", tag="scan", frozen=True, forbid_unknown_fields=True):
+    """[start, end), or the keys with `prefix`. Result: {"items": [{"key", "value"}, ...]}."""
+
+    start: bytes = b""
+    end: bytes | None = None
+    prefix: bytes | None = None
+    limit: int = SCAN_ROWS_DEFAULT
+    reverse: bool = False
+
+
+class Check(msgspec.Struct, tag_field="op", tag="check", frozen=True, forbid_unknown_fields=True):
+    """The key must have this value; without `value`, it must be absent."""
+
+    key: bytes
+    value: bytes | None = None
+
+
+Operation: TypeAlias = Get | Put | Delete | DeleteRange | Increment | Scan | Check
+
+
+async def run_operations(tx: Transaction, operations: Sequence[Operation]) -> list[dict[str, Any]]:
+    """Run them in order inside `tx`. One result per operation: {} for writes.
+
+    Raises: CompareFailed for a `check` that does not hold, and whatever the transaction raises.
+    """
+    return [await _run_one(tx, operation) for operation in operations]
+
+
+def check_operations(operations: Sequence[Operation]) -> None:
+    """Raises InvalidArgument before anything is sent: too many operations, or bad limits of scans."""
+    if len(operations) > OPERATIONS_MAX:
+        raise InvalidArgument(f"{len(operations)} operations are more than {OPERATIONS_MAX}")
+    for operation in operations:
+        if isinstance(operation, Scan):
+            if not 1 <= operation.limit <= SCAN_ROWS_MAX:
+                raise InvalidArgument(f"limit is 1 to {SCAN_ROWS_MAX}, not {operation.limit}")
+            if operation.prefix is not None and (operation.start or operation.end is not None):
+                raise InvalidArgument("give a prefix, or start and end, not both")
+
+
+def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]:
+    """Operations of a script such as `get a; put b 1; delete c`.
+
+    Statements end at `;` or at the end of a line, `#` begins a comment, and words with spaces or `;` are put in quotes
+    of either kind. Statements: get KEY | lock KEY | put KEY VALUE | delete KEY | delete_range START END |
+    incr KEY [BY] | scan PREFIX [LIMIT] | check KEY VALUE | absent KEY.
+    Raises: InvalidArgument with the number of the statement.
+    """
+    operations: list[Operation] = []
+    for number, words in enumerate(_statements(text), 1):
+        try:
+            operations.append(_parse_statement(words, unescape))
+        except ValueError as error:  # InvalidArgument is one
+            raise InvalidArgument(f"statement {number}, `{' '.join(words)}`: {error}") from None
+    if not operations:
+        raise InvalidArgument("the script has no statement")
+    check_operations(operations)
+    return operations
+
+
+async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
+    match operation:
+        case Get(key=key, for_update=True):
+            return {"value": await tx.get_for_update(key)}
+        case Get(key=key):
+            return {"value": await tx.get(key)}
+        case Put(key=key, value=value):
+            tx.put(key, value)
+        case Delete(key=key):
+            tx.delete(key)
+        case DeleteRange(start=start, end=end):
+            tx.delete_range(start, end)
+        case Increment(key=key, by=by):
+            tx.increment(key, by)
+        case Scan():
+            return {"items": await _scan(tx, operation)}
+        case Check(key=key, value=value):
+            present = await tx.get(key)
+            if present != value:
+                wanted = "be absent" if value is None else f"have the value {value[:64]!r}"
+                raise CompareFailed(
+                    message=f"the key {key!r} does not {wanted}; nothing was written"
+                )
+    return {}
+
+
+async def _scan(tx: Transaction, scan: Scan) -> list[dict[str, bytes]]:
+    rows = tx.scan(scan.start, scan.end, prefix=scan.prefix, limit=scan.limit, reverse=scan.reverse)
+    return [{"key": key, "value": value} async for key, value in rows]
+
+
+def _statements(text: str) -> list[list[str]]:
+    statements: list[list[str]] = [[]]
+    position = 0
+    while position < len(text):
+        found = _TOKEN.match(text, position)
+        if found is None:
+            raise InvalidArgument(f"a quote is not closed: {text[position:][:40].strip()!r}")
+        position = found.end()
+        if found["end"]:
+            statements.append([])
+        elif found["word"]:
+            statements[-1].append(_QUOTED.sub(lambda quoted: quoted[0][1:-1], found["word"]))
+    return [words for words in statements if words]
+
+
+def _parse_statement(words: Sequence[str], unescape: Callable[[str], bytes]) -> Operation:
+    match [words[0].lower(), *words[1:]]:
+        case ["get", key]:
+            return Get(unescape(key))
+        case ["lock", key]:
+            return Get(unescape(key), for_update=True)
+        case ["put", key, value]:
+            return Put(unescape(key), unescape(value))
+        case ["delete" | "del", key]:
+            return Delete(unescape(key))
+        case ["delete_range", start, end]:
+            return DeleteRange(unescape(start), unescape(end))
+        case ["incr" | "increment", key]:
+            return Increment(unescape(key))
+        case ["incr" | "increment", key, by]:
+            return Increment(unescape(key), int(by))
+        case ["scan", prefix]:
+            return Scan(prefix=unescape(prefix))
+        case ["scan", prefix, limit]:
+            return Scan(prefix=unescape(prefix), limit=int(limit))
+        case ["check", key, value]:
+            return Check(unescape(key), unescape(value))
+        case ["absent", key]:
+            return Check(unescape(key))
+    raise InvalidArgument("not a statement; see kvctl txn --help")
