@@ -405,7 +405,7 @@ def _typed(error: Exception) -> Exception:
         return DiskFull(text)
     if text.startswith("Corruption"):
         return CorruptionError(text)
-    if "/LOCK" in text and text.startswith("IO error"):
+    if "/LOCK: " in text and text.startswith("IO error"):
         return DataDirectoryError(f"the data directory is in use by another process: {text}")
     if "(os error " in text:  # from Rust's own file calls, which only opening makes
         return DataDirectoryError(f"the data directory cannot be used: {text}")

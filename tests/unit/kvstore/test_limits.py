@@ -1,0 +1,147 @@
+"""Claims of kvstore.limits: what is within a limit passes, one more is refused with the error of that limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore import limits
+from kvstore.errors import InvalidArgument, KeyTooLarge, TransactionTooLarge, ValueTooLarge
+
+
+@pytest.mark.parametrize("key", [b"a", b"\x00", b"\xfe\xff", b"k" * 4096])
+def test_a_key_within_the_limits_passes(key: bytes):
+    limits.validate_key(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "error"),
+    [
+        (b"", InvalidArgument),
+        (b"k" * 4097, KeyTooLarge),
+        (b"\xff", InvalidArgument),
+        (b"\xffmeta", InvalidArgument),
+        ("text", InvalidArgument),
+        (bytearray(b"k"), InvalidArgument),
+        (None, InvalidArgument),
+        (7, InvalidArgument),
+    ],
+)
+def test_a_key_outside_the_limits_is_refused(key: Any, error: type[Exception]):
+    with pytest.raises(error) as caught:
+        limits.validate_key(key)
+    assert caught.type is error
+
+
+def test_a_value_has_up_to_a_mebibyte_and_may_be_empty():
+    limits.validate_value(b"")
+    limits.validate_value(b"v" * 1024 * 1024)
+    with pytest.raises(ValueTooLarge):
+        limits.validate_value(b"v" * (1024 * 1024 + 1))
+    for wrong in ("text", None, bytearray(b"v"), memoryview(b"v")):
+        with pytest.raises(InvalidArgument):
+            limits.validate_value(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (b"", None, (b"", b"\xff")),
+        (b"a", b"b", (b"a", b"b")),
+        (b"a", b"a", (b"a", b"a")),
+        (b"a", b"\xff", (b"a", b"\xff")),
+        (b"\xff", None, (b"\xff", b"\xff")),
+        (b"k" * 4096 + b"\x00", None, (b"k" * 4096 + b"\x00", b"\xff")),
+    ],
+)
+def test_a_range_of_user_keys_passes_with_its_end_made_explicit(
+    start: bytes, end: bytes | None, expected: tuple[bytes, bytes]
+):
+    assert limits.validate_range(start, end) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "error"),
+    [
+        (b"b", b"a", InvalidArgument),
+        (b"a", b"", InvalidArgument),
+        (b"a", b"\xff\x00", InvalidArgument),
+        (b"\xff\x00", None, InvalidArgument),
+        (b"k" * 4098, None, KeyTooLarge),
+        (b"", b"k" * 4098, KeyTooLarge),
+        ("a", None, InvalidArgument),
+        (b"a", "b", InvalidArgument),
+        (None, None, InvalidArgument),
+    ],
+)
+def test_a_range_outside_the_user_keys_is_refused(start: Any, end: Any, error: type[Exception]):
+    with pytest.raises(error):
+        limits.validate_range(start, end)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        (b"", (b"", b"\xff")),
+        (b"a", (b"a", b"b")),
+        (b"a\xff", (b"a\xff", b"b")),
+        (b"\xfe\xff\xff", (b"\xfe\xff\xff", b"\xff")),
+        (b"a\x00", (b"a\x00", b"a\x01")),
+    ],
+)
+def test_a_prefix_is_a_range(prefix: bytes, expected: tuple[bytes, bytes]):
+    assert limits.prefix_range(prefix) == expected
+
+
+@pytest.mark.parametrize("prefix", [b"\xff", b"\xff\x01", "a", None])
+def test_a_prefix_outside_the_user_keys_is_refused(prefix: Any):
+    with pytest.raises(InvalidArgument):
+        limits.prefix_range(prefix)
+
+
+@given(st.binary(max_size=4), st.binary(max_size=6))
+def test_the_end_of_a_prefix_divides_its_keys_from_those_above(prefix: bytes, key: bytes):
+    end = limits.prefix_end(prefix)
+    inside = key >= prefix and (end is None or key < end)
+    assert inside == key.startswith(prefix)
+
+
+def test_only_prefixes_without_keys_above_them_have_no_end():
+    assert limits.prefix_end(b"") is None
+    assert limits.prefix_end(b"\xff\xff") is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "too_large"),
+    [
+        ((8 * 1024 * 1024, 20_000, 128), False),
+        ((8 * 1024 * 1024 + 1, 1, 1), True),
+        ((1, 20_001, 1), True),
+        ((1, 1, 129), True),
+    ],
+)
+def test_a_transaction_has_a_size_in_bytes_rows_and_ranges(
+    sizes: tuple[int, int, int], too_large: bool
+):
+    if too_large:
+        with pytest.raises(TransactionTooLarge):
+            limits.validate_transaction_size(*sizes)
+    else:
+        limits.validate_transaction_size(*sizes)
+
+
+def test_a_part_of_a_transaction_in_one_range_has_a_size_of_its_own():
+    limits.validate_range_batch_size(4 * 1024 * 1024, 5_000)
+    with pytest.raises(TransactionTooLarge):
+        limits.validate_range_batch_size(4 * 1024 * 1024 + 1, 1)
+    with pytest.raises(TransactionTooLarge):
+        limits.validate_range_batch_size(1, 5_001)
+
+
+def test_limits_fit_into_each_other():
+    assert limits.KEY_BYTES_MAX + limits.VALUE_BYTES_MAX < limits.TXN_RANGE_BYTES_MAX
+    assert limits.TXN_RANGE_BYTES_MAX < limits.TXN_BYTES_MAX < limits.MESSAGE_BYTES_MAX
+    assert limits.TXN_RANGE_ROWS_MAX < limits.TXN_ROWS_MAX
