@@ -19,6 +19,7 @@ from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.ports import Engine
 
 ROOT: Final = Path(__file__).resolve().parents[2]
+MODULE: Final = "tests.crash.test_engine_crash"
 COUNT: Final = b"count"  # the number of batches written, itself a row of each batch
 WIPE_EVERY: Final = 17  # each so-many-th batch is a delete_range
 SMALL: Final = RocksConfig(
@@ -70,7 +71,8 @@ def child(directory: str, small: str, flush_every: str) -> None:
 
 def kill_child_at(directory: Path, small: str, flush_every: int, word: str, after: int) -> int:
     """Run the child until it has said `word` with a number above `after`; kill it; the last flush it told of."""
-    command = [sys.executable, __file__, str(directory), small, str(flush_every)]
+    # as a module, so that the child imports the product from this checkout
+    command = [sys.executable, "-m", MODULE, str(directory), small, str(flush_every)]
     flushed = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
