@@ -17,6 +17,7 @@ from collections import deque
 from typing import NamedTuple
 
 NEVER = float("-inf")
+FOREVER = float("inf")
 
 
 class State(enum.Enum):

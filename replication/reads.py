@@ -14,16 +14,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from replication.errors import ProposalDropped
 
 
-@dataclass(frozen=True, slots=True)
-class ReadState:
+class ReadState(NamedTuple):
     """A confirmed read: serve it once the state machine has applied up to `index`."""
 
     context: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a pair
 
 
 @dataclass(frozen=True, slots=True)
