@@ -1,7 +1,7 @@
 """One connection between two processes: frames, handshake, bounded queue, pings and stalls. Sans-I/O.
 
-A frame is a header (crc32c over everything behind it, u32; flags u8; lane u16; little-endian) and a body of at most
-256 KiB. A message is one frame, or several with MORE on all but the last, up to `message_bytes_max`. Messages of one
+A frame is a header (crc32c over all that is behind it, u32; flags u8, lane u16, a zero; little-endian) and a body of at
+most 256 KiB. A message is one frame, or several with MORE on all but the last, up to `message_bytes_max`. Messages of one
 lane arrive whole, once, in the order in which they were sent; two lanes share the connection frame by frame, so that
 a large message in lane 1 does not hold up lane 0.
 
@@ -47,7 +47,7 @@ from replication.errors import FrameError
 PROTOCOL_VERSION: Final = 1
 PROTOCOL_VERSION_MIN: Final = 1  # the oldest that this program still speaks
 
-_HEADER = struct.Struct("<IBH")
+_HEADER = struct.Struct("<II")
 HEADER_BYTES: Final = _HEADER.size
 BODY_BYTES_MAX: Final = FRAME_BYTES_MAX
 WIRE_BYTES_MAX: Final = HEADER_BYTES + BODY_BYTES_MAX
@@ -69,13 +69,13 @@ MORE, PING, PONG, HELLO, REFUSE = (
 )  # flags; no two of them together; 0 is the last frame of a message
 
 _SEED: Final[
-    Mapping[tuple[int, int], int]
-] = {  # crc32c of the header's rest, to go on from with the body
-    (flags, lane): crc32c(struct.pack("<BH", flags, lane))
+    Mapping[int, int]
+] = {  # flags | lane << 8 -> crc32c of that half of the header, to go on from with the body
+    flags | lane << 8: crc32c(struct.pack("<I", flags | lane << 8))
     for flags in (0, MORE, PING, PONG, HELLO, REFUSE)
     for lane in range(LANES)
 }
-_PLAIN_SEED: Final = _SEED[0, 0]
+_PLAIN_SEED: Final = _SEED[0]
 _pack = _HEADER.pack
 _unpack_from = _HEADER.unpack_from
 _PING_BODY: Final = struct.Struct("<d")
@@ -160,7 +160,8 @@ def agreed_version(mine: Hello, theirs: Hello) -> int | None:
 
 
 def encode_frame(flags: int, lane: int, body: bytes | memoryview) -> bytes:
-    return _pack(crc32c(body, _SEED[flags, lane]), flags, lane) + body
+    kind = flags | lane << 8
+    return _pack(crc32c(body, _SEED[kind]), kind) + body
 
 
 class LinkCore:
@@ -235,6 +236,18 @@ class LinkCore:
         self.queue_bytes = queued
         self._queues[lane].append(payload)
         return True
+
+    def direct(self, payload: bytes, now: float) -> bytes | None:
+        """`send` and `take` in one, for lane 0 when nothing waits and one frame is enough; else None: use `send`."""
+        if self.queue_bytes or self._control or self._writing or self.state is not LinkState.OPEN:
+            return None
+        size = len(payload)
+        if size > BODY_BYTES_MAX or size > self.limits.message_bytes_max:
+            return None
+        self._last_sent = now
+        self.frames_out += 1
+        self.bytes_out += HEADER_BYTES + size
+        return _pack(crc32c(payload, _PLAIN_SEED), 0) + payload
 
     def take(self, now: float) -> bytes | None:
         """The next frame to write, or None. What it held is not in `queue_bytes` any more."""
@@ -325,22 +338,24 @@ class LinkCore:
         size = len(frame)
         if not HEADER_BYTES <= size <= WIRE_BYTES_MAX:
             raise self._fail(f"a frame of {size} bytes")
-        crc, flags, lane = _unpack_from(frame)
-        if crc32c(memoryview(frame)[4:]) != crc:
+        crc, kind = _unpack_from(frame)
+        seed = _SEED.get(kind)
+        if seed is None:
+            raise self._fail(f"a frame of the unknown kind {kind:#x}")
+        body = frame[HEADER_BYTES:]
+        if crc32c(body, seed) != crc:
             raise self._fail("a frame's checksum is wrong")
         self._last_received = now
         self._pinged_at = None
         self.frames_in += 1
         self.bytes_in += size
-        if lane >= LANES:
-            raise self._fail(f"lane {lane}")
-        if flags == 0 and self.state is LinkState.OPEN and not self._parts[lane]:
-            return frame[HEADER_BYTES:]
+        flags, lane = kind & 0xFF, kind >> 8
+        if not flags and self.state is LinkState.OPEN and not self._parts[lane]:
+            return body
         if self.state is LinkState.CLOSED:
             raise PipeClosed("the link is closed")
         if (self.state, flags) not in LEGAL:
             raise self._fail(f"flags {flags:#x} in state {self.state.value}")
-        body = frame[HEADER_BYTES:]
         if flags == 0:
             return self._on_last(body, lane)
         if flags == MORE:

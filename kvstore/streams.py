@@ -119,7 +119,15 @@ class Stream:
 
         True says only that it was queued. Messages of one lane stay in order. Raises: InvalidArgument: too large.
         """
-        if self._closing or not self._core.send(payload, self._monotonic(), lane):
+        if self._closing:
+            return False
+        now = self._monotonic()
+        if self._writer is None and not lane:
+            frame = self._core.direct(payload, now)
+            if frame is not None:
+                self._hand_over(frame, now)
+                return True
+        if not self._core.send(payload, now, lane):
             return False
         if self._writer is None:
             self._pump()
@@ -158,13 +166,14 @@ class Stream:
     def _pump(self) -> None:
         """Hand frames to the wire until it takes no more; from there on the writer task does it."""
         now = self._monotonic()
-        core, pipe = self._core, self._pipe
+        while self._writer is None and (frame := self._core.take(now)) is not None:
+            self._hand_over(frame, now)
+
+    def _hand_over(self, frame: bytes, now: float) -> None:
         try:
-            while (frame := core.take(now)) is not None:
-                if not pipe.try_send(frame):
-                    core.blocked(now)
-                    self._writer = self._loop.create_task(self._write(frame))
-                    return
+            if not self._pipe.try_send(frame):
+                self._core.blocked(now)
+                self._writer = self._loop.create_task(self._write(frame))
         except PipeClosed as error:
             self._end(error)
 
