@@ -89,9 +89,13 @@ class SnapshotSink(Protocol):
     def chunk(self, data: bytes) -> None: ...
 
     def finish(self) -> None:
-        """All rows are in and flushed durably; applied is (meta.index, meta.term). The host writes RESET to the log next."""
+        """All rows are in; write the last batch: applied is (meta.index, meta.term), the marker is gone. Not yet flushed."""
 
-    def abort(self) -> None: ...
+    def flush(self) -> None:
+        """Blocks, called in another thread: what was written before is durable after it. RESET goes to the log next."""
+
+    def abort(self) -> None:
+        """The stream failed: the state is lost, the marker stays until another snapshot is installed."""
 
 
 class Peers(Protocol):

@@ -1,0 +1,212 @@
+"""One replica of this node as its host keeps it: the core, what waits to be applied, reads that wait for an apply.
+
+Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
+
+- B1 `applied` is what the machine has; the core is told no other, and entries follow it without a gap.
+- B2 while `held`, the machine's state is being replaced: nothing is applied and no read is answered.
+- B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from replication.messages import Message
+from replication.ports import Machine
+from replication.raft import RaftNode
+from replication.reads import ReadState
+from replication.ready import RaftConfig
+from replication.turns import ApplyQueue, HostLimits, Routes, Start
+from replication.types import Entry, Membership, SnapshotMeta
+
+LIVE_PROBES: Final = (
+    20  # a follower is live if it answered one of the last this many that any follower answered
+)
+
+
+class Replica:
+    """See the module."""
+
+    __slots__ = (
+        "applied",
+        "group",
+        "held",
+        "id",
+        "install",
+        "led_term",
+        "log_start",
+        "queue",
+        "raft",
+        "reads",
+        "routes",
+        "stateless",
+    )
+
+    def __init__(self, group: int, replica: int, raft: RaftNode, applied: int) -> None:
+        self.group, self.id, self.raft = group, replica, raft
+        self.applied = applied
+        self.log_start = raft.first_index - 1  # what the log file is compacted to
+        self.queue = ApplyQueue(applied)
+        self.reads: deque[tuple[int, int]] = deque()  # (index, context), index not falling
+        self.routes = Routes()
+        self.held = False
+        self.stateless = False  # an installation was cut short: the replica asks for a snapshot
+        self.install: SnapshotMeta | None = None  # the core accepted this one
+        self.led_term = 0  # the term whose leadership the machine was told; 0: none
+
+    def node_of(self, replica: int) -> int | None:
+        return self.routes.node(replica, self.raft.membership)
+
+    def step(self, node: int, message: Message, now: float) -> None:
+        self.routes.heard(message.sender, node)
+        self.raft.step(message, now)
+
+    # ------------------------------------------------------------ from the core to the machine
+
+    def take_committed(self, entries: Sequence[Entry]) -> bool:
+        """Queue what the core handed out. Returns whether there is something to apply now."""
+        self.queue.add(entries)
+        if self.held:
+            return False
+        if entries[0].index <= self.applied:  # a snapshot brought it before its commit was known
+            self.raft.applied_to(min(entries[-1].index, self.applied))
+        return len(self.queue) > 0
+
+    def applied_to(self, machine: Machine, index: int) -> None:
+        """The machine has applied up to `index`, and answered."""
+        self.applied = index
+        self.raft.applied_to(index)
+        if self.reads:
+            self.serve_reads(machine)
+
+    def answer_reads(
+        self, machine: Machine, states: Sequence[ReadState], failed: Sequence[int]
+    ) -> None:
+        """Reads the core confirmed or gave up; the former wait for their index."""
+        for state in states:
+            self.reads.append((state.index, state.context))
+        if states:
+            self.serve_reads(machine)
+        if failed:
+            machine.read_confirmed(self.group, failed, False)
+
+    def serve_reads(self, machine: Machine) -> None:
+        contexts: list[int] = []
+        while self.reads and self.reads[0][0] <= self.applied and not self.held:
+            contexts.append(self.reads.popleft()[1])
+        if contexts:
+            machine.read_confirmed(self.group, contexts, True)
+
+    def tell_leadership(self, machine: Machine, leads: bool) -> None:
+        """The core began or ended to lead."""
+        term = self.raft.term
+        if self.led_term and (not leads or self.led_term != term):
+            ended, self.led_term = self.led_term, 0
+            machine.leadership(self.group, ended, False)
+        if leads and not self.led_term:
+            self.led_term = term
+            machine.leadership(self.group, term, True)
+
+    # ------------------------------------------------------------ state from a snapshot
+
+    def lose_state(self) -> None:
+        """The machine's state is gone: apply nothing, lead nothing; the log and the vote are as good as ever."""
+        self.held = self.stateless = True
+        self.raft.electable = False
+
+    def has_state(self, machine: Machine, index: int) -> None:
+        """The machine's state stands at `index`, by a snapshot; go on from there."""
+        self.held = self.stateless = False
+        self.raft.electable = True
+        handed_out = min(index, self.queue.last_index)
+        if handed_out > self.raft.applied_index:
+            self.raft.applied_to(handed_out)
+        self.queue.installed(index)
+        self.applied = index
+        self.serve_reads(machine)
+
+    # ------------------------------------------------------------ compaction
+
+    def live_log(self) -> list[Entry]:
+        """What the log file holds of this group, from where it was compacted to."""
+        log = self.raft.log
+        return log.slice(self.log_start + 1, log.handed_index)
+
+    def cut_after(self, index: int, tail_bytes_max: int) -> int:
+        """Up to where the log in memory may be cut, at most `index`: a live follower may still need the rest."""
+        raft = self.raft
+        if not raft.is_leader or raft.log_bytes > tail_bytes_max:
+            return index
+        peers = [peer for peer in raft.status()["peers"].values() if peer["state"] != "snapshot"]
+        newest = max((peer["acked_probe"] for peer in peers), default=0)
+        live = [peer["match"] for peer in peers if peer["acked_probe"] + LIVE_PROBES >= newest]
+        return min(index, *live) if live else index
+
+
+class Applier:
+    """Hands committed entries to the machine, a bounded slice at a time, all groups in their turn."""
+
+    def __init__(self, replicas: dict[int, Replica], machine: Machine, limits: HostLimits) -> None:
+        self.groups: dict[
+            int, None
+        ] = {}  # that have something to apply, in the order in which they came
+        self.entries_applied = 0
+        self._replicas, self._machine, self._limits = replicas, machine, limits
+
+    def apply(self) -> list[Replica]:
+        """Apply one slice and answer. Returns the replicas it applied to; `groups` keeps what is left."""
+        bytes_left, entries_left = self._limits.apply_bytes_max, self._limits.apply_entries_max
+        done: list[tuple[Replica, int]] = []
+        for group in list(self.groups):
+            del self.groups[group]
+            replica = self._replicas.get(group)
+            if replica is None or replica.held:
+                continue
+            entries, size_bytes = replica.queue.take(bytes_left, entries_left)
+            if entries:
+                self._machine.apply(group, entries)
+                done.append((replica, entries[-1].index))
+                self.entries_applied += len(entries)
+                bytes_left -= size_bytes
+                entries_left -= len(entries)
+            if len(replica.queue):
+                self.groups[group] = None  # at the end of the line
+            if bytes_left <= 0 or entries_left <= 0:
+                break
+        if done:
+            self._machine.finish()
+        for replica, index in done:
+            replica.applied_to(self._machine, index)
+        return [replica for replica, _ in done]
+
+
+def open_replica(
+    group: int,
+    replica: int,
+    start: Start,
+    membership: Membership,
+    *,
+    config: RaftConfig,
+    rng: random.Random,
+    quiet: bool,
+    now: float,
+) -> Replica:
+    """A replica as it begins. quiet: an old self may have promised a lease; no vote until the longest one is over."""
+    alone = membership.voters == (replica,) and not membership.voters_outgoing
+    raft = RaftNode(
+        group,
+        replica,
+        config,
+        rng,
+        hard_state=start.state,
+        membership=membership,
+        log_start=start.log_start,
+        entries=start.entries,
+        applied=start.applied,
+        now=now,
+        vote_not_before=now + config.election_timeout_s if quiet and not alone else 0.0,
+    )
+    return Replica(group, replica, raft, start.applied)

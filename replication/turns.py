@@ -1,0 +1,338 @@
+"""The pure parts of a turn: who is due, where messages go, what is applied next, and how the log is synced.
+
+Everything here decides and nothing here acts; `replication/host.py` does what was decided. No clock: `now` is passed
+in, monotonic seconds. Nothing iterates over a set; dictionaries keep the order in which things were asked for.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+from replication.errors import LogMismatch
+from replication.messages import AppendRequest, Message
+from replication.snapshot import SnapshotLimits
+from replication.types import Entry, HardState, Membership
+from replication.wal_groups import GroupLog
+
+SyncMode = Literal["inline", "thread", "auto"]
+
+MIB: Final = 1024 * 1024
+MESSAGE_OVERHEAD_BYTES: Final = 64
+ENTRY_OVERHEAD_BYTES: Final = 32
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """Bounds of one node's host."""
+
+    inbox_messages_max: int = 50_000
+    inbox_bytes_max: int = 64 * MIB
+    apply_bytes_max: int = MIB  # of commands, in one phase; one entry at least
+    apply_entries_max: int = 2_000
+    log_tail_bytes_max: int = 16 * MIB  # of a group's log in memory, kept for followers that lag
+    idle_mark_s: float = 1.0  # after the last write: record how far the log is durable
+    ask_again_s: float = 1.0  # for a snapshot, by a replica without state
+    timer_s_min: float = 0.0005
+    flush_hops: int = (
+        2  # loop iterations from a send to the next phase: the writer's task, then its socket
+    )
+    snapshot: SnapshotLimits = field(default_factory=SnapshotLimits)
+
+
+class Deadlines:
+    """One heap of deadlines with lazy deletion: an idle key costs nothing, a deadline that moves away costs no push."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int]] = []
+        self._wanted: dict[int, float] = {}  # the deadline that holds
+        self._queued: dict[int, float] = {}  # the earliest heap item of the key
+
+    def set(self, key: int, deadline: float | None) -> None:
+        """The deadline of `key` is now this; None: it has none."""
+        if deadline is None:
+            self._wanted.pop(key, None)
+            return
+        self._wanted[key] = deadline
+        queued = self._queued.get(key)
+        if queued is None or deadline < queued:
+            self._queued[key] = deadline
+            heapq.heappush(self._heap, (deadline, key))
+
+    def due(self, now: float) -> list[int]:
+        """Keys whose deadline has come, in order of their deadlines; they have no deadline until it is set again."""
+        heap, keys = self._heap, []
+        while heap and heap[0][0] <= now:
+            queued, key = heapq.heappop(heap)
+            if self._queued.get(key) != queued:
+                continue  # an earlier item of the same key was used in its place
+            del self._queued[key]
+            wanted = self._wanted.get(key)
+            if wanted is None:
+                continue
+            if wanted <= now:
+                del self._wanted[key]
+                keys.append(key)
+            else:
+                self._queued[key] = wanted
+                heapq.heappush(heap, (wanted, key))
+        return keys
+
+    def next(self) -> float | None:
+        """When to look again: never later than the first deadline, sometimes earlier."""
+        return self._heap[0][0] if self._heap else None
+
+
+class Inbox:
+    """Frames of messages that wait for a turn, bounded in messages and in bytes."""
+
+    def __init__(self, messages_max: int, bytes_max: int) -> None:
+        self._messages_max, self._bytes_max = messages_max, bytes_max
+        self._frames: list[tuple[int, Sequence[Message]]] = []
+        self._messages = self._bytes = 0
+
+    def __len__(self) -> int:
+        """How many frames wait."""
+        return len(self._frames)
+
+    def add(self, node: int, messages: Sequence[Message], size_bytes: int = 0) -> bool:
+        """One frame from a node; False if there is no room. size_bytes: estimated here if 0."""
+        size_bytes = size_bytes or sum(map(message_bytes, messages))
+        if (
+            self._messages + len(messages) > self._messages_max
+            or self._bytes + size_bytes > self._bytes_max
+        ):
+            return False
+        self._messages += len(messages)
+        self._bytes += size_bytes
+        self._frames.append((node, messages))
+        return True
+
+    def take(self) -> list[tuple[int, Sequence[Message]]]:
+        """Everything that waits."""
+        frames, self._frames = self._frames, []
+        self._messages = self._bytes = 0
+        return frames
+
+
+class Outbox:
+    """The messages of a turn, one list for each destination node, in the order in which they were produced."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[int, list[Message]] = {}
+
+    def add(self, node: int, message: Message) -> None:
+        messages = self._nodes.get(node)
+        if messages is None:
+            self._nodes[node] = [message]
+        else:
+            messages.append(message)
+
+    def take(self) -> list[tuple[int, list[Message]]]:
+        """(node, its messages) for each node that gets any; the outbox is empty afterwards."""
+        if not self._nodes:
+            return []
+        nodes, self._nodes = self._nodes, {}
+        return list(nodes.items())
+
+
+class Routes:
+    """Where the replicas of one group live: by its membership, else by where they were last heard from.
+
+    A blank replica answers a leader before it has any membership, hence the second source; it is bounded.
+    """
+
+    HEARD_MAX: Final = 64
+    __slots__ = ("_heard", "_membership", "_nodes")
+
+    def __init__(self) -> None:
+        self._membership: Membership | None = None
+        self._nodes: dict[int, int] = {}
+        self._heard: dict[int, int] = {}
+
+    def heard(self, replica: int, node: int) -> None:
+        if replica in self._nodes or self._heard.get(replica) == node:
+            return
+        if len(self._heard) >= self.HEARD_MAX:
+            del self._heard[next(iter(self._heard))]
+        self._heard[replica] = node
+
+    def node(self, replica: int, membership: Membership) -> int | None:
+        """The node of a replica; None if nobody told."""
+        if membership is not self._membership:
+            self._membership = membership
+            self._nodes = dict(membership.nodes)
+        node = self._nodes.get(replica)
+        return self._heard.get(replica) if node is None else node
+
+
+class Slice(NamedTuple):
+    """What one apply of one group takes, and how many bytes of commands it holds."""
+
+    entries: list[Entry]
+    size_bytes: int
+
+
+class ApplyQueue:
+    """Committed entries of one group that wait to be applied, in index order without gaps."""
+
+    __slots__ = ("_entries", "last_index")
+
+    def __init__(self, applied_index: int) -> None:
+        self._entries: deque[Entry] = deque()
+        self.last_index = applied_index  # of the last entry that is queued or was taken
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Entries that the core handed out. What a snapshot already brought is skipped."""
+        skip = max(0, self.last_index + 1 - entries[0].index) if entries else 0
+        fresh = entries[skip:] if skip else entries
+        if fresh:
+            assert fresh[0].index == self.last_index + 1, (
+                f"a gap before entry {fresh[0].index}; the last is {self.last_index}"
+            )
+            self._entries.extend(fresh)
+            self.last_index = fresh[-1].index
+
+    def take(self, bytes_max: int, entries_max: int) -> Slice:
+        """The next entries within the limits, one at least."""
+        taken: list[Entry] = []
+        size_bytes = 0
+        while self._entries and len(taken) < entries_max:
+            size = len(self._entries[0].data)
+            if taken and size_bytes + size > bytes_max:
+                break
+            size_bytes += size
+            taken.append(self._entries.popleft())
+        return Slice(taken, size_bytes)
+
+    def installed(self, index: int) -> None:
+        """The state stands at `index` now: drop what it contains."""
+        while self._entries and self._entries[0].index <= index:
+            self._entries.popleft()
+        if not self._entries:
+            self.last_index = max(index, self.last_index)
+
+
+class SyncPolicy:
+    """Inline or in a thread, by measurement: a thread's completion can wait many ms behind a busy loop, and an inline
+    sync stops the loop for as long as the disk takes. `auto` begins inline, goes to the thread when the p99 of the
+    last `WINDOW` syncs is above 1 ms, and comes back when it is below 0.7 ms. Decided every `EVERY` syncs.
+    """
+
+    WINDOW: Final = 200
+    EVERY: Final = 25
+    SLOW_S: Final = 0.001
+    FAST_S: Final = 0.0007
+
+    def __init__(self, mode: SyncMode) -> None:
+        self.mode = mode
+        self.threaded = mode == "thread"
+        self.count = 0
+        self.switches = 0
+        self.durations_s: deque[float] = deque(maxlen=self.WINDOW)
+
+    def note(self, duration_s: float) -> None:
+        """One sync took this long (write included, creation of a segment not)."""
+        self.durations_s.append(duration_s)
+        self.count += 1
+        if self.mode != "auto" or self.count % self.EVERY:
+            return
+        if len(self.durations_s) < self.WINDOW // 2:
+            return  # one outlier would be the p99
+        threaded = self.p99_s() > (self.FAST_S if self.threaded else self.SLOW_S)
+        if threaded != self.threaded:
+            self.threaded = threaded
+            self.switches += 1
+
+    def p99_s(self) -> float:
+        """Of the window, 0.0 before the first sync."""
+        if not self.durations_s:
+            return 0.0
+        ordered = sorted(self.durations_s)
+        return ordered[min(len(ordered) - 1, (99 * len(ordered)) // 100)]
+
+
+def message_bytes(message: Message) -> int:
+    """About what a message takes in memory; exact for the commands it carries."""
+    if type(message) is not AppendRequest:
+        return MESSAGE_OVERHEAD_BYTES
+    entries = message.entries
+    size_bytes = MESSAGE_OVERHEAD_BYTES + ENTRY_OVERHEAD_BYTES * len(entries)
+    for entry in entries:
+        size_bytes += len(entry.data)
+    return size_bytes
+
+
+class Start(NamedTuple):
+    """With what a core begins. `reset`: the log must be told to begin anew at `log_start`."""
+
+    state: HardState
+    log_start: tuple[int, int]
+    entries: list[Entry]
+    applied: int
+    reset: bool
+
+    @property
+    def last_term(self) -> int:
+        """The term of the last entry, or of the start."""
+        return self.entries[-1].term if self.entries else self.log_start[1]
+
+
+def start_of(
+    log: GroupLog | None,
+    applied: tuple[int, int],
+    *,
+    installed: tuple[int, int] = (0, 0),
+    installing: bool = False,
+) -> Start:
+    """Hold what the log says against what the engine says (pitfalls 1 and 19).
+
+    applied: (index, term) that the engine last applied; of no meaning while `installing`. installed: what the last
+    snapshot here, or the group's creation, set it to: there the engine may be though the log does not reach it, since
+    a crash came between the engine's part and the log's. Commit is within the log and at least applied.
+    Raises: LogMismatch.
+    """
+    found = log if log is not None else GroupLog(HardState(), (0, 0), [])
+    state, entries = found.hard_state, found.entries
+    first, first_term = found.start
+    last, last_term = (entries[-1].index, entries[-1].term) if entries else found.start
+    index, term = (first, first_term) if installing else applied
+    if first <= index <= last:
+        here = first_term if index == first else entries[index - first - 1].term
+        if here == term:
+            commit = max(index, min(state.commit, last))
+            return Start(_at_least(state, last_term, commit), found.start, entries, index, False)
+    if applied != installed:
+        raise LogMismatch(
+            f"the engine has applied up to {index} (term {term}), but the log begins after {first} (term {first_term}) "
+            f"and ends at {last} (term {last_term})"
+        )
+    return Start(_at_least(state, term, index), applied, [], index, True)
+
+
+def _at_least(state: HardState, term: int, commit: int) -> HardState:
+    """The state with this commit, and no older than the log's last term."""
+    if state.term < term:
+        return HardState(term, 0, commit)
+    return HardState(state.term, state.vote, commit)
+
+
+def refusal_of(log: GroupLog, replica: int) -> str:
+    """Why a recovered log cannot serve as it is; empty if it can. Peers repair it, or it is replaced."""
+    if log.tombstone >= replica:
+        return f"replica {replica} was removed from this node (tombstone {log.tombstone})"
+    if log.suspect:
+        return "records of this group may be lost, its vote included"
+    if log.faulty:
+        fault = log.faulty[0]
+        return (
+            f"{len(log.faulty)} damaged entries; the first is {fault.index}, segment {fault.segment} "
+            f"offset {fault.offset}"
+        )
+    return ""
