@@ -16,7 +16,7 @@ from kvstore import limits
 from kvstore.errors import CompareFailed, InvalidArgument
 
 if TYPE_CHECKING:
-    from kvstore.client import Transaction
+    from kvstore.transactions import Transaction
 
 OPERATIONS_MAX: Final = limits.TXN_ROWS_MAX
 SCAN_ROWS_MAX: Final = 10_000
@@ -32,7 +32,6 @@ class Get(msgspec.Struct, tag_field="op", tag="get", frozen=True, forbid_unknown
     """Result: {"value": bytes or None}."""
 
     key: bytes
-    for_update: bool = False  # lock it, and read its newest version
 
 
 class Put(msgspec.Struct, tag_field="op", tag="put", frozen=True, forbid_unknown_fields=True):
@@ -106,7 +105,7 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
     """Operations of a script such as `get a; put b 1; delete c`.
 
     Statements end at `;` or at the end of a line, `#` begins a comment, and words with spaces or `;` are put in quotes
-    of either kind. Statements: get KEY | lock KEY | put KEY VALUE | delete KEY | delete_range START END |
+    of either kind. Statements: get KEY | put KEY VALUE | delete KEY | delete_range START END |
     incr KEY [BY] | scan PREFIX [LIMIT] | check KEY VALUE | absent KEY.
     Raises: InvalidArgument with the number of the statement.
     """
@@ -124,8 +123,6 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
 
 async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
     match operation:
-        case Get(key=key, for_update=True):
-            return {"value": await tx.get_for_update(key)}
         case Get(key=key):
             return {"value": await tx.get(key)}
         case Put(key=key, value=value):
@@ -172,8 +169,6 @@ def _parse_statement(words: Sequence[str], unescape: Callable[[str], bytes]) -> 
     match [words[0].lower(), *words[1:]]:
         case ["get", key]:
             return Get(unescape(key))
-        case ["lock", key]:
-            return Get(unescape(key), for_update=True)
         case ["put", key, value]:
             return Put(unescape(key), unescape(value))
         case ["delete" | "del", key]:

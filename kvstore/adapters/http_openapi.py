@@ -39,6 +39,12 @@ _TIMEOUT: Final[_Json] = {
     "schema": {"type": "string"},
     "description": "Such as 500ms or 2s.",
 }
+_AT: Final[_Json] = {
+    "name": "at",
+    "in": "query",
+    "schema": _VERSION,
+    "description": "Read as of this version.",
+}
 _KEY: Final[_Json] = {
     "name": "key",
     "in": "path",
@@ -116,8 +122,8 @@ _RAW: Final[_Json] = {"application/octet-stream": {}}
 
 def _get() -> _Json:
     return {
-        "summary": "Read a key; linearizable.",
-        "parameters": [_KEY, _TIMEOUT],
+        "summary": "Read a key; linearizable, or as of a version.",
+        "parameters": [_KEY, _AT, _TIMEOUT],
         "responses": _with_errors(
             {"200": _answer("The value.", _RAW, _VERSION_HEADERS), "404": _answer("No such key.")}
         ),
@@ -184,12 +190,7 @@ def _scan() -> _Json:
         {"name": "limit", "in": "query", "schema": limit},
         {"name": "reverse", "in": "query", "schema": {"type": "boolean"}},
         {"name": "keys_only", "in": "query", "schema": {"type": "boolean"}},
-        {
-            "name": "at",
-            "in": "query",
-            "schema": _VERSION,
-            "description": "Read as of this version.",
-        },
+        _AT,
         _TIMEOUT,
     ]
     page = _object(
@@ -244,7 +245,7 @@ def _operation() -> _Json:
     yes_no, whole = {"type": "boolean"}, {"type": "integer"}
     return {
         "oneOf": [
-            shape("get", ["key"], key=_BASE64, for_update=yes_no),
+            shape("get", ["key"], key=_BASE64),
             shape("put", ["key", "value"], key=_BASE64, value=_BASE64),
             shape("delete", ["key"], key=_BASE64),
             shape("delete_range", ["start", "end"], start=_BASE64, end=_BASE64),

@@ -8,8 +8,9 @@ done, every refusal is JSON with a stable code, and a body is read only within a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -30,6 +31,7 @@ from kvstore.adapters.http_wire import (
 )
 from kvstore.bootstrap import InitRequest, check
 from kvstore.errors import (
+    DeadlineExceeded,
     InvalidArgument,
     KVError,
     NotFound,
@@ -41,7 +43,8 @@ from kvstore.errors import (
 )
 
 if TYPE_CHECKING:
-    from kvstore.client import Database, Transaction
+    from kvstore.client import Database
+    from kvstore.transactions import Transaction
 
 JSON_BYTES_MAX: Final = 12 * limits.MIB  # a whole transaction in base64, and its brackets
 BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
@@ -163,13 +166,17 @@ class _Gateway:
 
     async def _get(self, request: web.Request) -> web.Response:
         key = _key_of(request)
-        query = Query(request.rel_url.raw_query_string, ("timeout",))
-        entry = await _within(self._database().get_entry(key), query)
+        query = Query(request.rel_url.raw_query_string, ("at", "timeout"))
+        database, at = self._database(), query.integer("at", 1, VERSION_MAX)
+        source = database if at is None else database.snapshot(at=at)
+        async with _reading(query):
+            entry = await source.get_entry(key)
         if entry is None:
             raise NotFound("no such key")
-        headers = {VERSION_HEADER: str(entry.version)}
         return web.Response(
-            body=entry.value, content_type="application/octet-stream", headers=headers
+            body=entry.value,
+            content_type="application/octet-stream",
+            headers={VERSION_HEADER: str(entry.version)},
         )
 
     async def _put(self, request: web.Request) -> web.Response:
@@ -178,33 +185,27 @@ class _Gateway:
         if_version, if_absent = query.integer("if_version", 1, VERSION_MAX), query.flag("if_absent")
         if if_version is not None and if_absent:
             raise InvalidArgument("give if_version or if_absent, not both")
-        database = self._database()
+        database, timeout_s = self._database(), _timeout(query)
         too_large = ValueTooLarge(f"the value is longer than {limits.VALUE_BYTES_MAX} bytes")
         async with _Body(self, request, limits.VALUE_BYTES_MAX, too_large) as value:
             if if_version is not None:
-                writing = database.put(key, value, if_version=if_version)
+                version = await database.put(key, value, if_version=if_version, timeout=timeout_s)
             else:
-                writing = database.put(key, value, if_absent=if_absent)
-            version = await _within(writing, query)
+                version = await database.put(key, value, if_absent=if_absent, timeout=timeout_s)
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
     async def _delete(self, request: web.Request) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("timeout",))
-        version = await _within(self._database().delete(key), query)
+        version = await self._database().delete(key, timeout=_timeout(query))
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
     async def _scan(self, request: web.Request) -> web.Response:
         names = ("prefix", "start", "end", "limit", "reverse", "keys_only", "at", "timeout")
         query = Query(request.rel_url.raw_query_string, names)
-        start, end, prefix = (query.bytes_of(name) for name in ("start", "end", "prefix"))
-        if prefix is not None and (start is not None or end is not None):
-            raise InvalidArgument("give a prefix, or start and end, not both")
-        most = operations.SCAN_ROWS_MAX
-        limit = query.integer("limit", 1, most) or operations.SCAN_ROWS_DEFAULT
-        at = query.integer("at", 1, VERSION_MAX)
-        rows = _Page(self._database(), start or b"", end, prefix, limit, query, at)
-        return _json(await _within(rows.read(), query))
+        database = self._database()
+        async with _reading(query):
+            return _json(await _scan_page(database, query))
 
     async def _txn(self, request: web.Request) -> web.Response:
         query = Query(request.rel_url.raw_query_string, ("timeout",))
@@ -213,7 +214,7 @@ class _Gateway:
         async with _Body(self, request, JSON_BYTES_MAX, too_large) as body:
             wanted = _decode(body, TransactionRequest)
             operations.check_operations(wanted.operations)
-            answer = await _within(_run(database, wanted), query)
+            answer = await _run(database, wanted, _timeout(query))
         return _json(answer)
 
     # --- administration
@@ -341,70 +342,71 @@ class _Body:
         self._reserved = 0
 
 
-class _Page:
-    """One page of a scan, all of it at one version, bounded in rows and in bytes."""
+async def _scan_page(database: Database, query: Query) -> dict[str, Any]:
+    """One page, all of it at one version, bounded in rows and in bytes.
 
-    def __init__(
-        self,
-        database: Database,
-        start: bytes,
-        end: bytes | None,
-        prefix: bytes | None,
-        limit: int,
-        query: Query,
-        at: int | None,
-    ) -> None:
-        self._database = database
-        self._span = start, end, prefix
-        self._limit = limit
-        self._reverse = query.flag("reverse")
-        self._keys_only = query.flag("keys_only")
-        self._at = at
-
-    async def read(self) -> dict[str, Any]:
-        """{"items", "more", "next", "version"}: ask on with start=next (end=next if reverse) and at=version."""
-        start, end, prefix = self._span
-        items: list[dict[str, bytes]] = []
-        size_bytes, more = 0, False
-        async with self._database.snapshot(at=self._at) as view:
-            async for key, value in view.scan(
-                start,
-                end,
-                prefix=prefix,
-                limit=self._limit + 1,
-                reverse=self._reverse,
-                keys_only=self._keys_only,
-            ):
-                if len(items) >= self._limit or size_bytes >= PAGE_BYTES_MAX:
-                    more = True
-                    break
-                items.append({"key": key} if self._keys_only else {"key": key, "value": value})
-                size_bytes += len(key) + len(value)
-            version = await view.version()
-        last = items[-1]["key"] if more else None
-        following = None if last is None else last if self._reverse else last + b"\x00"
-        return {"items": items, "more": more, "next": following, "version": str(version)}
+    {"items", "more", "next", "version"}: ask on with start=next (end=next if reverse) and at=version.
+    """
+    start, end, prefix = (query.bytes_of(name) for name in ("start", "end", "prefix"))
+    if prefix is not None and (start is not None or end is not None):
+        raise InvalidArgument("give a prefix, or start and end, not both")
+    asked = query.integer("limit", 1, operations.SCAN_ROWS_MAX)
+    limit = operations.SCAN_ROWS_DEFAULT if asked is None else asked
+    reverse, keys_only = query.flag("reverse"), query.flag("keys_only")
+    items: list[dict[str, bytes]] = []
+    size_bytes, more = 0, False
+    async with database.snapshot(at=query.integer("at", 1, VERSION_MAX)) as view:
+        async for key, value in view.scan(
+            start or b"",
+            end,
+            prefix=prefix,
+            limit=limit + 1,
+            reverse=reverse,
+            keys_only=keys_only,
+        ):
+            if len(items) >= limit or size_bytes >= PAGE_BYTES_MAX:
+                more = True
+                break
+            items.append({"key": key} if keys_only else {"key": key, "value": value})
+            size_bytes += len(key) + len(value)
+        version = view.version
+    last = items[-1]["key"] if more else None
+    following = last if last is None or reverse else last + b"\x00"
+    return {
+        "items": items,
+        "more": more,
+        "next": following,
+        "version": str(version) if version else None,
+    }
 
 
-async def _run(database: Database, wanted: TransactionRequest) -> dict[str, Any]:
-    committed: list[Transaction] = []
+async def _run(
+    database: Database, wanted: TransactionRequest, timeout_s: float | None
+) -> dict[str, Any]:
+    last: list[Transaction] = []
 
     async def attempt(tx: Transaction) -> list[dict[str, Any]]:
-        committed[:] = [tx]
+        last[:] = [tx]
         return await operations.run_operations(tx, wanted.operations)
 
-    results = await database.run(attempt, idempotency_key=wanted.idempotency_key)
-    version = committed[0].commit_version if committed else None
-    return {"version": None if not version else str(version), "results": results}
+    results = await database.run(attempt, timeout=timeout_s, idempotency_key=wanted.idempotency_key)
+    version = last[0].commit_version if last else None
+    return {"version": str(version) if version else None, "results": results}
 
 
-async def _within(work: Awaitable[_T], query: Query) -> _T:
-    """Await `work` for at most the request's `timeout`; the client's own default holds without one."""
-    timeout_s = query.seconds("timeout", REQUEST_TIMEOUT_S_MAX)
-    if timeout_s is None:
-        return await work
-    async with asyncio.timeout(timeout_s):
-        return await work
+def _timeout(query: Query) -> float | None:
+    """The request's own; None: the client's default holds."""
+    return query.seconds("timeout", REQUEST_TIMEOUT_S_MAX)
+
+
+@contextlib.asynccontextmanager
+async def _reading(query: Query) -> AsyncIterator[None]:
+    """All reads of a request together have its `timeout`."""
+    try:
+        async with asyncio.timeout(_timeout(query)):
+            yield
+    except TimeoutError as error:
+        raise error if isinstance(error, KVError) else DeadlineExceeded from None
 
 
 def _key_of(request: web.Request) -> bytes:

@@ -103,8 +103,9 @@ def unquote(text: str, what: str) -> bytes:
 
 
 def quote(key: bytes) -> str:
-    """A key as it is written in a path."""
-    return urllib.parse.quote_from_bytes(key, safe="")
+    """A key as it is written in a path. Dots are escaped in `.` and `..`, which clients would take for directories."""
+    quoted = urllib.parse.quote_from_bytes(key, safe="")
+    return quoted.replace(".", "%2E") if quoted in (".", "..") else quoted
 
 
 class Query:

@@ -327,7 +327,7 @@ def txn(
 ) -> None:
     """Run statements in one transaction: all of them, or none.
 
-    get KEY | lock KEY | put KEY VALUE | delete KEY | delete_range START END | incr KEY [BY] | scan PREFIX [LIMIT] |
+    get KEY | put KEY VALUE | delete KEY | delete_range START END | incr KEY [BY] | scan PREFIX [LIMIT] |
     check KEY VALUE | absent KEY. A `check` or `absent` that does not hold stops it, and nothing is written.
     """
 

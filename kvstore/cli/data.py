@@ -18,7 +18,8 @@ from kvstore.cli.output import Format, Notation, console, print_json, table
 from kvstore.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
-    from kvstore.client import Database, Transaction
+    from kvstore.client import Database
+    from kvstore.transactions import Transaction
 
 IMPORT_ROWS: Final = 500  # of one transaction
 IMPORT_BYTES: Final = 1 << 20

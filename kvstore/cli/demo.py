@@ -22,7 +22,8 @@ from kvstore.errors import KVError
 from kvstore.testing.cluster import LocalCluster
 
 if TYPE_CHECKING:
-    from kvstore.client import Database, Transaction
+    from kvstore.client import Database
+    from kvstore.transactions import Transaction
 
 CITIES: Final = ("berlin", "lima", "osaka", "tunis")
 PEOPLE: Final = ("ada", "ben", "cleo", "dan", "eve")

@@ -104,11 +104,11 @@ def demo(
     ] = False,
 ) -> None:
     """Start a cluster on this machine and try it: writes, transfers across ranges, a killed node."""
-    from kvstore.cli import demo as demonstration
+    from kvstore.cli.demo import run as run_demo
 
     stay = sys.stdout.isatty() and not leave
     try:
-        raise typer.Exit(demonstration.run(nodes, directory, stay=stay))
+        raise typer.Exit(run_demo(nodes, directory, stay=stay))
     except (KVError, OSError) as error:
         _end(error, EXIT_ERROR)
     except KeyboardInterrupt:
