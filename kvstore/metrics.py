@@ -140,6 +140,7 @@ _GROUPS: Final[Mapping[str, str]] = {
     "engine": "Of the storage engine",
     "host": "Of the replication host",
     "peers": "Of the connections to other nodes",
+    "requests": "Of the requests of clients",
     "transactions": "Of the transactions in progress",
     "oracle": "Of the timestamp oracle",
     "channel": "Of the replicated message channel",
@@ -191,7 +192,7 @@ def _refusals(refused: Any) -> Iterable[_Family]:
     if not isinstance(refused, Mapping):
         return
     family = CounterMetricFamily(
-        "kvorum_refused", "Requests refused before anything was done.", labels=["reason"]
+        "kvorum_refused", "Refused before anything was done.", labels=["reason"]
     )
     for reason, count in refused.items():
         if isinstance(count, numbers.Real):

@@ -30,6 +30,7 @@ from kvstore.adapters.http_wire import (
     unquote,
 )
 from kvstore.bootstrap import InitRequest, check
+from kvstore.config import HttpSection
 from kvstore.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from kvstore.client import Database
     from kvstore.transactions import Transaction
 
-JSON_BYTES_MAX: Final = 12 * limits.MIB  # a whole transaction in base64, and its brackets
 BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 REQUESTS_IN_FLIGHT_MAX: Final = 1_024
 BODY_TIMEOUT_S: Final = 30.0
@@ -56,8 +56,8 @@ _KV_PATH: Final = "/v1/kv/"
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
 
 _T = TypeVar("_T")
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Observe = Callable[[str, str, float], None]  # (operation, outcome, seconds)
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = structlog.get_logger(__name__)
 
@@ -93,18 +93,25 @@ class RequestTimeout(KVError):
     retryable = True
 
 
-def add_routes(app: web.Application, node: NodeSurface, observe: Observe | None = None) -> None:
-    """Serve `node` on `app`. `observe` is told of every request of the data routes, for metrics."""
-    gateway = _Gateway(node, observe)
+def add_routes(
+    app: web.Application,
+    node: NodeSurface,
+    observe: Observe | None = None,
+    settings: HttpSection | None = None,
+) -> None:
+    """Serve `node` on `app`. `observe` is told of every request for data, for metrics."""
+    gateway = _Gateway(node, observe, settings or HttpSection())
     add = app.router.add_route
     for method, path, operation, handler in gateway.routes():
         add(method, path, gateway.answering(operation, handler))
 
 
 class _Gateway:
-    def __init__(self, node: NodeSurface, observe: Observe | None) -> None:
+    def __init__(self, node: NodeSurface, observe: Observe | None, settings: HttpSection) -> None:
         self._node = node
         self._observe = observe
+        self._body_bytes_max = settings.body_bytes_max
+        self._timeout_s = settings.request_timeout_s
         self._requests_in_flight = 0
         self._body_bytes_in_flight = 0
 
@@ -158,7 +165,7 @@ class _Gateway:
             finally:
                 self._requests_in_flight -= 1
                 if operation and self._observe is not None:
-                    self._observe(operation, outcome, clock() - began)
+                    self._observe(f"http_{operation}", outcome, clock() - began)
 
         return answer
 
@@ -169,7 +176,7 @@ class _Gateway:
         query = Query(request.rel_url.raw_query_string, ("at", "timeout"))
         database, at = self._database(), query.integer("at", 1, VERSION_MAX)
         source = database if at is None else database.snapshot(at=at)
-        async with _reading(query):
+        async with _reading(self._timeout(query)):
             entry = await source.get_entry(key)
         if entry is None:
             raise NotFound("no such key")
@@ -182,10 +189,10 @@ class _Gateway:
     async def _put(self, request: web.Request) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("if_version", "if_absent", "timeout"))
-        if_version, if_absent = query.integer("if_version", 1, VERSION_MAX), query.flag("if_absent")
+        if_version, if_absent = query.integer("if_version", 0, VERSION_MAX), query.flag("if_absent")
         if if_version is not None and if_absent:
             raise InvalidArgument("give if_version or if_absent, not both")
-        database, timeout_s = self._database(), _timeout(query)
+        database, timeout_s = self._database(), self._timeout(query)
         too_large = ValueTooLarge(f"the value is longer than {limits.VALUE_BYTES_MAX} bytes")
         async with _Body(self, request, limits.VALUE_BYTES_MAX, too_large) as value:
             if if_version is not None:
@@ -197,24 +204,24 @@ class _Gateway:
     async def _delete(self, request: web.Request) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("timeout",))
-        version = await self._database().delete(key, timeout=_timeout(query))
+        version = await self._database().delete(key, timeout=self._timeout(query))
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
     async def _scan(self, request: web.Request) -> web.Response:
         names = ("prefix", "start", "end", "limit", "reverse", "keys_only", "at", "timeout")
         query = Query(request.rel_url.raw_query_string, names)
         database = self._database()
-        async with _reading(query):
+        async with _reading(self._timeout(query)):
             return _json(await _scan_page(database, query))
 
     async def _txn(self, request: web.Request) -> web.Response:
         query = Query(request.rel_url.raw_query_string, ("timeout",))
         database = self._database()
-        too_large = TransactionTooLarge(f"the body is longer than {JSON_BYTES_MAX} bytes")
-        async with _Body(self, request, JSON_BYTES_MAX, too_large) as body:
+        too_large = TransactionTooLarge(f"the body is longer than {self._body_bytes_max} bytes")
+        async with _Body(self, request, self._body_bytes_max, too_large) as body:
             wanted = _decode(body, TransactionRequest)
             operations.check_operations(wanted.operations)
-            answer = await _run(database, wanted, _timeout(query))
+            answer = await _run(database, wanted, self._timeout(query))
         return _json(answer)
 
     # --- administration
@@ -231,8 +238,8 @@ class _Gateway:
         return _json(identity)
 
     async def _init(self, request: web.Request) -> web.Response:
-        too_large = InvalidArgument(f"the body is longer than {JSON_BYTES_MAX} bytes")
-        async with _Body(self, request, JSON_BYTES_MAX, too_large) as body:
+        too_large = InvalidArgument(f"the body is longer than {self._body_bytes_max} bytes")
+        async with _Body(self, request, self._body_bytes_max, too_large) as body:
             wanted = _decode(body, InitRequest)
         check(wanted)
         await self._node.initialize(wanted)
@@ -289,6 +296,10 @@ class _Gateway:
         if database is None:
             raise NotReady("the node is not part of a cluster yet: run `kvctl init`")
         return database
+
+    def _timeout(self, query: Query) -> float:
+        """The request's own, or the configured one."""
+        return query.seconds("timeout", REQUEST_TIMEOUT_S_MAX) or self._timeout_s
 
     def reserve_body(self, size_bytes: int) -> None:
         if self._body_bytes_in_flight + size_bytes > BODY_BYTES_IN_FLIGHT_MAX:
@@ -369,20 +380,18 @@ async def _scan_page(database: Database, query: Query) -> dict[str, Any]:
                 break
             items.append({"key": key} if keys_only else {"key": key, "value": value})
             size_bytes += len(key) + len(value)
-        version = view.version
+        version = await view.version()
     last = items[-1]["key"] if more else None
     following = last if last is None or reverse else last + b"\x00"
     return {
         "items": items,
         "more": more,
         "next": following,
-        "version": str(version) if version else None,
+        "version": str(version),
     }
 
 
-async def _run(
-    database: Database, wanted: TransactionRequest, timeout_s: float | None
-) -> dict[str, Any]:
+async def _run(database: Database, wanted: TransactionRequest, timeout_s: float) -> dict[str, Any]:
     last: list[Transaction] = []
 
     async def attempt(tx: Transaction) -> list[dict[str, Any]]:
@@ -394,16 +403,11 @@ async def _run(
     return {"version": str(version) if version else None, "results": results}
 
 
-def _timeout(query: Query) -> float | None:
-    """The request's own; None: the client's default holds."""
-    return query.seconds("timeout", REQUEST_TIMEOUT_S_MAX)
-
-
 @contextlib.asynccontextmanager
-async def _reading(query: Query) -> AsyncIterator[None]:
+async def _reading(timeout_s: float) -> AsyncIterator[None]:
     """All reads of a request together have its `timeout`."""
     try:
-        async with asyncio.timeout(_timeout(query)):
+        async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
         raise error if isinstance(error, KVError) else DeadlineExceeded from None

@@ -251,7 +251,7 @@ def put(
         str | None, typer.Argument(help="Absent or `-`: the bytes of standard input.")
     ] = None,
     if_version: Annotated[
-        int | None, typer.Option(min=1, help="Only over exactly this version.")
+        int | None, typer.Option(min=0, help="Only over this version; 0: absent.")
     ] = None,
     if_absent: Annotated[
         bool, typer.Option("--if-absent", help="Only if the key is absent.")

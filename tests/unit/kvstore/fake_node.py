@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry
-
 from kvstore.errors import CompareFailed, InvalidArgument, KVError
+from kvstore.metrics import NodeMetrics
 
 FIRST_VERSION = 1 << 60  # versions exceed what JavaScript's numbers hold
 
@@ -96,8 +95,11 @@ class FakeDatabase:
 
 class FakeSnapshot:
     def __init__(self, database: FakeDatabase, version: int) -> None:
-        self.version = version
+        self._version = version
         self._rows = database.plain()
+
+    async def version(self):
+        return self._version
 
     async def __aenter__(self):
         return self
@@ -146,13 +148,14 @@ class FakeNode:
 
     def __init__(self, database: FakeDatabase | None = None) -> None:
         self.database: Any = database
-        self.registry = CollectorRegistry()
         self.node_id = 1 if database is not None else 0
         self.cluster_id = "c" * 32 if database is not None else ""
         self.address = "127.0.0.1:7400"
         self.initialized: list[Any] = []
         self.refuses: KVError | None = None
         self.is_ready = database is not None
+        self.metrics = NodeMetrics(self.status, "0.1.0")
+        self.registry = self.metrics.registry
 
     def status(self) -> dict[str, Any]:
         state = "ready" if self.is_ready else "waiting"
