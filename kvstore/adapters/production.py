@@ -1,0 +1,107 @@
+"""The real world for one node: files, RocksDB, sockets, threads, clocks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from kvstore.adapters.http_server import add_routes
+from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
+from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
+from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
+from kvstore.adapters.ws_transport import WsNetwork
+from kvstore.config import NodeConfig
+from kvstore.errors import DataDirectoryError
+from kvstore.metrics import NodeMetrics
+from kvstore.ports import FramePipe
+from kvstore.status import VERSION
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from kvstore.node import Node
+
+THREADS_MAX = 4
+OnPipe = Callable[[str, FramePipe], Awaitable[None]]
+
+
+class ProductionAdapters:
+    """See kvstore.node.Adapters."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.clock = SystemClock()
+        self.random = SystemRandom()
+        self.executor = ThreadExecutor(THREADS_MAX, "kvorum")
+        self.network = WsNetwork()
+        self._config = config
+        self._directory = Path()
+        self._lock = -1
+
+    def open_directory(self, directory: str) -> DirectoryFiles:
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = -1
+            raise DataDirectoryError(
+                f"{directory} is in use by another process: stop it, or name another --dir"
+            ) from None
+        return DirectoryFiles(self._directory)
+
+    def open_engine(self, *, empty: bool = False) -> RocksEngine:
+        path = self._directory / "rocks"
+        if empty:
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(self._directory / "wal", ignore_errors=True)
+        storage = self._config.storage
+        config = RocksConfig(
+            block_cache_bytes=storage.cache_bytes, write_buffer_bytes=storage.write_buffer_bytes
+        )
+        return RocksEngine(path, config)
+
+    def open_log(self) -> DirectoryLogFiles:
+        return DirectoryLogFiles(self._directory / "wal")
+
+    async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
+        metrics = NodeMetrics(node.status, VERSION)
+        app = web.Application(client_max_size=self._config.http.body_bytes_max)
+        add_routes(app, _Surface(node, metrics.registry), metrics.observe_request)
+        return await self.network.serve(address, on_pipe, app)
+
+    async def close(self) -> None:
+        await self.network.close()
+        self.executor.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+class _Surface:
+    """A node as the HTTP gateway wants it."""
+
+    def __init__(self, node: Node, registry: CollectorRegistry) -> None:
+        self._node = node
+        self.registry = registry
+        self.status, self.live, self.ready = node.status, node.live, node.ready
+        self.initialize = node.initialize
+
+    @property
+    def database(self):  # type: ignore[no-untyped-def]
+        return self._node.database
+
+    @property
+    def cluster_id(self) -> str:
+        return self._node.cluster_id
+
+    @property
+    def node_id(self) -> int:
+        return self._node.node_id

@@ -1,0 +1,98 @@
+"""Clients of this node: requests come in as whole messages, answers leave once a turn, one message for each connection.
+
+A client that does not take its answers is cut off when its bounded queue is full: nobody's answers wait in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from kvstore.store import Store
+from kvstore.streams import Stream
+from replication.errors import FrameError
+from txn.messages import ReadReply, Reply, Request, ScanReply
+
+REQUESTS: Final = 2  # the first byte of a message
+REPLIES: Final = b"\x03"
+MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(list[Request])
+
+
+class ClientConnection:
+    """One client's stream. The store's Asker."""
+
+    __slots__ = ("_connections", "_replies", "_store", "_stream")
+
+    def __init__(self, connections: Connections, store: Store, stream: Stream) -> None:
+        self._connections = connections
+        self._store = store
+        self._stream = stream
+        self._replies: list[Reply] = []
+
+    def on_message(self, payload: bytes) -> None:
+        """Raises FrameError for what is not a list of requests: the stream ends, the node goes on."""
+        if not payload or payload[0] != REQUESTS:
+            raise FrameError("not a message of requests")
+        try:
+            requests = _decode.decode(memoryview(payload)[1:])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise FrameError(f"requests do not decode: {error}") from error
+        self._store.accept(self, requests)
+
+    def answer(self, reply: Reply) -> None:
+        if not self._replies:
+            self._connections.dirty.append(self)
+        self._replies.append(reply)
+
+    def flush(self) -> None:
+        replies, self._replies = self._replies, []
+        for part in _parts(replies):
+            if not self._stream.send(REPLIES + _encode(part)) and self._stream.is_open:
+                self._connections.cut_off += 1
+                self._stream.abort()
+                return
+
+
+class Connections:
+    """All clients of a node."""
+
+    def __init__(self) -> None:
+        self.dirty: list[ClientConnection] = []
+        self.open: dict[int, ClientConnection] = {}
+        self.cut_off = 0
+
+    def add(self, store: Store, stream: Stream) -> None:
+        connection = ClientConnection(self, store, stream)
+        self.open[id(connection)] = connection
+        stream.on_close = lambda _error: self._forget(connection)
+        stream.on_message = connection.on_message
+
+    def _forget(self, connection: ClientConnection) -> None:
+        self.open.pop(id(connection), None)
+
+    def flush(self) -> None:
+        """Send what was answered this turn."""
+        dirty, self.dirty = self.dirty, []
+        for connection in dirty:
+            connection.flush()
+
+
+def _parts(replies: list[Reply]) -> list[list[Reply]]:
+    """Cut so that no message is too large; nearly always it is one."""
+    parts: list[list[Reply]] = []
+    part: list[Reply] = []
+    size = 0
+    for reply in replies:
+        kind = type(reply)
+        if kind is ReadReply or kind is ScanReply:
+            size += sum(len(value) for value in reply.values if value)  # type: ignore[union-attr]
+            if part and size > MESSAGE_BYTES:
+                parts.append(part)
+                part, size = [], 0
+        part.append(reply)
+    parts.append(part)
+    return parts

@@ -1,0 +1,477 @@
+"""A node: the composition of log, engine, replication host, store and streams, and its life from empty directory to stop.
+
+`Node(directory, listen, advertise, config, adapters)` knows no clock, socket or file of its own: `production_adapters` gives
+it the real ones, the simulator others. An empty directory waits for `initialize` (kvctl init); `node.toml` is written last,
+so that a cluster is joined wholly or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
+import structlog
+
+from kvstore import identity as identities
+from kvstore.bootstrap import InitRequest, check
+from kvstore.config import NodeConfig
+from kvstore.connections import Connections
+from kvstore.errors import KVError, NotReady, WrongCluster
+from kvstore.link import Hello, LinkLimits, WrongNode
+from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
+from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
+from kvstore.remote import RemoteRanges
+from kvstore.replica import ReplicaConfig
+from kvstore.status import node_status
+from kvstore.store import Store
+from kvstore.streams import Backoff, Stream, accept
+from replication.codec import decode_membership, decode_messages
+from replication.errors import FrameError, NotLeader, ProposalDropped
+from replication.host import Host
+from replication.ports import LogFiles
+from replication.raft import RaftConfig
+from replication.wal import Wal
+from txn import keycode
+from txn.evaluate import Limits
+from txn.state import decode_range_row
+
+if TYPE_CHECKING:
+    from kvstore.client import Database
+
+CLIENT_PATH: Final = "/v1/stream"
+FLUSH_CHECK_S: Final = 0.5
+BALANCE_S: Final = 1.0
+DRAIN_S: Final = 2.0
+CAUGHT_UP_ENTRIES: Final = 64
+
+log = structlog.get_logger("kvstore.node")
+OnPipe = Callable[[str, FramePipe], Awaitable[None]]
+_decode_config = msgspec.msgpack.Decoder(ReplicaConfig).decode
+
+
+class NodeFiles(Protocol):
+    """Small files of the data directory, each replaced as a whole."""
+
+    def read_file(self, name: str) -> bytes | None: ...
+
+    def write_file(self, name: str, data: bytes) -> None: ...
+
+
+class Adapters(Protocol):
+    """The world, as one node sees it."""
+
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def random(self) -> Random: ...
+    @property
+    def executor(self) -> Executor: ...
+    @property
+    def network(self) -> Network: ...
+    def open_directory(self, directory: str) -> NodeFiles:
+        """Take the data directory; nobody else may use it until `close`. Raises DataDirectoryError."""
+
+    def open_engine(self, *, empty: bool = False) -> Engine:
+        """`empty`: without anything that an earlier, unfinished initialisation left."""
+
+    def open_log(self) -> LogFiles: ...
+    async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
+        """Streams, and what else this world has at a node's address. Returns the real address."""
+
+    async def close(self) -> None: ...
+
+
+class Node:
+    """One node. `start`, then `stop`; `fatal` gets an exception when the node must end at once."""
+
+    def __init__(
+        self,
+        directory: str,
+        listen: str,
+        advertise: str,
+        config: NodeConfig,
+        adapters: Adapters,
+        join: Sequence[str] = (),
+    ) -> None:
+        self.config = config
+        self.address = advertise or listen
+        self.node_id = 0
+        self.cluster_id = ""
+        self.database: Database | None = None
+        self.store: Store | None = None
+        self.host: Host | None = None
+        self.engine: Engine | None = None
+        self.peers: PeerSet | None = None
+        self.connections = Connections()
+        self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.started_at = adapters.clock.monotonic()
+        self.state = "starting"
+        self.adapters = adapters
+        self.flushes = 0
+        self._directory, self._listen, self._advertise, self._join = (
+            directory,
+            listen,
+            advertise,
+            join,
+        )
+        self._files: NodeFiles
+        self._log: LogFiles | None = None
+        self._remote: RemoteRanges | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._streams: dict[int, Stream] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._initializing = False
+        self._flushed_bytes = 0.0
+        self._flushed_at = self.started_at
+        self._preferred: dict[int, int] = {}
+
+    # -- life
+
+    async def start(self) -> None:
+        """Listen, and serve what the directory holds. Raises: DataDirectoryError, ConfigError, CorruptionError, OSError."""
+        self._files = self.adapters.open_directory(self._directory)
+        stored = self._files.read_file(identities.FILE_NAME)
+        found = identities.decode_identity(stored) if stored is not None else None
+        self.address = await self.adapters.serve(self._listen, self._on_pipe, self)
+        if self._advertise:
+            self.address = self._advertise
+        if found is None:
+            self.state = "waiting"
+            log.info("waiting", address=self.address, message="run kvctl init")
+        else:
+            await self._open(found)
+
+    async def initialize(self, request: InitRequest) -> None:
+        """Become a member of a new cluster. Again with the same request: nothing. Raises: WrongCluster, InvalidArgument."""
+        check(request)
+        if self.cluster_id:
+            if (self.cluster_id, self.node_id) == (request.cluster_id, request.your_node_id):
+                return
+            raise WrongCluster(f"this node is node {self.node_id} of cluster {self.cluster_id}")
+        if self._initializing or self.state != "waiting":
+            raise NotReady("an initialisation is under way; try again")
+        self._initializing = True
+        try:
+            engine = self.adapters.open_engine(empty=True)
+            engine.write(identities.first_rows(request))
+            await self.adapters.executor.run(engine.flush)
+            engine.close()
+            found = identities.identity_of(request)
+            self._files.write_file(identities.FILE_NAME, identities.encode_identity(found))
+            await self._open(found)
+        finally:
+            self._initializing = False
+
+    async def stop(self, drain: bool = True) -> None:
+        """Hand over leadership (drain), then end everything in order. May be called again."""
+        if self.state == "stopped":
+            return
+        if drain and self.host is not None and self.host.failure is None:
+            self.state = "draining"
+            await self._drain()
+        self.state = "stopped"
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._remote is not None:
+            await self._remote.close()
+        for stream in list(self._streams.values()):
+            stream.abort()
+        if self.peers is not None:
+            await self.peers.close()
+        if self.host is not None:
+            self.host.stop()
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.engine is not None:
+            await self.adapters.executor.run(self.engine.close)
+        if self._log is not None:
+            self._log.close()
+        await self.adapters.close()
+
+    async def _open(self, found: identities.Identity) -> None:
+        """Recover log and engine, build the rest, begin to turn."""
+        self.state = "starting"
+        config, adapters = self.config, self.adapters
+        self.cluster_id, self.node_id = found.cluster_id, found.node_id
+        engine = self.engine = adapters.open_engine()
+        files = self._log = adapters.open_log()
+        wal, recovered = Wal.recover(files, segment_bytes=config.log.segment_bytes)
+        store = self.store = Store(
+            node=found.node_id,
+            cluster=found.cluster_id,
+            engine=engine,
+            clock=adapters.clock,
+            limits=Limits(
+                conflict_wait_s=config.txn.conflict_wait_s,
+                anchor_timer_s=config.txn.anchor_timer_s,
+                orphan_timer_s=config.txn.orphan_timer_s,
+            ),
+            requests_max=config.limits.requests_in_flight,
+            oracle_window_ms=int(config.txn.oracle_window_s * 1000),
+        )
+        store.addresses = {node.node_id: node.address for node in found.nodes}
+        limits = LinkLimits(
+            queue_bytes_max=config.network.queue_bytes,
+            ping_interval_s=config.network.ping_interval_s,
+            stall_timeout_s=config.network.stall_timeout_s,
+        )
+        peers = self.peers = PeerSet(
+            network=adapters.network,
+            hello=self._hello,
+            rng=adapters.random.stream("peers"),
+            clock=adapters.clock,
+            limits=limits,
+            backoff=Backoff(max_s=config.network.reconnect_max_s),
+            dial_timeout_s=config.network.connect_timeout_s,
+        )
+        raft = config.raft
+        host = self.host = Host(
+            node=found.node_id,
+            wal=wal,
+            files=files,
+            machine=store,
+            peers=peers,
+            clock=adapters.clock,
+            rng=adapters.random.stream("raft"),
+            raft_config=RaftConfig(
+                election_timeout_s=raft.election_timeout_s,
+                heartbeat_s=raft.heartbeat_s,
+                lease_drift=raft.lease_drift,
+                inflight_entries_max=raft.inflight_entries,
+                inflight_bytes_max=raft.inflight_bytes,
+                append_bytes_max=raft.append_bytes,
+                uncommitted_bytes_max=raft.uncommitted_bytes,
+            ),
+            sync_mode=config.log.sync_mode,
+            run_in_thread=adapters.executor.run,
+            on_fatal=self._on_fatal,
+        )
+        self._remote = RemoteRanges(self, limits)
+        store.attach(host, self._remote)
+        store.on_deadline = self._arm
+        store.on_turn_end = self.connections.flush
+        self._add_replicas(recovered)
+        for node in found.nodes:
+            if node.node_id != found.node_id:
+                peers.add(node.node_id, node.address)
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(host.run()),
+            loop.create_task(self._flush_forever()),
+            loop.create_task(self._balance_forever()),
+        ]
+        self._remote.start()
+        self.state = "ready"
+        log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
+
+    def _add_replicas(self, recovered: Any) -> None:
+        assert self.store is not None
+        assert self.host is not None
+        assert self.engine is not None
+        rows = list(self.engine.scan(keycode.RANGE, bytes([keycode.RANGE[0] + 1])))
+        for _, data in rows:
+            row = decode_range_row(data)
+            stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
+            assert stored is not None, "a range has its configuration row"
+            config = _decode_config(stored)
+            self._preferred[row.range_id] = config.preferred_node
+            replica = self.store.add(row, config)
+            self.host.add_group(
+                row.range_id,
+                config.replica_id,
+                recovered.get(row.range_id),
+                decode_membership(config.membership),
+                replica.applied,
+                installed=(config.installed_index, config.installed_term),
+                installing=row.installing,
+            )
+
+    def _on_fatal(self, error: BaseException) -> None:
+        self.state = "failed"
+        if not self.fatal.done():
+            self.fatal.set_exception(error)
+
+    # -- streams
+
+    def _hello(self, kind: str, to: int) -> Hello:
+        return Hello(
+            cluster=self.cluster_id, node=self.node_id, kind=kind, to=to, address=self.address
+        )
+
+    def _check(self, kind: str) -> Callable[[Hello], KVError | None]:
+        def refusal(hello: Hello) -> KVError | None:
+            if not self.cluster_id:
+                return NotReady("the node is not a member of a cluster yet: run kvctl init")
+            if hello.kind != kind:
+                return WrongNode(f"this path is for streams of kind {kind}, not {hello.kind}")
+            if kind != "client" and (self.store is None or hello.node not in self.store.addresses):
+                return WrongNode(f"node {hello.node} is not a member")
+            return None
+
+        return refusal
+
+    async def _on_pipe(self, path: str, pipe: FramePipe) -> None:
+        kind = {CLIENT_PATH: "client", PEER_PATH: "peer", SNAPSHOT_PATH: "snapshot"}[path]
+        stream = await accept(
+            pipe,
+            Hello(cluster=self.cluster_id, node=self.node_id, kind="node", address=self.address),
+            limits=LinkLimits(
+                queue_bytes_max=self.config.network.queue_bytes,
+                ping_interval_s=self.config.network.ping_interval_s,
+                stall_timeout_s=self.config.network.stall_timeout_s,
+            ),
+            check=self._check(kind),
+            monotonic=self.adapters.clock.monotonic,
+        )
+        self._streams[id(stream)] = stream
+        try:
+            if self.store is None or self.state == "stopped":
+                return
+            if kind == "client":
+                self.connections.add(self.store, stream)
+            else:
+                assert self.peers is not None
+                self.peers.heard_from(stream.peer.node)
+                stream.on_message = self._receiver(kind, stream.peer.node)
+            await stream.wait_closed()
+        finally:
+            stream.abort()
+            self._streams.pop(id(stream), None)
+
+    def _receiver(self, kind: str, node: int) -> Callable[[bytes], None]:
+        host = self.host
+        assert host is not None
+        if kind == "snapshot":
+            return lambda payload: host.receive_snapshot_chunk(node, payload)
+
+        def receive(payload: bytes) -> None:
+            if payload[:1] != RAFT_MESSAGES:
+                raise FrameError("not a message of replication")
+            host.receive(node, decode_messages(memoryview(payload)[1:]), len(payload))
+
+        return receive
+
+    # -- time and upkeep
+
+    def _arm(self, when: float) -> None:
+        """Wake the store at a time (monotonic seconds of our clock)."""
+        if self._timer is not None:
+            if self._timer_at <= when:
+                return
+            self._timer.cancel()
+        self._timer_at = when
+        delay = max(0.0005, when - self.adapters.clock.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.store is not None:
+            self.store.wake()
+
+    async def _flush_forever(self) -> None:
+        """Flush the engine by size and by age, then let the log go (architecture: note, flush, only then cut)."""
+        assert self.host is not None
+        while True:
+            await asyncio.sleep(FLUSH_CHECK_S)
+            written = float(self.host.counters["synced_bytes"]) - self._flushed_bytes
+            age_s = self.adapters.clock.monotonic() - self._flushed_at
+            limits = self.config.log
+            if written >= limits.flush_bytes or (written > 0 and age_s >= limits.flush_interval_s):
+                await self.flush()
+
+    async def flush(self) -> None:
+        """Make what is applied durable in the engine, and cut the log below it."""
+        assert self.host is not None
+        assert self.store is not None
+        assert self.engine is not None
+        self._flushed_bytes = float(self.host.counters["synced_bytes"])
+        self._flushed_at = self.adapters.clock.monotonic()
+        noted = {
+            number: replica.applied[0]
+            for number, replica in self.store.replicas.items()
+            if not replica.state.row.installing
+        }
+        try:
+            await self.adapters.executor.run(self.engine.flush)
+        except KVError as error:
+            self._on_fatal(error)
+            return
+        self.flushes += 1
+        self.host.flushed(noted)
+
+    async def _balance_forever(self) -> None:
+        """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up."""
+        while True:
+            await asyncio.sleep(BALANCE_S)
+            self._balance()
+
+    def _balance(self) -> None:
+        assert self.host is not None
+        assert self.store is not None
+        assert self.peers is not None
+        up = {each["node"] for each in self.peers.status() if each["up"]}
+        for number, preferred in self._preferred.items():
+            replica = self.store.replicas.get(number)
+            if replica is None or replica.evaluator is None or preferred not in up:
+                continue
+            for replica_id, node in replica.membership.nodes:
+                if node == preferred and _caught_up(self.host, number, replica_id):
+                    self._transfer(number, replica_id)
+
+    def _transfer(self, number: int, replica_id: int) -> None:
+        assert self.host is not None
+        try:
+            self.host.transfer_leadership(number, replica_id)
+        except (NotLeader, ProposalDropped):
+            pass  # the next round looks again
+
+    async def _drain(self) -> None:
+        """Leadership goes to others while we are still here to help them."""
+        assert self.host is not None
+        assert self.store is not None
+        assert self.peers is not None
+        up = {each["node"] for each in self.peers.status() if each["up"]}
+        until = self.adapters.clock.monotonic() + DRAIN_S
+        while self.adapters.clock.monotonic() < until:
+            led = [each for each in self.store.replicas.values() if each.evaluator is not None]
+            led = [each for each in led if any(n in up for _, n in each.membership.nodes)]
+            if not led:
+                return
+            for replica in led:
+                for replica_id, node in replica.membership.nodes:
+                    if node in up and _caught_up(self.host, replica.range_id, replica_id):
+                        self._transfer(replica.range_id, replica_id)
+                        break
+            await asyncio.sleep(0.05)
+
+    # -- what operators see
+
+    def live(self) -> bool:
+        return not self.fatal.done()
+
+    def ready(self) -> tuple[bool, str]:
+        if self.state != "ready":
+            return False, self.state
+        return True, "ready"
+
+    def status(self) -> dict[str, Any]:
+        """A JSON-able picture of the node."""
+        return node_status(self)
+
+
+def _caught_up(host: Host, range_id: int, replica_id: int) -> bool:
+    """Whether a follower has all but the newest entries, so that handing over is quick."""
+    status = host.raft(range_id).status()
+    peer = status["peers"].get(replica_id)
+    return peer is not None and int(peer["match"]) + CAUGHT_UP_ENTRIES >= int(status["last"])
+
+
+def production_adapters(config: NodeConfig) -> Adapters:
+    """The real world: RocksDB, files, sockets, threads, clocks."""
+    from kvstore.adapters.production import ProductionAdapters
+
+    return ProductionAdapters(config)

@@ -1,0 +1,174 @@
+"""A node's way to the timestamp oracle, and the oracle itself where the meta range's leader is.
+
+At most one request is under way; everything that asks meanwhile goes with the next one. A request joins only a batch that
+has not been sent: its timestamps are issued after it was made. Where the oracle is led here, there is no round trip: the
+batch is answered in the same turn, if the lease holds after the values were made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from txn.evaluate import Evaluator
+from txn.latches import Pending, Waiter
+from txn.messages import Failure, GetTimestamps, Reply, Timestamps
+
+if TYPE_CHECKING:
+    from kvstore.replica import Replica
+    from kvstore.store import Asker, Store
+
+META_KEY = b"\xff\x00"
+META_RANGE_ID = 1
+FRESH_MAX = 1 << 16  # timestamps in one request
+ASK_AGAIN_S = 0.02
+
+
+class _Want:
+    """What one evaluator needs from one batch."""
+
+    __slots__ = ("evaluator", "pendings", "readers", "replica")
+
+    def __init__(
+        self, replica: Replica, evaluator: Evaluator, pendings: list[Pending], readers: list[Waiter]
+    ) -> None:
+        self.replica = replica
+        self.evaluator = evaluator
+        self.pendings = pendings
+        self.readers = readers
+
+
+class OracleClient:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: list[
+            tuple[Asker, GetTimestamps]
+        ] = []  # of other nodes and clients, for the oracle here
+        self._wanting: dict[int, Replica] = {}  # ranges here that want timestamps
+        self._in_flight: list[_Want] | None = None
+        self._arrived: Timestamps | None = None
+        self._not_before = 0.0  # after a failure: not asked again earlier
+        self._evaluator: Evaluator | None = None  # of the meta range, while it leads
+
+    # -- the oracle's side
+
+    def start_term(self, evaluator: Evaluator, now: float) -> None:
+        self._evaluator = evaluator
+        self._store.oracle.hi = max(self._store.oracle.hi, evaluator.state.oracle_hi)
+        self._store.oracle.start_term(now)
+        self._raise_bound(now)
+
+    def stop_term(self) -> None:
+        self._evaluator = None
+        self._store.oracle.stop()
+        waiting, self._waiting = self._waiting, []
+        for asker, request in waiting:
+            self._store.answer(asker, Failure(request.id, "not_leader"))
+
+    def asked(self, asker: Asker, request: GetTimestamps) -> None:
+        if self._evaluator is None or not 0 <= request.fresh <= FRESH_MAX:
+            replica = self._store.replicas.get(META_RANGE_ID)
+            leader = self._store.leader_node(replica) if replica is not None else 0
+            details: dict[str, Any] = {"leader_node": leader}
+            self._store.answer(asker, Failure(request.id, "not_leader", "", details))
+        else:
+            self._waiting.append((asker, request))
+
+    def _serve(self, now: float) -> None:
+        store, oracle = self._store, self._store.oracle
+        assert self._evaluator is not None
+        wall_ms = self._raise_bound(now)
+        answers: list[tuple[Any, Reply]] = []
+        left: list[tuple[Asker, GetTimestamps]] = []
+        for asker, request in self._waiting:
+            first = oracle.issue(request.fresh, wall_ms, now) if request.fresh else 0
+            if not oracle.serving or (request.fresh and not first):
+                left.append((asker, request))
+                continue
+            answers.append((asker, Timestamps(request.id, oracle.last, first, request.fresh)))
+        self._waiting = left
+        if answers:
+            store.confirm(store.replicas[META_RANGE_ID], answers)
+
+    def _raise_bound(self, now: float) -> int:
+        """Propose a higher bound when little is left. Returns the wall clock's milliseconds."""
+        store = self._store
+        wall_ms = store.clock.wall_ms()
+        bound = store.oracle.next_bound(wall_ms, now)
+        if bound:
+            assert self._evaluator is not None
+            self._evaluator.propose_bound(bound, store.oracle.bound_lost)
+            store.touch(META_RANGE_ID)
+        return wall_ms
+
+    # -- the node's own wants
+
+    def want(self, replica: Replica) -> None:
+        """The next turn asks for this range."""
+        self._wanting[replica.range_id] = replica
+
+    def turn(self, now: float, touched: dict[int, Replica]) -> None:
+        """Once a turn: hand out what has arrived, ask for what is wanted, serve if the oracle is here."""
+        if self._arrived is not None:
+            reply, self._arrived = self._arrived, None
+            wants, self._in_flight = self._in_flight or [], None
+            self._give(wants, reply, now)
+        for number, replica in touched.items():
+            evaluator = replica.evaluator
+            if evaluator is not None and (evaluator.await_fresh or evaluator.await_read):
+                self._wanting[number] = replica
+        if self._wanting and self._in_flight is None:
+            if now >= self._not_before:
+                self._ask(now)
+            else:
+                self._store.on_deadline(self._not_before)
+        if self._waiting and self._evaluator is not None:
+            self._serve(now)
+
+    def _ask(self, now: float) -> None:
+        store, oracle = self._store, self._store.oracle
+        wants: list[_Want] = []
+        fresh = 0
+        for number in list(self._wanting):
+            replica = self._wanting.pop(number)
+            evaluator = replica.evaluator
+            if evaluator is None or not (evaluator.await_fresh or evaluator.await_read):
+                continue
+            pendings, evaluator.await_fresh = evaluator.await_fresh, []
+            readers, evaluator.await_read = evaluator.await_read, []
+            wants.append(_Want(replica, evaluator, pendings, readers))
+            fresh += len(pendings)
+        if not wants:
+            return
+        store.counters["oracle_rounds"] += 1
+        if self._evaluator is not None and oracle.serving:
+            wall_ms = self._raise_bound(now)
+            first = oracle.issue(fresh, wall_ms, now) if fresh else 0
+            if (first or not fresh) and store.lease_valid(META_RANGE_ID):
+                self._give(wants, Timestamps(0, oracle.last, first, fresh), now)
+                return
+        self._in_flight = wants
+        store.ask_oracle(GetTimestamps(0, fresh), self._on_reply)
+
+    def _on_reply(self, reply: Reply) -> None:
+        """From the oracle, or a Failure: then the same is asked for again, by whoever still leads."""
+        if isinstance(reply, Timestamps):
+            self._arrived = reply
+        else:
+            wants, self._in_flight = self._in_flight or [], None
+            for want in wants:
+                if want.replica.evaluator is want.evaluator:
+                    want.evaluator.await_fresh[:0] = want.pendings
+                    want.evaluator.await_read[:0] = want.readers
+                    self._wanting[want.replica.range_id] = want.replica
+            self._not_before = self._store.clock.monotonic() + ASK_AGAIN_S
+        self._store.wake()
+
+    def _give(self, wants: list[_Want], reply: Timestamps, now: float) -> None:
+        first = reply.first
+        for want in wants:
+            if want.replica.evaluator is want.evaluator:
+                self._store.touch(want.replica.range_id)
+                want.evaluator.give_timestamps(
+                    want.pendings, first, want.readers, reply.read_ts, now
+                )
+            first += len(want.pendings)

@@ -1,0 +1,81 @@
+"""What a node says of itself: one JSON-able picture, for `kvctl`, the status page and the metrics."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvstore.node import Node
+    from kvstore.replica import Replica
+
+VERSION = "0.1.0"
+
+
+def node_status(node: Node) -> dict[str, Any]:
+    """Cheap enough to be taken once a second."""
+    store, host, engine = node.store, node.host, node.engine
+    status: dict[str, Any] = {
+        "node": node.node_id,
+        "cluster": node.cluster_id,
+        "address": node.address,
+        "version": VERSION,
+        "uptime_s": round(node.adapters.clock.monotonic() - node.started_at, 3),
+        "state": node.state,
+        "ranges": [],
+    }
+    if store is None or host is None or engine is None:
+        return status
+    figures = host.stats()
+    status |= {
+        "nodes": [{"node_id": number, "address": each} for number, each in store.addresses.items()],
+        "ranges": [_range(node, replica) for replica in store.replicas.values()],
+        "engine": {**engine.stats(), "flushes_total": node.flushes},
+        "host": figures,
+        "requests": {**store.counters, "open": store.open_requests},
+        "connections": {
+            "open": len(node.connections.open),
+            "cut_off_total": node.connections.cut_off,
+        },
+        "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
+        "transactions": _transactions(node),
+        "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
+    }
+    if node.peers is not None:
+        peers = node.peers.status()
+        status["peer_links"] = peers
+        status["peers"] = {**node.peers.counters, "up": sum(1 for each in peers if each["up"])}
+    return status
+
+
+def _transactions(node: Node) -> dict[str, int]:
+    assert node.store is not None
+    states = [replica.state for replica in node.store.replicas.values()]
+    return {
+        "prepared": sum(len(state.parts) for state in states),
+        "staged": sum(len(state.staged) for state in states),
+        "outbox": sum(len(state.outbox) for state in states),
+    }
+
+
+def _range(node: Node, replica: Replica) -> dict[str, Any]:
+    assert node.store is not None
+    assert node.host is not None
+    row = replica.state.row
+    shown: dict[str, Any] = {
+        "id": row.range_id,
+        "start": base64.b64encode(row.start).decode(),
+        "end": base64.b64encode(row.end).decode(),
+        "version": row.version,
+        "conf_ver": row.conf_ver,
+        "applied": row.applied_index,
+        "leader_node": node.store.leader_node(replica),
+        "replicas": [
+            {"node": number, "replica": replica_id}
+            for replica_id, number in replica.membership.nodes
+        ],
+    }
+    if row.range_id in node.host.refused:
+        return {**shown, "role": "refused", "term": 0, "commit": 0}
+    raft = node.host.raft(row.range_id)
+    return {**shown, "role": raft.role.value, "term": raft.term, "commit": raft.commit_index}

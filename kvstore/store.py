@@ -1,0 +1,470 @@
+"""The store: all replicas of a node behind one turn. It implements what the replication host drives (Machine).
+
+A turn's `drain`: requests that arrived are evaluated, range by range; the oracle is asked once for everything that needs a
+timestamp; what was decided goes to Raft as one entry per range; answers that rest on absence are confirmed by the lease,
+or by a read index. `apply` stages the rows of all ranges into one write batch, `finish` writes it and lets answers go.
+
+N1 no answer to a write leaves before its entry is applied here, hence committed and durable here. N2 no answer that rests on
+absence leaves before leadership was confirmed after the look. N3 requests that wait are bounded: beyond it, Throttled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kvstore.oracle_client import OracleClient
+from kvstore.ports import Clock, Engine
+from kvstore.replica import Replica, ReplicaConfig
+from kvstore.snapshots import RangeSink, RangeSource
+from replication.errors import NotLeader, ProposalDropped
+from replication.host import Host
+from replication.turns import Deadlines
+from replication.types import Entry, SnapshotMeta
+from txn.apply import Overlay
+from txn.commands import encode_batch
+from txn.evaluate import Evaluator, Limits
+from txn.messages import (
+    Directory,
+    Failure,
+    Fence,
+    Finalize,
+    GetDirectory,
+    GetTimestamps,
+    Outcome,
+    Prepare,
+    QueryPart,
+    QueryTxn,
+    RangeInfo,
+    Read,
+    Reply,
+    Request,
+    Resolve,
+    Scan,
+)
+from txn.oracle import Oracle
+from txn.state import RangeRow
+
+META_RANGE_ID = 1
+META_START = b"\xff\x00"
+WRITE_BATCH_BYTES_MAX = 1 << 20
+WRITE_BATCH_ROWS_MAX = 2_000
+
+
+class Asker(Protocol):
+    """Who gets an answer: a client's connection, or a range of this node."""
+
+    def answer(self, reply: Reply) -> None: ...
+
+
+class RemoteCalls(Protocol):
+    """The way to ranges that other nodes lead."""
+
+    def call(self, key: bytes, request: Request, then: Callable[[Reply], None]) -> None:
+        """Routed, repeated within its time, answered once: with a reply, or a Failure."""
+
+
+class LocalCall:
+    """A range of this node asked; the answer goes back to its evaluator, in a later turn."""
+
+    __slots__ = ("_call_id", "_evaluator", "_store")
+
+    def __init__(self, store: Store, evaluator: Evaluator, call_id: int) -> None:
+        self._store = store
+        self._evaluator = evaluator
+        self._call_id = call_id
+
+    def answer(self, reply: Reply) -> None:
+        self._store.local_answer(self._evaluator, self._call_id, reply)
+
+
+class _Callback:
+    __slots__ = ("answer",)
+
+    def __init__(self, then: Callable[[Reply], None]) -> None:
+        self.answer = then
+
+
+class Store:
+    """See the module. `attach` gives it its host and its way to other nodes, before the first turn."""
+
+    def __init__(
+        self,
+        *,
+        node: int,
+        cluster: str,
+        engine: Engine,
+        clock: Clock,
+        limits: Limits,
+        requests_max: int,
+        oracle_window_ms: int,
+    ) -> None:
+        self.node, self.cluster = node, cluster
+        self.engine = engine
+        self.clock = clock
+        self.limits = limits
+        self.replicas: dict[int, Replica] = {}
+        self.addresses: dict[int, str] = {}
+        self.counters = {
+            "requests": 0,
+            "requests_throttled": 0,
+            "commands": 0,
+            "entries": 0,
+            "rows_written": 0,
+            "read_index_rounds": 0,
+            "oracle_rounds": 0,
+        }
+        self.on_deadline: Callable[[float], None] = lambda _when: None
+        self.on_turn_end: Callable[[], None] = lambda: None
+        self.oracle = Oracle(window_ms=oracle_window_ms)
+        self.open_requests = 0
+        self._requests_max = requests_max
+        self._host: Host
+        self._remote: RemoteCalls
+        self._overlay = Overlay(engine)
+        self._inbox: list[tuple[Asker, Request]] = []
+        self._local: list[tuple[Evaluator, int, Reply]] = []
+        self._touched: dict[int, Replica] = {}  # evaluators that something happened to, this turn
+        self._staged: dict[int, Replica] = {}  # whose rows are in the overlay
+        self._deadlines = Deadlines()
+        self._held: dict[
+            int, tuple[Replica, list[tuple[Any, Reply]]]
+        ] = {}  # read-index context -> answers
+        self._context = 0
+        self._oracle_client = OracleClient(self)
+
+    def attach(self, host: Host, remote: RemoteCalls) -> None:
+        self._host, self._remote = host, remote
+
+    def add(self, row: RangeRow, config: ReplicaConfig) -> Replica:
+        """Serve a replica whose rows are in the engine."""
+        replica = self.replicas[row.range_id] = Replica(row, config)
+        if not row.installing:
+            replica.state.load(self.engine)
+        if row.range_id == META_RANGE_ID:
+            self.oracle.hi = self.oracle.last = replica.state.oracle_hi
+        return replica
+
+    # -- what arrives
+
+    def accept(self, asker: Asker, requests: Sequence[Request]) -> None:
+        """Requests of one frame. More than fit are refused at once, each with Throttled."""
+        room = self._requests_max - self.open_requests
+        if len(requests) > room:
+            for request in requests[max(0, room) :]:
+                self.counters["requests_throttled"] += 1
+                asker.answer(
+                    Failure(request.id, "throttled", "the node is busy", {"retry_after": 0.02})
+                )
+            requests = requests[: max(0, room)]
+        self.open_requests += len(requests)
+        self.counters["requests"] += len(requests)
+        self._inbox += [(asker, request) for request in requests]
+        self._host.wake()
+
+    def local_answer(self, evaluator: Evaluator, call_id: int, reply: Reply) -> None:
+        self._local.append((evaluator, call_id, reply))
+        self._host.wake()
+
+    def wake(self) -> None:
+        self._host.wake()
+
+    # -- the turn; Machine
+
+    def drain(self, now: float) -> None:
+        for number in self._deadlines.due(now):
+            replica = self.replicas.get(number)
+            if replica is not None and replica.evaluator is not None:
+                self._touched[number] = replica
+                replica.evaluator.tick(now)
+        if self._inbox:
+            inbox, self._inbox = self._inbox, []
+            for asker, request in inbox:
+                self._dispatch(asker, request, now)
+        while self._local:
+            local, self._local = self._local, []
+            for evaluator, call_id, reply in local:
+                replica = self.replicas.get(evaluator.state.row.range_id)
+                if replica is not None and replica.evaluator is evaluator:
+                    self._touched[replica.range_id] = replica
+                    evaluator.recovery.on_reply(call_id, reply, now)
+        for replica in list(self._touched.values()):
+            if replica.evaluator is not None and replica.evaluator.runnable:
+                replica.evaluator.run_again(now)
+        self._oracle_client.turn(now, self._touched)
+        self._carry_out(now)
+
+    def _dispatch(self, asker: Asker, request: Request, now: float) -> None:
+        kind = type(request)
+        if kind is GetTimestamps:
+            self._oracle_client.asked(asker, request)
+            return
+        if kind is GetDirectory:
+            self.answer(asker, self._directory(request.id))
+            return
+        range_id: int = request.range_id  # type: ignore[union-attr]
+        replica = self.replicas.get(range_id) if range_id else self.find(key_of(request))
+        if replica is None:
+            self.answer(asker, Failure(request.id, "epoch_mismatch", "not a range of this node"))
+            return
+        evaluator = replica.evaluator
+        if evaluator is None:
+            self.answer(asker, self._not_leader(request.id, replica))
+            return
+        self._touched[replica.range_id] = replica
+        evaluator.step(request, asker, now)
+
+    def find(self, key: bytes) -> Replica | None:
+        """The replica here whose range holds a key."""
+        for replica in self.replicas.values():
+            if replica.state.owns(key):
+                return replica
+        return None
+
+    def _carry_out(self, now: float) -> None:
+        """Everything the touched evaluators want: calls, proposals, answers, their deadlines."""
+        rounds = 0
+        while self._touched:
+            touched, self._touched = self._touched, {}
+            for replica in touched.values():
+                evaluator = replica.evaluator
+                output = replica.output
+                if evaluator is not None:
+                    if output.calls:
+                        self._call(replica, evaluator, now)
+                    if evaluator.proposals:
+                        self._propose(replica, evaluator)
+                    if output.confirm:
+                        self._confirm(replica)
+                    if evaluator.await_fresh or evaluator.await_read:
+                        self._oracle_client.want(replica)
+                        self._host.wake()
+                    self._note_deadline(replica, evaluator, now)
+                if output.replies:
+                    replies, output.replies = output.replies, []
+                    for origin, reply in replies:
+                        self.answer(origin, reply)
+            rounds += 1
+            assert rounds < 1_000, "ranges of one node call each other for ever"
+        self.on_turn_end()
+        due = self._deadlines.next()
+        if due is not None:
+            self.on_deadline(due)
+
+    def _note_deadline(self, replica: Replica, evaluator: Evaluator, now: float) -> None:
+        if evaluator.runnable:
+            self._host.wake()
+            self._deadlines.set(replica.range_id, now)
+        else:
+            self._deadlines.set(replica.range_id, evaluator.deadline())
+
+    def _call(self, replica: Replica, evaluator: Evaluator, now: float) -> None:
+        calls, replica.output.calls = replica.output.calls, []
+        for key, request, call_id in calls:
+            asker = LocalCall(self, evaluator, call_id)
+            target = self.find(key)
+            if target is not None and target.evaluator is not None:
+                self.open_requests += 1
+                self._touched[target.range_id] = target
+                target.evaluator.step(request, asker, now)
+            else:
+                self._remote.call(key, request, asker.answer)
+
+    def _propose(self, replica: Replica, evaluator: Evaluator) -> None:
+        for batch, pendings in replica.take_batches():
+            try:
+                index = self._host.propose(replica.range_id, evaluator.term, encode_batch(batch))
+            except NotLeader:
+                evaluator.dropped(pendings, "not_leader")
+            except ProposalDropped:
+                evaluator.dropped(pendings, "throttled")
+            else:
+                replica.inflight[index] = (batch, pendings)
+                self.counters["entries"] += 1
+                self.counters["commands"] += len(pendings)
+
+    def _confirm(self, replica: Replica) -> None:
+        """N2: by the lease, looked at now, after the rows were; else by a read index."""
+        answers, replica.output.confirm = replica.output.confirm, []
+        if self._host.lease_valid(replica.range_id):
+            for origin, reply in answers:
+                self.answer(origin, reply)
+            return
+        self._context += 1
+        self.counters["read_index_rounds"] += 1
+        try:
+            self._host.read_index(replica.range_id, self._context)
+        except (NotLeader, ProposalDropped):
+            for origin, reply in answers:
+                self.answer(origin, self._not_leader(reply.id, replica))
+            return
+        self._held[self._context] = (replica, answers)
+
+    def answer(self, asker: Asker, reply: Reply) -> None:
+        self.open_requests -= 1
+        asker.answer(reply)
+
+    def confirm(self, replica: Replica, answers: list[tuple[Any, Reply]]) -> None:
+        """Let these answers go once leadership is confirmed, from now."""
+        replica.output.confirm += answers
+        self._touched[replica.range_id] = replica
+
+    def touch(self, range_id: int) -> None:
+        """Look at this range at the end of the turn."""
+        self._touched[range_id] = self.replicas[range_id]
+
+    def ask_oracle(self, request: GetTimestamps, then: Callable[[Reply], None]) -> None:
+        """Wherever it is led; through the same queue as everybody's if that is here."""
+        meta = self.replicas.get(META_RANGE_ID)
+        if meta is not None and meta.evaluator is not None:
+            self.open_requests += 1
+            self._oracle_client.asked(_Callback(then), request)
+        else:
+            self._remote.call(META_START, request, then)
+
+    # -- applying; Machine
+
+    def apply(self, group: int, entries: Sequence[Entry]) -> None:
+        replica = self.replicas[group]
+        overlay = self._overlay
+        for entry in entries:
+            replica.apply(entry, overlay)
+            self._staged[group] = replica
+            if overlay.bytes > WRITE_BATCH_BYTES_MAX or len(overlay.rows) > WRITE_BATCH_ROWS_MAX:
+                self._write()
+                overlay = self._overlay
+
+    def _write(self) -> None:
+        overlay = self._overlay
+        for replica in self._staged.values():
+            replica.stage_row(overlay)
+        self.engine.write(overlay.rows)
+        self.counters["rows_written"] += len(overlay.rows)
+        self._overlay = Overlay(self.engine)
+
+    def finish(self) -> None:
+        self._write()
+        staged, self._staged = self._staged, {}
+        now = self.clock.monotonic()
+        for replica in staged.values():
+            applied, replica.applied_now = replica.applied_now, []
+            evaluator = replica.evaluator
+            if replica.range_id == META_RANGE_ID and replica.state.oracle_hi > self.oracle.hi:
+                self.oracle.bound_applied(replica.state.oracle_hi)
+                self._host.wake()
+            if evaluator is None:
+                continue
+            self._touched[replica.range_id] = replica
+            for own in applied:
+                evaluator.applied(own.pendings, own.answers, now)
+            if replica.term_started and not evaluator.ready:
+                evaluator.start(now)
+                if replica.range_id == META_RANGE_ID:
+                    self._oracle_client.start_term(evaluator, now)
+        self._carry_out(now)
+
+    # -- leadership and reads; Machine
+
+    def leadership(self, group: int, term: int, is_leader: bool) -> None:
+        replica = self.replicas[group]
+        old = replica.evaluator
+        if old is not None:
+            old.stop()
+            replica.evaluator = None
+            replica.inflight.clear()
+            self._deadlines.set(group, None)
+            output = replica.output
+            for origin, reply in output.confirm:
+                self.answer(origin, self._not_leader(reply.id, replica))
+            for origin, reply in output.replies:
+                self.answer(origin, reply)
+            output.calls, output.confirm, output.replies = [], [], []
+            if group == META_RANGE_ID:
+                self._oracle_client.stop_term()
+        if is_leader:
+            replica.term_started = False
+            replica.evaluator = Evaluator(
+                replica.state, self.engine, replica.output, self.limits, term
+            )
+        self.on_turn_end()
+
+    def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port
+        for context in contexts:
+            held = self._held.pop(context, None)
+            if held is None:
+                continue
+            replica, answers = held
+            for origin, reply in answers:
+                self.answer(origin, reply if ok else self._not_leader(reply.id, replica))
+        self.on_turn_end()
+
+    def applied(self, group: int) -> tuple[int, int]:
+        return self.replicas[group].applied
+
+    def lease_valid(self, group: int) -> bool:
+        return self._host.lease_valid(group)
+
+    def installed(self, replica: Replica) -> None:
+        """A snapshot is in: what is kept outside the replica follows it."""
+        if replica.range_id == META_RANGE_ID:
+            self.oracle.hi = max(self.oracle.hi, replica.state.oracle_hi)
+
+    # -- snapshots; Machine
+
+    def snapshot_open(self, group: int) -> RangeSource:
+        replica = self.replicas[group]
+        assert not self._overlay.rows, "a snapshot is opened between write batches"
+        return RangeSource(self.engine, replica.state.row, replica.membership)
+
+    def snapshot_sink(self, group: int, meta: SnapshotMeta) -> RangeSink:
+        replica = self.replicas[group]
+        if replica.evaluator is not None:
+            self.leadership(group, replica.evaluator.term, False)
+        return RangeSink(self, replica, meta)
+
+    # -- what others want to know
+
+    def _not_leader(self, request_id: int, replica: Replica) -> Failure:
+        leader = self.leader_node(replica)
+        return Failure(request_id, "not_leader", "", {"leader_node": leader})
+
+    def leader_node(self, replica: Replica) -> int:
+        """Where the leader of a range is, as far as this node knows; 0: unknown."""
+        try:
+            leader = self._host.raft(replica.range_id).leader
+        except KeyError:
+            return 0
+        for replica_id, node in replica.membership.nodes:
+            if replica_id == leader:
+                return node
+        return 0
+
+    def _directory(self, request_id: int) -> Directory:
+        ranges = []
+        for replica in self.replicas.values():
+            row = replica.state.row
+            replicas = [(node, replica_id) for replica_id, node in replica.membership.nodes]
+            ranges.append(
+                RangeInfo(
+                    row.range_id,
+                    row.start,
+                    row.end,
+                    row.version,
+                    row.conf_ver,
+                    replicas,
+                    self.leader_node(replica),
+                )
+            )
+        return Directory(request_id, self.cluster, self.node, ranges, list(self.addresses.items()))
+
+
+def key_of(request: Request) -> bytes:
+    """The key by which a request without a range id is routed."""
+    if isinstance(request, Read):
+        return request.keys[0] if request.keys else b""
+    if isinstance(request, Scan):
+        return request.start
+    if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
+        return request.locus
+    assert isinstance(request, (Finalize, QueryTxn, Outcome))
+    return request.anchor_key
