@@ -15,7 +15,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from sortedcontainers import SortedDict
 
@@ -86,9 +86,8 @@ class MemoryEngine:
         if directory.write_error is not None:
             raise directory.write_error
         for key, value in rows.items():
-            _require_bytes(key)
-            if value is not None:
-                _require_bytes(value)
+            if type(key) is not bytes or not (value is None or type(value) is bytes):
+                raise TypeError("keys and values are bytes")
         live = directory.rows
         old: Old = {key: live.get(key) for key in rows}
         for instant in self._instants.values():
@@ -261,24 +260,25 @@ class MemoryCursor:
         if self._instant is not None and self._instant.ended:
             self._error, self._instant = _view_closed(), None
         while self._instant is not None and len(rows) < rows_max and size < bytes_max:
-            keys = self._instant.keys(self._start, self._end, self._reverse, rows_max - len(rows))
-            if not keys:
-                self._instant = None
-                break
+            instant, wanted = self._instant, rows_max - len(rows)
+            keys = instant.keys(self._start, self._end, self._reverse, wanted)
+            if len(keys) < wanted:
+                self._instant = None  # these are the last, unless the loop below stops early
             for key in keys:
+                try:
+                    value = instant.get(key)
+                except CorruptionError as error:
+                    self._error, self._instant = error, None
+                    break
                 if self._reverse:
                     self._end = key
                 else:
                     self._start = key + b"\x00"
-                try:
-                    value = self._instant.get(key)
-                except CorruptionError as error:
-                    self._error, self._instant = error, None
-                    break
                 if value is not None:
                     rows.append((key, value))
                     size += len(key) + len(value)
                     if size >= bytes_max:
+                        self._instant = instant
                         break
         if self._error is not None and not rows:
             raise self._error.with_traceback(None)
@@ -288,13 +288,17 @@ class MemoryCursor:
 class _Instant:
     """A state of the rows: the present ones under the old values of what was written since."""
 
+    __slots__ = ("__weakref__", "_damaged", "_directory", "_old", "ended")
+
     def __init__(self, directory: MemoryDirectory) -> None:
         self._directory = directory
-        self._old: SortedDict[bytes, bytes | None] = SortedDict()
+        self._old: SortedDict[bytes, bytes | None] | None = None  # made when it is needed
         self._damaged: dict[bytes, None] = {}  # rows that were damaged when they were overwritten
         self.ended = False  # the view was closed
 
     def remember(self, old: Old) -> None:
+        if self._old is None:
+            self._old = SortedDict()
         for key, value in old.items():
             if key not in self._old:
                 self._old[key] = value
@@ -302,7 +306,7 @@ class _Instant:
                     self._damaged[key] = None
 
     def get(self, key: bytes) -> bytes | None:
-        if key in self._old:
+        if self._old is not None and key in self._old:
             if key in self._damaged:
                 raise _corrupt(key)
             value: bytes | None = self._old[key]
@@ -314,16 +318,18 @@ class _Instant:
 
     def keys(self, start: bytes, end: bytes | None, reverse: bool, limit: int) -> list[bytes]:
         """The first `limit` keys of [start, end), in the order asked for; some may have no value."""
-
-        def some(rows: SortedDict[bytes, bytes] | SortedDict[bytes, bytes | None]) -> list[bytes]:
-            found = rows.irange(start, end, inclusive=(True, False), reverse=reverse)
-            return list(itertools.islice(found, limit))
-
-        present = some(self._directory.rows)
-        if not self._old:
+        present = _keys(self._directory.rows, start, end, reverse, limit)
+        if self._old is None:
             return present
-        merged = dict.fromkeys(present + some(self._old))
-        return sorted(merged, reverse=reverse)[:limit]
+        past = _keys(self._old, start, end, reverse, limit)
+        return sorted(dict.fromkeys(present + past), reverse=reverse)[:limit]
+
+
+def _keys(
+    rows: SortedDict[bytes, Any], start: bytes, end: bytes | None, reverse: bool, limit: int
+) -> list[bytes]:
+    found = rows.irange(start, end, inclusive=(True, False), reverse=reverse)
+    return list(itertools.islice(found, limit))
 
 
 def _view_closed() -> EngineClosed:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -192,3 +193,4 @@ class TwoEnginesAndADict(RuleBasedStateMachine):
 
 
 TestTwoEnginesAndADict = TwoEnginesAndADict.TestCase
+TestTwoEnginesAndADict.settings = settings(stateful_step_count=30)
