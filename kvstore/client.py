@@ -1,0 +1,569 @@
+"""The Python client: `Database`, the door to a cluster (or to the node in this process).
+
+Everything here runs on one event loop. `Database` does what users ask by the parts below it: `router` (nodes, repetition),
+`commits` (write sets), `reads` (snapshots), `transactions`. The simulator and the embedded mode give it another Network.
+
+A plain put is the hot path: one message, one future, and no task and no timer of its own (`_write_one`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, overload
+
+from kvstore import limits
+from kvstore.attempts import Attempts, KeptResult
+from kvstore.buffer import NumberFormat, WriteBuffer, add_kind, add_write, parse_number
+from kvstore.commits import Committer, Done, WriteSet
+from kvstore.errors import (
+    ClientClosed,
+    CompareFailed,
+    InvalidArgument,
+    KVError,
+    OutcomeExpired,
+    TransactionTooLarge,
+)
+from kvstore.link import Hello, LinkLimits
+from kvstore.links import Channel
+from kvstore.ports import Clock, Network
+from kvstore.reads import Entry, View
+from kvstore.router import TRY_TIMEOUT_S, Router
+from kvstore.streams import connect as connect_stream
+from kvstore.transactions import (
+    Aborted,
+    Committed,
+    RowScan,
+    Snapshot,
+    Transaction,
+    TransactionOptions,
+    decode_token,
+    present,
+    scan_bounds,
+    validate_keys,
+)
+from txn.messages import Prepare, PrepareReply
+from txn.types import Expect, ExpectKind, PartStatus, TxnStatus, Write, WriteKind
+
+__all__ = [
+    "ANY", "Aborted", "AnyVersion", "Batch", "Committed", "Database", "Entry", "RowScan", "Snapshot", "Transaction",
+]  # fmt: skip
+
+CLIENT_PATH: Final = "/v1/stream"
+TIMEOUT_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 1.0
+CLEAR_ROWS: Final = 1_000  # deleted by one transaction of clear_range
+SEEN_AGE_S_MAX: Final = 1.0
+
+R = TypeVar("R")
+_COMMITTED: Final = int(PartStatus.COMMITTED)
+_PUT: Final = int(WriteKind.PUT)
+
+
+class AnyVersion:
+    """The type of ANY: no condition on the version."""
+
+    def __repr__(self) -> str:
+        return "ANY"
+
+
+ANY: Final = AnyVersion()
+
+
+class Batch:
+    """Writes collected, to be committed together: atomic, over any number of ranges. Nothing is read."""
+
+    def __init__(self) -> None:
+        self.buffer = WriteBuffer()
+        self.version: int | None = None  # of the commit, when the block has ended
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
+        limits.validate_key(key)
+        limits.validate_value(value)
+        self.buffer.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        limits.validate_key(key)
+        self.buffer.delete(key)
+
+    def delete_range(self, start: bytes, end: bytes) -> None:
+        self.buffer.clear(*limits.validate_range(start, end))
+
+    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
+        limits.validate_key(key)
+        add_write(key, by, format)
+        self.buffer.add(key, by, add_kind(format))
+
+
+class Database:
+    """A cluster. Use it with `async with`, or `start` and `close`. Bound to the loop on which it was started.
+
+    Args:
+        network, clock, rng: the world. rng makes transaction ids: seed it with the system's randomness.
+        addresses: nodes to ask first. timeout_s: of each call without one of its own, retries included.
+        cluster: refuse any other cluster (id); empty: take the one that answers.
+        on_close: awaited at the end of `close`, to end what belongs to this client alone.
+
+    Every method raises InvalidArgument (and KeyTooLarge, ValueTooLarge, TransactionTooLarge) before anything is sent;
+    DeadlineExceeded, Unavailable, Throttled when nothing happened in time; CommitUnknown when a write may have.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        addresses: Sequence[str],
+        clock: Clock,
+        rng: random.Random,
+        timeout_s: float = TIMEOUT_S,
+        *,
+        cluster: str = "",
+        try_timeout_s: float = TRY_TIMEOUT_S,
+        link_limits: LinkLimits | None = None,
+        on_close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise InvalidArgument("timeout must be above 0")
+        self._network = network
+        self._clock = clock
+        self._monotonic = clock.monotonic
+        self._rng = rng
+        self._bits = rng.getrandbits
+        self._timeout_s = timeout_s
+        self._try_timeout_s = try_timeout_s
+        self._link_limits = link_limits
+        self._cluster = cluster
+        self._on_close = on_close
+        self._router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
+        self._committer = Committer(self._router, rng)
+        self._started = False
+        self._closed = False
+
+    async def _dial(self, address: str, node: int) -> Channel:
+        hello = Hello(cluster=self._cluster or self._router.cluster, kind="client", to=node)
+        return await connect_stream(
+            self._network,
+            address,
+            CLIENT_PATH,
+            hello,
+            limits=self._link_limits,
+            timeout_s=min(self._timeout_s, 3.0),
+            monotonic=self._monotonic,
+        )
+
+    # --- life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Reach the cluster and learn its ranges. Raises: Unavailable, WrongCluster, VersionMismatch."""
+        if self._closed:
+            raise ClientClosed
+        if self._started:
+            return
+        await self._router.start(self._timeout_s)
+        self._started = True
+
+    async def close(self) -> None:
+        """End it, within a bounded time: commits that were cancelled come to their end first. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._committer.drain(CLOSE_TIMEOUT_S)
+            await self._router.close(CLOSE_TIMEOUT_S)
+        finally:
+            if self._on_close is not None:
+                await self._on_close()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def router(self) -> Router:
+        """Where requests go; for tools that look inside."""
+        return self._router
+
+    def stats(self) -> dict[str, float]:
+        """Counters of this client."""
+        return {
+            "calls_in_flight": self._router.calls,
+            "calls_retried": self._router.calls_retried,
+            "messages_sent": self._router.messages_sent,
+            "commit_attempts": self._committer.attempts,
+            "conflicts": self._committer.conflicts,
+        }
+
+    # --- reads ------------------------------------------------------------------------------------
+
+    @overload
+    async def get(self, key: bytes, *, timeout: float | None = None) -> bytes | None: ...
+    @overload
+    async def get(self, key: bytes, default: bytes, *, timeout: float | None = None) -> bytes: ...
+    async def get(
+        self, key: bytes, default: bytes | None = None, *, timeout: float | None = None
+    ) -> bytes | None:
+        """The newest value, or `default`: that of every write acknowledged before this call, or a later one."""
+        limits.validate_key(key)
+        value = (await self._view(timeout).read((key,)))[key].value
+        return default if value is None else value
+
+    async def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
+        """The newest value with its version; None if there is none."""
+        limits.validate_key(key)
+        found = (await self._view(timeout).read((key,)))[key]
+        return None if found.value is None else Entry(key, found.value, found.version)
+
+    async def get_many(
+        self, keys: Iterable[bytes], *, timeout: float | None = None
+    ) -> dict[bytes, bytes]:
+        """The keys that have a value, with it; all of one instant."""
+        wanted = validate_keys(keys)
+        return present(wanted, await self._view(timeout).read(wanted))
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        at: int | None = None,
+    ) -> RowScan:
+        """The rows of [start, end), or with a prefix, in order, all at one version (`at`, or the newest).
+
+        `async for key, value in db.scan(...)`, or `await db.scan(...).to_list()`.
+        """
+        low, high = scan_bounds(start, end, prefix, limit)
+        wanted = _at(at)
+
+        def begin() -> Any:
+            view = View(self._started_router(), self._timeout_s, at=wanted)
+            return view.pages(low, high, reverse=reverse, keys_only=keys_only, rows_max=limit or 0)
+
+        return RowScan(begin, limit)
+
+    def snapshot(self, at: int | None = None) -> Snapshot:
+        """A read-only view at one version: `at`, or as of its first read."""
+        return Snapshot(View(self._started_router(), self._timeout_s, at=_at(at)))
+
+    def _view(self, timeout: float | None) -> View:
+        return View(self._started_router(), self._timeout(timeout))
+
+    # --- writes -----------------------------------------------------------------------------------
+
+    async def put(
+        self,
+        key: bytes,
+        value: bytes,
+        *,
+        if_version: int | AnyVersion = ANY,
+        if_absent: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """Write one key in a transaction of its own; return once a quorum has it on disk.
+
+        Args: if_version: only if that is the key's newest version (0: there is no such key). if_absent: the same as 0.
+        timeout: seconds, retries included.
+        Returns: the commit version, above that of every write acknowledged before this call.
+        Raises: CompareFailed (nothing was written); CommitUnknown if the time ran out after it was sent.
+        """
+        limits.validate_key(key)
+        limits.validate_value(value)
+        expects = _expects(key, if_version, if_absent)
+        done = await self._write_one(Write(_PUT, key, value), expects, timeout)
+        return done if isinstance(done, int) else done.version
+
+    async def delete(
+        self, key: bytes, *, if_version: int | AnyVersion = ANY, timeout: float | None = None
+    ) -> int:
+        """Delete one key, present or not; returns the commit version. As `put`."""
+        limits.validate_key(key)
+        expects = _expects(key, if_version, False)
+        return _version_of(await self._write_one(Write(WriteKind.DELETE, key), expects, timeout))
+
+    async def increment(
+        self,
+        key: bytes,
+        by: int = 1,
+        *,
+        format: NumberFormat = "ascii",  # noqa: A002 - the surface's word
+        timeout: float | None = None,
+    ) -> int:
+        """Add to a number and return the new one; an absent key counts as 0.
+
+        Args: format: "ascii" (decimal digits) or "int64" (8 bytes, big-endian, signed).
+        Raises: InvalidArgument if the value is no such number, or would not fit 64 bits.
+        """
+        limits.validate_key(key)
+        write = add_write(key, by, format)
+        deadline = self._monotonic() + self._timeout(timeout)
+        done = await self._write_one(write, [], timeout, results=True)
+        assert isinstance(done, Done)
+        if done.results:
+            return parse_number(write.kind, done.results[0])
+        view = View(self._router, self._timeout_s, at=done.version, deadline=deadline)
+        return parse_number(write.kind, (await view.read((key,)))[key].value)
+
+    async def cas(
+        self,
+        key: bytes,
+        expected: bytes | None,
+        new: bytes | None,
+        *,
+        timeout: float | None = None,
+    ) -> bool:
+        """Set `new` (None: delete) if the value is `expected` (None: absent). False: it was not; nothing was written."""
+        limits.validate_key(key)
+        for value in (expected, new):
+            if value is not None:
+                limits.validate_value(value)
+        expect = (
+            Expect(ExpectKind.ABSENT, key)
+            if expected is None
+            else Expect(ExpectKind.VALUE, key, 0, expected)
+        )
+        write = Write(WriteKind.DELETE, key) if new is None else Write(_PUT, key, new)
+        try:
+            await self._write_one(write, [expect], timeout)
+        except CompareFailed:
+            return False
+        return True
+
+    async def delete_range(
+        self, start: bytes, end: bytes, *, timeout: float | None = None
+    ) -> int | None:
+        """Delete [start, end) in one transaction; returns the version (None if the span is empty).
+
+        Raises: TransactionTooLarge if a range holds more rows of it than a transaction may have; nothing is done then.
+        """
+        buffer = WriteBuffer()
+        buffer.clear(*limits.validate_range(start, end))
+        return await self._commit_buffer(buffer, timeout)
+
+    async def clear_range(
+        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+    ) -> int:
+        """Delete any number of rows, page by page: not atomic. Returns how many there were.
+
+        What is written into the span meanwhile may or may not be deleted. Each page has the client's timeout.
+        """
+        low, high = scan_bounds(start, end, prefix, None)
+        rows = 0
+        while low < high:
+            view = View(self._started_router(), self._timeout_s)
+            pages = view.pages(low, high, reverse=False, keys_only=True, rows_max=CLEAR_ROWS)
+            page = await pages.next()
+            if page.rows:
+                try:
+                    await self.delete_range(low, page.end)
+                except TransactionTooLarge:  # others have written into it: in smaller pieces
+                    for key, _value in page.rows:
+                        await self.delete(key)
+            rows += len(page.rows)
+            low = page.end
+        return rows
+
+    @asynccontextmanager
+    async def batch(self, *, timeout: float | None = None) -> AsyncIterator[Batch]:
+        """Collect writes, and commit them together when the block ends well: atomic, over any number of ranges."""
+        batch = Batch()
+        yield batch
+        await self.commit_batch(batch, timeout=timeout)
+
+    async def commit_batch(self, batch: Batch, *, timeout: float | None = None) -> int | None:
+        """What `batch` does at the end of its block; returns the version (None if nothing was written)."""
+        batch.version = await self._commit_buffer(batch.buffer, timeout)
+        return batch.version
+
+    async def _commit_buffer(self, buffer: WriteBuffer, timeout: float | None) -> int | None:
+        if not buffer:
+            return None
+        self._started_router()
+        deadline = self._monotonic() + self._timeout(timeout)
+        write_set = WriteSet(buffer.anchor_key, buffer.writes())
+        return (await self._committer.commit(write_set, deadline, patient=True)).version
+
+    async def _write_one(
+        self, write: Write, expects: list[Expect], timeout: float | None, results: bool = False
+    ) -> Done | int:
+        """One write as a transaction of its own: one message and one future, and all else only if that fails."""
+        router = self._router
+        now = self._monotonic()
+        timeout_s = self._timeout_s if timeout is None else self._timeout(timeout)
+        if not self._started:
+            raise ClientClosed("the client has not been started")
+        seen_ts = router.seen_ts
+        if now - router.seen_at > SEEN_AGE_S_MAX:
+            seen_ts = await self._committer.begin_ts(now + timeout_s)
+        txn_id = seen_ts.to_bytes(8, "big") + self._bits(64).to_bytes(8, "big")
+        key = write.key
+        call = router.open(key, b"", now, now + max(timeout_s * 0.75, timeout_s - 1.0))
+        request = Prepare(
+            call.id, call.range_id, call.version, txn_id, key, key, [write], expects, [], [], True, seen_ts
+        )  # fmt: skip
+        router.submit(call, request, len(key) + len(write.value))
+        try:
+            reply = await call.future  # type: ignore[misc]
+        except BaseException:
+            router.forget(call)
+            raise
+        if reply.__class__ is PrepareReply and reply.status == _COMMITTED:
+            if results:
+                return Done(reply.ts, reply.results, txn_id)
+            return reply.ts
+        self._committer.attempts += 1
+        return await self._committer.commit(
+            WriteSet(key, [write], expects),
+            now + timeout_s,
+            patient=True,
+            txn_id=txn_id,
+            first=(call, reply),
+        )
+
+    # --- transactions -----------------------------------------------------------------------------
+
+    def transaction(
+        self, *, read_only: bool = False, timeout: float | None = None, priority: int = 0
+    ) -> Transaction:
+        """One attempt: `async with db.transaction() as tx`. Commits on a clean exit, rolls back on an exception.
+
+        Args: timeout: seconds for the whole transaction; without it each call has the client's.
+        """
+        return self.begin(TransactionOptions(read_only, self._optional(timeout), priority))
+
+    def begin(self, options: TransactionOptions, age: int = 0) -> Transaction:
+        router = self._started_router()
+        return Transaction(router, self._committer, self._timeout_s, options, age=age)
+
+    async def run(
+        self,
+        fn: Callable[[Transaction], Awaitable[R]],
+        *,
+        read_only: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+        idempotency_key: bytes | str | None = None,
+    ) -> R:
+        """`await fn(tx)` and commit; again, with a new transaction, while errors say that this may help.
+
+        `fn` may thus run several times: let it have no effects of its own. Its own exceptions end it at once.
+        Args: timeout: seconds for all attempts together. idempotency_key: `fn` takes effect at most once for a key, and a
+        second run returns the first one's result, which must be what msgpack holds, within 1 KiB. The key is remembered
+        for 24 h.
+        """
+        attempts = self.attempts(read_only, timeout, priority)
+        kept = None if idempotency_key is None else KeptResult(idempotency_key)
+        while True:
+            tx = attempts.begin()
+            try:
+                async with tx:
+                    if kept is None:
+                        return await fn(tx)
+                    before = await kept.recall(tx)
+                    if before is not None:
+                        return kept.decode(before)  # type: ignore[no-any-return]
+                    result = await fn(tx)
+                    kept.remember(tx, result)
+                    return result
+            except KVError as error:
+                await asyncio.sleep(attempts.pause(tx, error))
+
+    def attempts(self, read_only: bool, timeout: float | None, priority: int) -> Attempts:
+        """For `run`, here and in the blocking client."""
+        hard = self._optional(timeout)
+        return Attempts(self.begin, self._monotonic, self._rng.random, read_only, hard, priority)
+
+    async def outcome(self, token: str, *, timeout: float | None = None) -> Committed | Aborted:
+        """What became of the transaction with this id (`Transaction.id`). One that is undecided is aborted by asking.
+
+        Raises: OutcomeExpired when its record is no longer kept.
+        """
+        txn_id, anchor_key = decode_token(token)
+        self._started_router()
+        deadline = self._monotonic() + self._timeout(timeout)
+        reply = await self._committer.outcome(txn_id, anchor_key, deadline)
+        if reply.status == TxnStatus.COMMITTED:
+            return Committed(reply.ts)
+        if reply.status == TxnStatus.ABORTED:
+            return Aborted()
+        raise OutcomeExpired
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _started_router(self) -> Router:
+        if not self._started or self._closed:
+            raise ClientClosed("the client is not open")
+        return self._router
+
+    def _timeout(self, timeout: float | None) -> float:
+        if timeout is None:
+            return self._timeout_s
+        if not timeout > 0:
+            raise InvalidArgument("timeout must be above 0")
+        return timeout
+
+    def _optional(self, timeout: float | None) -> float | None:
+        return None if timeout is None else self._timeout(timeout)
+
+
+def _expects(key: bytes, if_version: int | AnyVersion, if_absent: bool) -> list[Expect]:
+    if if_version is ANY:
+        return [Expect(ExpectKind.ABSENT, key)] if if_absent else []
+    if if_absent:
+        raise InvalidArgument("give if_version or if_absent, not both")
+    return [Expect(ExpectKind.VERSION, key, _version(if_version))]
+
+
+def _version(version: object) -> int:
+    if type(version) is not int or not 0 <= version < 1 << 64:
+        raise InvalidArgument("a version is a number of at most 64 bits")
+    return version
+
+
+def _at(at: int | None) -> int:
+    if at is None:
+        return 0
+    if at == 0:
+        raise InvalidArgument("no version is 0")
+    return _version(at)
+
+
+def _version_of(done: Done | int) -> int:
+    return done if isinstance(done, int) else done.version
+
+
+async def over_websockets(
+    addresses: Sequence[str], timeout_s: float, cluster: str = ""
+) -> Database:
+    """A started client of the cluster at these addresses, with a network of its own that ends with it."""
+    from kvstore.adapters.system import SystemClock, SystemRandom
+    from kvstore.adapters.ws_transport import WsNetwork
+
+    network = WsNetwork()
+    rng = SystemRandom().stream("client")
+    database = Database(
+        network, addresses, SystemClock(), rng, timeout_s, cluster=cluster, on_close=network.close
+    )
+    try:
+        await database.start()
+    except BaseException:
+        await database.close()
+        raise
+    return database

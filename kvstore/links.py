@@ -1,0 +1,282 @@
+"""What travels and where to: calls, the connections to nodes, and the choice between them. `router` makes them act."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from kvstore.errors import KVError
+from kvstore.link import Hello
+from kvstore.ranges import Route
+from txn.messages import GetDirectory, GetTimestamps, Reply, Request
+
+REQUEST_OVERHEAD_BYTES: Final = 96
+OUTGOING_BYTES_MAX: Final = (
+    32 << 20
+)  # of messages that a channel had no room for; then calls wait elsewhere
+
+_REQUESTS: Final = b"\x02"  # the first byte of a message of requests
+_replace = msgspec.structs.replace
+_encode = msgspec.msgpack.Encoder().encode
+
+Answer = Reply | KVError
+OnReply = Callable[[Answer], None]
+
+
+class Channel(Protocol):
+    """What the router needs of a stream (kvstore.streams.Stream): whole messages, in order."""
+
+    peer: Hello
+
+    @property
+    def on_message(self) -> Callable[[bytes], None] | None: ...
+    @on_message.setter
+    def on_message(self, callback: Callable[[bytes], None]) -> None: ...
+
+    @property
+    def on_close(self) -> Callable[[Exception | None], None] | None: ...
+    @on_close.setter
+    def on_close(self, callback: Callable[[Exception | None], None]) -> None: ...
+
+    def send(self, payload: bytes) -> bool:
+        """False: its queue is full, and nothing was taken."""
+
+    def abort(self) -> None: ...
+
+    async def close(self, timeout_s: float) -> None: ...
+
+
+Dial = Callable[[str, int], Awaitable[Channel]]
+
+
+class Call:
+    """One request on its way. `future` gets an Answer as its result, never an exception; or `on_reply` is called."""
+
+    __slots__ = (
+        "deadline",
+        "end",
+        "expires",
+        "failure",
+        "future",
+        "id",
+        "key",
+        "link",
+        "on_reply",
+        "parked",
+        "range_id",
+        "request",
+        "sent",
+        "size_bytes",
+        "tries",
+        "version",
+    )
+
+    def __init__(
+        self,
+        id: int,  # noqa: A002 - the wire's word
+        key: bytes,
+        end: bytes,
+        deadline: float,
+        expires: float,
+        future: asyncio.Future[Answer] | None,
+        on_reply: OnReply | None,
+    ) -> None:
+        self.id = id
+        self.key = key
+        self.end = end  # empty: the key alone
+        self.deadline = deadline
+        self.expires = expires  # silence until then, and it is tried elsewhere
+        self.future = future
+        self.on_reply = on_reply
+        self.range_id = self.version = self.tries = 0
+        self.sent = self.parked = False
+        self.link: ClientLink | None = None
+        self.failure: KVError | None = None  # what the last try came to
+        self.request: Request
+        self.size_bytes = REQUEST_OVERHEAD_BYTES
+
+
+class Parked:
+    """Calls that wait for a time to go on. One that is forgotten leaves when that comes."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Call]] = []
+        self._sequence = 0
+
+    def put(self, call: Call, when: float) -> None:
+        call.parked = True
+        self._sequence += 1
+        heapq.heappush(self._heap, (when, self._sequence, call))
+
+    def take(self, now: float) -> Call | None:
+        """One whose time has come."""
+        while self._heap and self._heap[0][0] <= now:
+            call = heapq.heappop(self._heap)[2]
+            if call.parked:
+                call.parked = False
+                return call
+        return None
+
+    def take_all(self) -> list[Call]:
+        calls = [call for _when, _sequence, call in self._heap if call.parked]
+        self._heap.clear()
+        return calls
+
+    def soonest(self) -> float:
+        return self._heap[0][0] if self._heap else float("inf")
+
+
+class ClientLink:
+    """One node's connection: what waits to be sent to it, and what waits for its answers."""
+
+    __slots__ = (
+        "address",
+        "blocked",
+        "channel",
+        "dialling",
+        "dirty",
+        "failures",
+        "node",
+        "not_before",
+        "outgoing",
+        "outgoing_bytes",
+        "pending",
+        "ready",
+        "ready_bytes",
+    )
+
+    def __init__(self, address: str, node: int) -> None:
+        self.address = address
+        self.node = node  # 0: not known before the handshake
+        self.channel: Channel | None = None
+        self.dialling = False
+        self.dirty = False  # it is in the router's list of links to flush
+        self.failures = 0  # dials that failed in a row
+        self.not_before = float("-inf")  # not to be dialled earlier
+        self.outgoing: list[Request] = []  # of this turn
+        self.outgoing_bytes = 0
+        self.ready: deque[bytes] = (
+            deque()
+        )  # encoded messages, which the channel had no room for yet
+        self.ready_bytes = 0
+        self.blocked = False  # it had none, and is tried again soon
+        self.pending: dict[int, Call] = {}
+
+    def opened(self, channel: Channel) -> None:
+        self.channel = channel
+        self.dialling = False
+        self.failures = 0
+
+    def ended(self) -> None:
+        self.channel = None
+        self.outgoing = []
+        self.outgoing_bytes = 0
+        self.ready.clear()
+        self.ready_bytes = 0
+
+    def full(self) -> bool:
+        return self.ready_bytes > OUTGOING_BYTES_MAX
+
+    def seal(self) -> None:
+        """What this turn has asked so far becomes one message."""
+        if self.outgoing:
+            payload = _REQUESTS + _encode(self.outgoing)
+            self.ready.append(payload)
+            self.ready_bytes += len(payload)
+            self.outgoing = []
+            self.outgoing_bytes = 0
+
+    def flush(self) -> int:
+        """Hand over what the channel has room for; how many messages that was."""
+        self.seal()
+        sent = 0
+        while self.ready and self.channel is not None and self.channel.send(self.ready[0]):
+            self.ready_bytes -= len(self.ready.popleft())
+            sent += 1
+        return sent
+
+    def usable(self, now: float) -> bool:
+        return self.channel is not None or now >= self.not_before
+
+
+class Links:
+    """The nodes that we know, by address and by id."""
+
+    def __init__(self) -> None:
+        self.by_node: dict[int, ClientLink] = {}
+        self._by_address: dict[str, ClientLink] = {}
+        self._rotation = 0
+
+    def __iter__(self) -> Iterator[ClientLink]:
+        return iter(self._by_address.values())
+
+    def __len__(self) -> int:
+        return len(self._by_address)
+
+    def at(self, address: str, node: int) -> ClientLink:
+        """The link to an address; `node` (0: unknown) is who is there."""
+        link = self._by_address.get(address)
+        if link is None:
+            link = self._by_address[address] = ClientLink(address, node)
+        if node:
+            link.node = node
+            known = self.by_node.get(node)
+            if known is None or known.channel is None:
+                self.by_node[node] = link
+        return link
+
+    def learn(self, addresses: Iterable[tuple[int, str]]) -> None:
+        """Where nodes are now. A connection that is up is kept, whatever its address is called."""
+        for node, address in addresses:
+            known = self.by_node.get(node)
+            if known is None or (known.address != address and known.channel is None):
+                self.by_node.pop(node, None)
+                self.at(address, node)
+
+    def hinted(self, details: Mapping[str, Any]) -> ClientLink | None:
+        """The leader that a `not_leader` names, if it is known or its address was said too."""
+        node = int(number(details, "leader_node") or number(details, "node"))
+        known, address = self.by_node.get(node), details.get("address")
+        if known is None and node and address and isinstance(address, str):
+            return self.at(address, node)
+        return known
+
+    def of_range(self, route: Route, now: float) -> ClientLink | None:
+        """The presumed leader's link, or that of another replica if it cannot be reached just now."""
+        if not route.leader and route.nodes:
+            self._rotation += 1
+            route.leader = route.nodes[self._rotation % len(route.nodes)]
+        node = route.leader
+        for _ in range(len(route.nodes) + 1):
+            link = self.by_node.get(node)
+            if link is not None and link.usable(now):
+                return link
+            node = route.after(node)
+        return None
+
+    def anyone(self, now: float) -> ClientLink | None:
+        """Some node: one to which there is a connection, if possible."""
+        links = [link for link in self if link.channel is not None]
+        links = links or [link for link in self if link.usable(now)]
+        if not links:
+            return None
+        self._rotation += 1
+        return links[self._rotation % len(links)]
+
+
+def addressed(request: Request, call: Call) -> Request:
+    """The request with the call's id, and the range and version that it goes to now."""
+    if isinstance(request, GetDirectory | GetTimestamps):
+        return _replace(request, id=call.id)
+    return _replace(request, id=call.id, range_id=call.range_id, version=call.version)
+
+
+def number(details: Mapping[str, Any], name: str) -> float:
+    """A field of a failure's details; 0 if it is absent or no number."""
+    value = details.get(name, 0)
+    return value if isinstance(value, int | float) else 0

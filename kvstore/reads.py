@@ -1,0 +1,289 @@
+"""Reading at one timestamp across ranges: many keys, or a span page by page.
+
+A `View` is the timestamp: 0 until the first read, which is sent with `at` 0 and learns it from the answer; reads that
+are begun meanwhile wait for that one (protocol.md sections 1 and 4). Everything read through one view is one snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, Protocol
+
+from kvstore.errors import EpochMismatch, InvalidArgument
+from kvstore.links import Call
+from kvstore.ranges import Piece
+from kvstore.router import Router
+from txn.messages import Read, ReadReply, Scan, ScanReply
+from txn.types import point_end
+
+READ_KEYS_MAX: Final = (
+    256  # keys in one request; a reply may hold fewer values, and the rest is asked for again
+)
+PAGE_ROWS_FIRST: Final = 128
+PAGE_ROWS_MAX: Final = 2_048
+PAGE_BYTES_MAX: Final = 1 << 20
+
+
+class Entry(NamedTuple):
+    """A key with its value, and the version (the commit timestamp) that wrote it."""
+
+    key: bytes
+    value: bytes
+    version: int
+
+
+class Found(NamedTuple):
+    """`value` None: there is no such key (a version may say when it was deleted)."""
+
+    value: bytes | None
+    version: int
+
+
+class Page(NamedTuple):
+    """Rows of [start, end), in the scan's order: all that there are in it."""
+
+    rows: list[tuple[bytes, bytes]]
+    start: bytes
+    end: bytes
+    last: bool  # nothing of the span is left
+
+
+class Pages(Protocol):
+    async def next(self) -> Page: ...
+
+
+class View:
+    """A snapshot of the store. `at` 0: as of the first read.
+
+    Args: timeout_s: of each read. checked: `at` is known to have been issued; else that is checked with the oracle.
+    deadline: no read goes on beyond it.
+    """
+
+    __slots__ = ("_checked", "_first", "at", "deadline", "router", "timeout_s")
+
+    def __init__(
+        self, router: Router, timeout_s: float, *, at: int = 0, deadline: float = float("inf")
+    ) -> None:
+        self.at = at
+        self.timeout_s = timeout_s
+        self.deadline = deadline
+        self.router = router
+        self._checked = at == 0
+        self._first: asyncio.Future[None] | None = None
+
+    def _until(self) -> float:
+        return min(self.deadline, self.router.monotonic() + self.timeout_s)
+
+    async def version(self) -> int:
+        """The timestamp; taken from the oracle if nothing has been read yet."""
+        until = self._until()
+        while not self.at:
+            if self._first is not None:
+                await asyncio.shield(self._first)
+            else:
+                issued = (await self.router.timestamps(until)).read_ts
+                if not self.at and self._first is None:
+                    self.at = issued
+        if not self._checked:
+            await self._check(until)
+        return self.at
+
+    # --- many keys --------------------------------------------------------------------------------
+
+    async def read(self, keys: Iterable[bytes], until: float = 0.0) -> dict[bytes, Found]:
+        """What each key has at this view's timestamp; absent ones included."""
+        until = until or self._until()
+        left = list(dict.fromkeys(keys))
+        found: dict[bytes, Found] = {}
+        if not left:
+            return found
+        if not self._checked:
+            await self._check(until)
+        while not self.at:
+            if self._first is not None:
+                await asyncio.shield(self._first)
+                continue
+            self._first = asyncio.get_running_loop().create_future()
+            try:
+                group = (await self._groups(left, until))[0]
+                again = await self._collect([(self._ask(group, until), group)], found)
+                left = _without(left, group) + again
+            finally:
+                self._first.set_result(None)
+                self._first = None
+        while left:
+            groups = await self._groups(left, until)
+            left = await self._collect(
+                [(self._ask(group, until), group) for group in groups], found
+            )
+        return found
+
+    async def _groups(self, keys: Sequence[bytes], until: float) -> list[list[bytes]]:
+        """The keys by range, in bounded groups."""
+        while True:
+            groups: dict[int, list[list[bytes]]] = {}
+            for key in keys:
+                route = self.router.ranges.find(key)
+                if route is None:
+                    break
+                of_range = groups.setdefault(route.range_id, [[]])
+                if len(of_range[-1]) >= READ_KEYS_MAX:
+                    of_range.append([])
+                of_range[-1].append(key)
+            else:
+                return [group for of_range in groups.values() for group in of_range]
+            await self.router.find_out(until)
+
+    def _ask(self, keys: list[bytes], until: float) -> Call:
+        low, high = min(keys), max(keys)
+        end = b"" if low == high else point_end(high)
+        return self.router.send(Read(0, 0, 0, self.at, keys), low, end, until)
+
+    async def _collect(
+        self, asked: list[tuple[Call, list[bytes]]], found: dict[bytes, Found]
+    ) -> list[bytes]:
+        """Await the answers. Returns the keys that have to be asked for again."""
+        again: list[bytes] = []
+        try:
+            for call, keys in asked:
+                try:
+                    reply = await self.router.answer(call)
+                except EpochMismatch:
+                    again.extend(keys)
+                    continue
+                assert isinstance(reply, ReadReply)
+                self.at = self.at or reply.at
+                for key, value, version in zip(keys, reply.values, reply.versions, strict=False):
+                    found[key] = Found(value, version)
+                again.extend(keys[len(reply.values) :])
+        finally:
+            for call, _keys in asked:
+                self.router.forget(call)
+        return again
+
+    async def _check(self, until: float) -> None:
+        if self.at > self.router.seen_ts:
+            issued = (await self.router.timestamps(until)).read_ts
+            if self.at > issued:
+                raise InvalidArgument(
+                    f"version {self.at} has not been issued yet: {issued} is the last"
+                )
+        self._checked = True
+
+    # --- spans ------------------------------------------------------------------------------------
+
+    def pages(
+        self, start: bytes, end: bytes, *, reverse: bool, keys_only: bool, rows_max: int = 0
+    ) -> SpanPages:
+        """The rows of [start, end), page by page; `rows_max`: no more are wanted (0: all)."""
+        return SpanPages(self, start, end, reverse, keys_only, rows_max)
+
+    async def scan_once(self, request: Scan, piece: Piece, until: float) -> ScanReply:
+        """One page from one range. Raises EpochMismatch when the piece must be cut anew."""
+        if not self._checked:
+            await self._check(until)
+        while not self.at and self._first is not None:
+            await asyncio.shield(self._first)
+        if self.at:
+            return await self._scan(request, piece, until)
+        self._first = asyncio.get_running_loop().create_future()
+        try:
+            return await self._scan(request, piece, until)
+        finally:
+            self._first.set_result(None)
+            self._first = None
+
+    async def _scan(self, request: Scan, piece: Piece, until: float) -> ScanReply:
+        asked = Scan(
+            0, 0, 0, self.at, piece.start, piece.end, request.rows_max, request.bytes_max,
+            request.reverse, request.keys_only,
+        )  # fmt: skip
+        reply = await self.router.ask(asked, piece.start, piece.end, until)
+        assert isinstance(reply, ScanReply)
+        self.at = self.at or reply.at
+        return reply
+
+    async def piece(self, start: bytes, end: bytes, reverse: bool, until: float) -> Piece:
+        """The first (or last) part of [start, end) that lies in one range."""
+        while True:
+            piece = self._edge(start, end, reverse)
+            if piece is not None:
+                return piece
+            await self.router.find_out(until)
+
+    def _edge(self, start: bytes, end: bytes, reverse: bool) -> Piece | None:
+        ranges = self.router.ranges
+        if not reverse:
+            route = ranges.find(start)
+            if route is None:
+                return None
+            return Piece(start, min(end, route.end) if route.end else end, route)
+        route = ranges.before(end)
+        if route is None:
+            return None
+        return Piece(max(start, route.start), end, route)
+
+
+class SpanPages:
+    """A scan in progress. `next` may be called until it says `last`."""
+
+    __slots__ = ("_end", "_keys_only", "_left", "_page_rows", "_reverse", "_start", "_view")
+
+    def __init__(
+        self, view: View, start: bytes, end: bytes, reverse: bool, keys_only: bool, rows_max: int
+    ) -> None:
+        self._view = view
+        self._start = start
+        self._end = end
+        self._reverse = reverse
+        self._keys_only = keys_only
+        self._left = rows_max
+        self._page_rows = PAGE_ROWS_FIRST
+
+    def want(self, rows_max: int) -> None:
+        """No more than this many rows are wanted from here on (0: all)."""
+        self._left = rows_max
+
+    async def next(self) -> Page:
+        view = self._view
+        if self._start >= self._end:
+            return Page([], self._start, self._end, True)
+        until = min(view.deadline, view.router.monotonic() + view.timeout_s)
+        rows = min(self._page_rows, self._left) if self._left else self._page_rows
+        while True:
+            piece = await view.piece(self._start, self._end, self._reverse, until)
+            request = Scan(
+                0, 0, 0, 0, b"", b"", rows, PAGE_BYTES_MAX, self._reverse, self._keys_only
+            )
+            try:
+                reply = await view.scan_once(request, piece, until)
+                break
+            except EpochMismatch:
+                continue
+        self._page_rows = min(PAGE_ROWS_MAX, self._page_rows * 4)
+        return self._page(piece, reply)
+
+    def _page(self, piece: Piece, reply: ScanReply) -> Page:
+        keys = reply.keys
+        values = reply.values if not self._keys_only else [b""] * len(keys)
+        rows = list(zip(keys, values, strict=True))
+        start, end = piece.start, piece.end
+        if not reply.done:  # how far it came: to `covered_to`, and at least to the last key
+            assert keys or reply.covered_to, "a page must come further"
+            if self._reverse:
+                start = min(reply.covered_to or keys[-1], keys[-1] if keys else end)
+            else:
+                end = max(reply.covered_to, point_end(keys[-1]) if keys else b"")
+        if self._reverse:
+            page_start, page_end = start, self._end
+            self._end = start
+        else:
+            page_start, page_end = self._start, end
+            self._start = end
+        return Page(rows, page_start, page_end, self._start >= self._end)
+
+
+def _without(keys: list[bytes], some: list[bytes]) -> list[bytes]:
+    gone = dict.fromkeys(some)
+    return [key for key in keys if key not in gone]

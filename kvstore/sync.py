@@ -1,0 +1,425 @@
+"""The blocking client: the same names as `Database`, for programs without asyncio.
+
+One background thread per client runs an event loop with a Database on it; every call hands work over and waits. It works
+where a loop runs already (a notebook), and from several threads at once. A transaction belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, overload
+
+from kvstore.attempts import KeptResult
+from kvstore.buffer import NumberFormat
+from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Batch, Database, over_websockets
+from kvstore.errors import ClientClosed, KVError
+from kvstore.reads import Entry
+from kvstore.transactions import Aborted, Committed, RowScan, Snapshot, Transaction
+
+JOIN_TIMEOUT_S: Final = 5.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        from kvstore.adapters.loop import new_event_loop
+
+        self._loop = new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it there and wait. An interrupt (Ctrl-C) cancels it."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop has been closed
+            work.close()
+            raise ClientClosed from None
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(JOIN_TIMEOUT_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+
+class Rows:
+    """An iterable of (key, value), fetched page by page."""
+
+    def __init__(self, thread: LoopThread, scan: RowScan) -> None:
+        self._thread = thread
+        self._scan = scan
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        walk = self._scan.walk()
+        while page := self._thread.call(walk.page()):
+            yield from page
+
+    def to_list(self) -> list[tuple[bytes, bytes]]:
+        return self._thread.call(self._scan.to_list())
+
+
+class BlockingSnapshot:
+    """As `Snapshot`."""
+
+    def __init__(self, thread: LoopThread, snapshot: Snapshot) -> None:
+        self._thread = thread
+        self._snapshot = snapshot
+
+    def version(self) -> int:
+        return self._thread.call(self._snapshot.version())
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: bytes) -> bytes: ...
+    def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
+        value = self._thread.call(self._snapshot.get(key))
+        return default if value is None else value
+
+    def get_entry(self, key: bytes) -> Entry | None:
+        return self._thread.call(self._snapshot.get_entry(key))
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        return self._thread.call(self._snapshot.get_many(keys))
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+    ) -> Rows:
+        scan = self._snapshot.scan(
+            start, end, prefix=prefix, limit=limit, reverse=reverse, keys_only=keys_only
+        )
+        return Rows(self._thread, scan)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class BlockingTransaction:
+    """As `Transaction`. `with`: commits on a clean exit, rolls back on an exception."""
+
+    def __init__(self, thread: LoopThread, tx: Transaction) -> None:
+        self._thread = thread
+        self._tx = tx
+
+    @property
+    def id(self) -> str:
+        return self._tx.id
+
+    @property
+    def read_version(self) -> int | None:
+        return self._tx.read_version
+
+    @property
+    def commit_version(self) -> int | None:
+        return self._tx.commit_version
+
+    @overload
+    def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: bytes) -> bytes: ...
+    def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
+        value = self._thread.call(self._tx.get(key))
+        return default if value is None else value
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        return self._thread.call(self._tx.get_many(keys))
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+    ) -> Rows:
+        scan = self._tx.scan(
+            start, end, prefix=prefix, limit=limit, reverse=reverse, keys_only=keys_only
+        )
+        return Rows(self._thread, scan)
+
+    def add_read_conflict(self, start: bytes, end: bytes | None = None) -> None:
+        self._tx.add_read_conflict(start, end)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self._tx.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        self._tx.delete(key)
+
+    def delete_range(self, start: bytes, end: bytes) -> None:
+        self._tx.delete_range(start, end)
+
+    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
+        self._tx.increment(key, by, format=format)
+
+    def commit(self) -> int | None:
+        return self._thread.call(self._tx.commit())
+
+    def rollback(self) -> None:
+        self._thread.call(self._tx.rollback())
+
+    def __enter__(self) -> Self:
+        self._thread.call(self._tx.__aenter__())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.call(self._tx.__aexit__(kind, error, trace))
+
+
+class Client:
+    """A cluster, for blocking code: `with kvstore.Client("127.0.0.1:7400") as db`. Methods as on `Database`.
+
+    It connects on entering the block, or at the first call; then `close` must be called. Args as of `connect`.
+    """
+
+    def __init__(
+        self, addresses: str | Iterable[str], *, timeout: float = TIMEOUT_S, cluster: str = ""
+    ) -> None:
+        from kvstore.api import parse_addresses
+
+        parsed = parse_addresses(addresses)
+        self._prepare(lambda: over_websockets(parsed, timeout, cluster))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, timeout: float = TIMEOUT_S) -> Self:
+        """Embedded: one node in this process."""
+        from kvstore import api
+
+        return cls.over(lambda: api.open(path, timeout=timeout))
+
+    @classmethod
+    def over(cls, make: Callable[[], Awaitable[Database]]) -> Self:
+        """A client of the database that `make` opens on the client's own loop; for tests and tools."""
+        client = cls.__new__(cls)
+        client._prepare(make)  # noqa: SLF001 - its own class
+        return client
+
+    def _prepare(self, make: Callable[[], Awaitable[Database]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._opened: tuple[LoopThread, Database] | None = None
+        self._closed = False
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect, unless it is connected."""
+        self._open()
+
+    def _open(self) -> tuple[LoopThread, Database]:
+        opened = self._opened
+        if opened is not None:
+            return opened
+        with self._lock:
+            if self._closed:
+                raise ClientClosed
+            if self._opened is None:
+                thread = LoopThread("kvstore-client")
+                try:
+                    database = thread.call(self._made())
+                except BaseException:
+                    thread.close()
+                    raise
+                self._opened = thread, database
+            return self._opened
+
+    async def _made(self) -> Database:
+        return await self._make()
+
+    def close(self) -> None:
+        """End it, within a bounded time. May be called again."""
+        with self._lock:
+            self._closed = True
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            thread, database = opened
+            try:
+                thread.call(database.close())
+            finally:
+                thread.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- reads ------------------------------------------------------------------------------------
+
+    @overload
+    def get(self, key: bytes, *, timeout: float | None = None) -> bytes | None: ...
+    @overload
+    def get(self, key: bytes, default: bytes, *, timeout: float | None = None) -> bytes: ...
+    def get(
+        self, key: bytes, default: bytes | None = None, *, timeout: float | None = None
+    ) -> bytes | None:
+        thread, database = self._open()
+        value = thread.call(database.get(key, timeout=timeout))
+        return default if value is None else value
+
+    def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
+        thread, database = self._open()
+        return thread.call(database.get_entry(key, timeout=timeout))
+
+    def get_many(
+        self, keys: Iterable[bytes], *, timeout: float | None = None
+    ) -> dict[bytes, bytes]:
+        thread, database = self._open()
+        return thread.call(database.get_many(keys, timeout=timeout))
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        at: int | None = None,
+    ) -> Rows:
+        thread, database = self._open()
+        scan = database.scan(
+            start, end, prefix=prefix, limit=limit, reverse=reverse, keys_only=keys_only, at=at
+        )
+        return Rows(thread, scan)
+
+    def snapshot(self, at: int | None = None) -> BlockingSnapshot:
+        thread, database = self._open()
+        return BlockingSnapshot(thread, database.snapshot(at))
+
+    # --- writes -----------------------------------------------------------------------------------
+
+    def put(
+        self,
+        key: bytes,
+        value: bytes,
+        *,
+        if_version: int | AnyVersion = ANY,
+        if_absent: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(
+            database.put(key, value, if_version=if_version, if_absent=if_absent, timeout=timeout)
+        )
+
+    def delete(
+        self, key: bytes, *, if_version: int | AnyVersion = ANY, timeout: float | None = None
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(database.delete(key, if_version=if_version, timeout=timeout))
+
+    def increment(
+        self,
+        key: bytes,
+        by: int = 1,
+        *,
+        format: NumberFormat = "ascii",  # noqa: A002 - the surface's word
+        timeout: float | None = None,
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(database.increment(key, by, format=format, timeout=timeout))
+
+    def cas(
+        self, key: bytes, expected: bytes | None, new: bytes | None, *, timeout: float | None = None
+    ) -> bool:
+        thread, database = self._open()
+        return thread.call(database.cas(key, expected, new, timeout=timeout))
+
+    def delete_range(self, start: bytes, end: bytes, *, timeout: float | None = None) -> int | None:
+        thread, database = self._open()
+        return thread.call(database.delete_range(start, end, timeout=timeout))
+
+    def clear_range(
+        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(database.clear_range(start, end, prefix=prefix))
+
+    @contextmanager
+    def batch(self, *, timeout: float | None = None) -> Iterator[Batch]:
+        thread, database = self._open()
+        batch = Batch()
+        yield batch
+        thread.call(database.commit_batch(batch, timeout=timeout))
+
+    # --- transactions -----------------------------------------------------------------------------
+
+    def transaction(
+        self, *, read_only: bool = False, timeout: float | None = None, priority: int = 0
+    ) -> BlockingTransaction:
+        thread, database = self._open()
+        tx = database.transaction(read_only=read_only, timeout=timeout, priority=priority)
+        return BlockingTransaction(thread, tx)
+
+    def run(
+        self,
+        fn: Callable[[BlockingTransaction], R],
+        *,
+        read_only: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+        idempotency_key: bytes | str | None = None,
+    ) -> R:
+        """`fn(tx)` and commit; again while errors say that this may help. Runs in the calling thread."""
+        thread, database = self._open()
+        attempts = database.attempts(read_only, timeout, priority)
+        kept = None if idempotency_key is None else KeptResult(idempotency_key)
+        while True:
+            tx = attempts.begin()
+            try:
+                with BlockingTransaction(thread, tx) as blocking:
+                    if kept is None:
+                        return fn(blocking)
+                    before = thread.call(kept.recall(tx))
+                    if before is not None:
+                        return kept.decode(before)  # type: ignore[no-any-return]
+                    result = fn(blocking)
+                    kept.remember(tx, result)
+                    return result
+            except KVError as error:
+                thread.call(asyncio.sleep(attempts.pause(tx, error)))
+
+    def outcome(self, token: str, *, timeout: float | None = None) -> Committed | Aborted:
+        thread, database = self._open()
+        return thread.call(database.outcome(token, timeout=timeout))

@@ -1,0 +1,45 @@
+"""The client's questions to the timestamp oracle: all of one loop turn share one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from kvstore.errors import KVError
+from kvstore.links import Answer, OnReply
+from txn.messages import Timestamps
+
+Send = Callable[[float, OnReply], object]
+
+
+class LastIssued:
+    """`send(deadline, on_reply)` sends one GetTimestamps to the oracle; it may raise a KVError."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._unsent: asyncio.Future[Answer] | None = None
+
+    async def ask(self, deadline: float) -> Timestamps:
+        """The last issued timestamp. Joins a request only before it has left: else the answer could be too old."""
+        waiting = self._unsent
+        if waiting is None:
+            loop = asyncio.get_running_loop()
+            waiting = self._unsent = loop.create_future()
+            loop.call_soon(self._leave, waiting, deadline)
+        reply = await asyncio.shield(waiting)
+        if isinstance(reply, KVError):
+            raise reply
+        assert isinstance(reply, Timestamps)
+        return reply
+
+    def _leave(self, waiting: asyncio.Future[Answer], deadline: float) -> None:
+        self._unsent = None
+
+        def tell(reply: Answer) -> None:
+            if not waiting.done():
+                waiting.set_result(reply)
+
+        try:
+            self._send(deadline, tell)
+        except KVError as error:
+            tell(error)

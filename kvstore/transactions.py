@@ -1,0 +1,549 @@
+"""Transactions and snapshots as users see them.
+
+A transaction reads at one timestamp, buffers its writes, sees them itself, and sends everything at commit: what it
+wrote, and guards over what it read. Nothing is held anywhere before that, so giving one up costs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import enum
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self, overload
+
+from kvstore import limits
+from kvstore.buffer import NumberFormat, ReadSpans, WriteBuffer, add_kind, add_write, value_over
+from kvstore.commits import Committer, WriteSet
+from kvstore.errors import (
+    InvalidArgument,
+    SnapshotTooOld,
+    TransactionClosed,
+    TransactionTooOld,
+    Unavailable,
+)
+from kvstore.reads import Entry, Found, Page, Pages, SpanPages, View
+from kvstore.router import Router
+from txn.types import TXN_ID_BYTES, WriteKind, point_end
+
+ID_AGE_S_MAX: Final = 60.0  # a transaction's id may rest on a timestamp seen so long ago
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The transaction happened, at this version."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The transaction did not happen, and never will."""
+
+
+ScanFactory = Callable[[], Pages]
+
+
+class RowScan:
+    """An async iterable of (key, value), all at one version. Iterating again scans again.
+
+    `async for key, value in scan`, or `await scan.to_list()`. Leaving the loop early costs nothing.
+    Values are b"" with keys_only.
+    """
+
+    def __init__(self, begin: ScanFactory, limit: int | None) -> None:
+        self._begin = begin
+        self._limit = limit
+
+    def __aiter__(self) -> AsyncIterator[tuple[bytes, bytes]]:
+        return RowIterator(self._begin(), self._limit)
+
+    async def to_list(self) -> list[tuple[bytes, bytes]]:
+        """All rows at once."""
+        rows: list[tuple[bytes, bytes]] = []
+        walk = RowIterator(self._begin(), self._limit)
+        while page := await walk.page():
+            rows.extend(page)
+        return rows
+
+    def walk(self) -> RowIterator:
+        """The iterator, which can also be asked for whole pages."""
+        return RowIterator(self._begin(), self._limit)
+
+
+class RowIterator(AsyncIterator[tuple[bytes, bytes]]):
+    def __init__(self, pages: Pages, limit: int | None) -> None:
+        self._pages = pages
+        self._left = limit
+        self._rows: list[tuple[bytes, bytes]] = []
+        self._at = 0
+        self._last = limit == 0
+
+    async def page(self) -> list[tuple[bytes, bytes]]:
+        """The next rows; empty only at the end."""
+        while not self._last:
+            page = await self._pages.next()
+            rows = page.rows
+            self._last = page.last
+            if self._left is not None:
+                rows = rows[: self._left]
+                self._left -= len(rows)
+                self._last = self._last or self._left == 0
+            if rows:
+                return rows
+        return []
+
+    async def __anext__(self) -> tuple[bytes, bytes]:
+        at = self._at
+        if at >= len(self._rows):
+            self._rows = await self.page()
+            at = 0
+            if not self._rows:
+                raise StopAsyncIteration
+        self._at = at + 1
+        return self._rows[at]
+
+
+def scan_bounds(
+    start: bytes, end: bytes | None, prefix: bytes | None, limit: int | None
+) -> tuple[bytes, bytes]:
+    """Raises: InvalidArgument, KeyTooLarge."""
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise InvalidArgument("limit must be a number, and not negative")
+    if prefix is None:
+        return limits.validate_range(start, end)
+    if start or end is not None:
+        raise InvalidArgument("give either a prefix, or start and end")
+    return limits.prefix_range(prefix)
+
+
+class Snapshot:
+    """A read-only view at one version; what it reads is never in anybody's way."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    async def version(self) -> int:
+        """The version it reads at: the one given, or that of its first read, or the newest as of now."""
+        return await self._view.version()
+
+    @overload
+    async def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    async def get(self, key: bytes, default: bytes) -> bytes: ...
+    async def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
+        """The value, or `default`. Raises: SnapshotTooOld when versions that old are no longer kept."""
+        limits.validate_key(key)
+        value = (await self._view.read((key,)))[key].value
+        return default if value is None else value
+
+    async def get_entry(self, key: bytes) -> Entry | None:
+        limits.validate_key(key)
+        found = (await self._view.read((key,)))[key]
+        return None if found.value is None else Entry(key, found.value, found.version)
+
+    async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """The keys that have a value, with it."""
+        wanted = validate_keys(keys)
+        return present(wanted, await self._view.read(wanted))
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+    ) -> RowScan:
+        """The rows of [start, end), or with a prefix, in order."""
+        low, high = scan_bounds(start, end, prefix, limit)
+        view = self._view
+
+        def begin() -> Pages:
+            return view.pages(low, high, reverse=reverse, keys_only=keys_only, rows_max=limit or 0)
+
+        return RowScan(begin, limit)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+
+class Stage(enum.Enum):
+    OPEN = "open"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    ENDED = "ended"  # rolled back, or failed
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionOptions:
+    read_only: bool = False
+    timeout_s: float | None = None  # of the whole transaction; None: each call has the client's
+    priority: int = 0
+
+
+class Transaction:
+    """One attempt of a transaction. `async with`: commits on a clean exit, rolls back on an exception.
+
+    Reads see one snapshot and the transaction's own writes; several may be awaited together. Writes are not awaited.
+    Raises from any method: TransactionClosed after the end; TransactionTooOld after limits.TXN_AGE_S_MAX.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        committer: Committer,
+        timeout_s: float,
+        options: TransactionOptions,
+        *,
+        age: int = 0,
+    ) -> None:
+        self._router = router
+        self._committer = committer
+        self._timeout_s = timeout_s
+        self._options = options
+        self._age = age
+        self._stage = Stage.OPEN
+        now = router.monotonic()
+        self._begun_at = now
+        self._deadline = float("inf") if options.timeout_s is None else now + options.timeout_s
+        self._view = View(router, timeout_s, deadline=self._deadline)
+        self._buffer = WriteBuffer()
+        self._spans = ReadSpans()
+        self._txn_id = b""
+        self._id_told = False
+        self._commit_version: int | None = None
+
+    # --- what it is -------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """A token for `Database.outcome`. Raises InvalidArgument before the first write."""
+        if not self._buffer:
+            raise InvalidArgument("a transaction has an id from its first write on")
+        if not self._txn_id:
+            if self._router.monotonic() - self._router.seen_at > 2 * ID_AGE_S_MAX:
+                raise Unavailable("begin the transaction with `async with`, or read first")
+            self._txn_id = self._committer.txn_id(self._router.seen_ts)
+        self._id_told = True
+        return encode_token(self._txn_id, self._buffer.anchor_key)
+
+    @property
+    def read_version(self) -> int | None:
+        """The version that it reads at; None before its first read."""
+        return self._view.at or None
+
+    @property
+    def commit_version(self) -> int | None:
+        """None before the commit, and for a transaction that wrote nothing."""
+        return self._commit_version
+
+    @property
+    def age(self) -> int:
+        """begin_ts of the first attempt, for the next one to inherit (0: it got no id)."""
+        return self._age or int.from_bytes(self._txn_id[:8], "big")
+
+    # --- reads ------------------------------------------------------------------------------------
+
+    @overload
+    async def get(self, key: bytes) -> bytes | None: ...
+    @overload
+    async def get(self, key: bytes, default: bytes) -> bytes: ...
+    async def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
+        """The value in this transaction's snapshot, or as this transaction has written it; or `default`."""
+        self._require_open()
+        limits.validate_key(key)
+        value = (await self._read([key])).get(key)
+        return default if value is None else value
+
+    async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """The keys that have a value, with it."""
+        self._require_open()
+        wanted = validate_keys(keys)
+        values = await self._read(wanted)
+        return {key: value for key in wanted if (value := values.get(key)) is not None}
+
+    def scan(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+    ) -> RowScan:
+        """The rows of [start, end), or with a prefix, in order, with this transaction's own writes."""
+        self._require_open()
+        low, high = scan_bounds(start, end, prefix, limit)
+        view, buffer = self._view, self._buffer
+        guarded = None if self._options.read_only else self._spans
+
+        def begin() -> Pages:
+            bare = keys_only and not buffer.overlays(
+                low, high
+            )  # an increment needs the value below it
+            below = view.pages(low, high, reverse=reverse, keys_only=bare)
+            return _OwnPages(below, buffer, guarded, self._require_open, limit, reverse, keys_only)
+
+        return RowScan(begin, limit)
+
+    def add_read_conflict(self, start: bytes, end: bytes | None = None) -> None:
+        """Guard the key `start`, or [start, end), as if it had been read: nobody may change it before the commit."""
+        self._require_open()
+        if end is None:
+            limits.validate_key(start)
+            end = point_end(start)
+        else:
+            start, end = limits.validate_range(start, end)
+        self._spans.add(start, end)
+
+    # --- writes -----------------------------------------------------------------------------------
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
+        self._require_writable()
+        limits.validate_key(key)
+        limits.validate_value(value)
+        self._buffer.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        self._require_writable()
+        limits.validate_key(key)
+        self._buffer.delete(key)
+
+    def delete_range(self, start: bytes, end: bytes) -> None:
+        """Delete what is in [start, end) when the transaction commits."""
+        self._require_writable()
+        low, high = limits.validate_range(start, end)
+        self._buffer.clear(low, high)
+
+    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
+        """Add to a number; without a read of it by this transaction, two of them never conflict."""
+        self._require_writable()
+        limits.validate_key(key)
+        add_write(key, by, format)
+        self._buffer.add(key, by, add_kind(format))
+
+    # --- for `run`: a row of the system's keys, which users cannot name ---
+
+    async def recall(self, row: bytes) -> bytes | None:
+        """What an earlier run has left in this row; if nothing, the row becomes this transaction's anchor."""
+        self._require_writable()
+        value = (await self._read([row])).get(row)
+        if value is None:
+            self._buffer.put(row, b"")
+        return value
+
+    def remember(self, row: bytes, value: bytes) -> None:
+        self._require_writable()
+        self._buffer.put(row, value)
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def commit(self) -> int | None:
+        """Commit now; returns the version (None if nothing was written).
+
+        Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
+        """
+        self._require_open()
+        if not self._buffer:
+            self._stage = Stage.COMMITTED  # it read one snapshot: that is its place in the order
+            return None
+        self._stage = Stage.COMMITTING
+        try:
+            committed = await self._commit()
+        except BaseException:
+            self._stage = Stage.ENDED
+            raise
+        self._stage = Stage.COMMITTED
+        self._txn_id = committed
+        return self._commit_version
+
+    async def _commit(self) -> bytes:
+        deadline = min(self._deadline, self._router.monotonic() + self._timeout_s)
+        # a span may be guarded though nothing was read: then from now on
+        guards = self._spans.guards(await self._view.version()) if len(self._spans) else []
+        if not self._txn_id:
+            self._txn_id = self._committer.txn_id(await self._committer.begin_ts(deadline))
+        buffer = self._buffer
+        done = await self._committer.commit(
+            WriteSet(buffer.anchor_key, buffer.writes(), [], guards),
+            deadline,
+            patient=False,
+            renames=not self._id_told,
+            txn_id=self._txn_id,
+            age=self._age,
+            priority=self._options.priority,
+        )
+        self._commit_version = done.version
+        return done.txn_id
+
+    async def rollback(self) -> None:
+        """Give it up. Nothing has been sent, so nothing need be undone. May be called again."""
+        if self._stage is Stage.OPEN:
+            self._stage = Stage.ENDED
+
+    async def __aenter__(self) -> Self:
+        deadline = min(self._deadline, self._router.monotonic() + self._timeout_s)
+        await self._committer.begin_ts(deadline, ID_AGE_S_MAX)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            await self.rollback()
+        elif self._stage is Stage.OPEN:
+            await self.commit()
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._stage is not Stage.OPEN:
+            raise TransactionClosed(f"the transaction is {self._stage.value}")
+        if self._router.monotonic() - self._begun_at > limits.TXN_AGE_S_MAX:
+            self._stage = Stage.ENDED
+            raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
+
+    def _require_writable(self) -> None:
+        self._require_open()
+        if self._options.read_only:
+            raise InvalidArgument("the transaction is read-only")
+
+    async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:
+        values: dict[bytes, bytes | None] = {}
+        asked: list[bytes] = []
+        buffer = self._buffer
+        if buffer:
+            for key in keys:
+                point = buffer.points.get(key)
+                if point is None:
+                    if not buffer.cleared(key):
+                        asked.append(key)
+                elif point.kind == WriteKind.PUT:
+                    values[key] = point.value
+                elif point.kind != WriteKind.DELETE:
+                    asked.append(key)
+        else:
+            asked = keys
+        if not asked:
+            return values
+        try:
+            found = await self._view.read(asked)
+        except SnapshotTooOld as error:
+            raise TransactionTooOld(error.message) from error
+        for key in asked:
+            if not self._options.read_only:
+                self._spans.add_key(key)
+            point = buffer.points.get(key)
+            below = found[key].value
+            values[key] = below if point is None else value_over(point, below)
+        return values
+
+
+class _OwnPages:
+    """A scan of the store with a transaction's writes laid over it; guards what it returns."""
+
+    def __init__(
+        self,
+        below: SpanPages,
+        buffer: WriteBuffer,
+        guarded: ReadSpans | None,
+        require_open: Callable[[], None],
+        limit: int | None,
+        reverse: bool,
+        keys_only: bool,
+    ) -> None:
+        self._below = below
+        self._buffer = buffer
+        self._guarded = guarded
+        self._require_open = require_open
+        self._left = limit
+        self._reverse = reverse
+        self._keys_only = keys_only
+
+    async def next(self) -> Page:
+        self._require_open()
+        if self._left is not None:
+            self._below.want(self._left)
+        try:
+            page = await self._below.next()
+        except SnapshotTooOld as error:
+            raise TransactionTooOld(error.message) from error
+        rows = self._overlaid(page)
+        start, end = page.start, page.end
+        if self._left is not None:
+            if len(rows) >= self._left:  # seen is what is returned, and not what lies behind it
+                rows = rows[: self._left]
+                if rows:
+                    last = rows[-1][0]
+                    start, end = (last, end) if self._reverse else (start, point_end(last))
+            self._left -= len(rows)
+        if self._guarded is not None:
+            self._guarded.add(start, end)
+        return Page(rows, page.start, page.end, page.last or self._left == 0)
+
+    def _overlaid(self, page: Page) -> list[tuple[bytes, bytes]]:
+        buffer = self._buffer
+        if not buffer or not buffer.overlays(page.start, page.end):
+            return page.rows
+        rows: dict[bytes, bytes] = dict(page.rows)
+        for start, end in buffer.clears:
+            if start < page.end and page.start < end:
+                rows = {key: value for key, value in rows.items() if not start <= key < end}
+        for key, point in buffer.points_in(page.start, page.end):
+            value = value_over(point, rows.get(key))
+            if value is None:
+                rows.pop(key, None)
+            else:
+                rows[key] = value
+        merged = sorted(rows.items(), reverse=self._reverse)
+        return [(key, b"") for key, _value in merged] if self._keys_only else merged
+
+
+# --- small things shared with the client ----------------------------------------------------------
+
+
+def validate_keys(keys: Iterable[bytes]) -> list[bytes]:
+    """Each once, in order. Raises: InvalidArgument, KeyTooLarge."""
+    if isinstance(keys, bytes | str):
+        raise InvalidArgument("keys must be several")
+    wanted = list(dict.fromkeys(keys))
+    for key in wanted:
+        limits.validate_key(key)
+    return wanted
+
+
+def present(keys: list[bytes], found: dict[bytes, Found]) -> dict[bytes, bytes]:
+    return {key: value for key in keys if (value := found[key].value) is not None}
+
+
+def encode_token(txn_id: bytes, anchor_key: bytes) -> str:
+    return base64.urlsafe_b64encode(txn_id + anchor_key).decode().rstrip("=")
+
+
+def decode_token(token: str) -> tuple[bytes, bytes]:
+    """(txn_id, anchor key). Raises: InvalidArgument."""
+    try:
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise InvalidArgument("that is not a transaction's id") from error
+    if not TXN_ID_BYTES < len(raw) <= TXN_ID_BYTES + limits.KEY_BYTES_MAX:
+        raise InvalidArgument("that is not a transaction's id")
+    return raw[:TXN_ID_BYTES], raw[TXN_ID_BYTES:]
