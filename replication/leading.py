@@ -397,15 +397,15 @@ class Leader:
                     peer.beat_due = self.beats_due = True
 
     def _beat(self) -> None:
-        """A new probe. Whoever was sent appends and answered something gets it with the next append instead."""
+        """A new probe. Whoever was sent appends and has answered them all gets it with the next append instead."""
         state = self._state
         self._beat_at = state.now + state.config.heartbeat_s
         self._next_probe()
         for peer in self.peers.values():
-            if not (peer.append_since_beat and peer.heard_since_beat):
+            peer.check_due = peer.paused or peer.match < state.log.last_index
+            if peer.check_due or not (peer.append_since_beat and peer.heard_since_beat):
                 peer.beat_due = self.beats_due = True
             peer.append_since_beat = peer.heard_since_beat = False
-            peer.check_due = peer.paused or peer.match < state.log.last_index
             if peer.snapshot_deadline is not None and state.now >= peer.snapshot_deadline:
                 self._probe_after_snapshot(peer)
         if self.transfer_to:

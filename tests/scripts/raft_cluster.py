@@ -123,6 +123,8 @@ class Judge:
     def leads(self, raft: RaftNode) -> None:
         known = self.leaders.setdefault(raft.term, raft.replica)
         assert known == raft.replica, f"{known} and {raft.replica} lead term {raft.term}"
+        if raft.term < max(self.leaders):
+            return  # deposed, and does not know it yet: it need not have what its successors committed
         for index in range(raft.first_index, self.chosen_last + 1):
             term = raft.term_at(index)
             assert term == self.chosen[index][0], f"leader {raft.replica} lacks committed {index}"
