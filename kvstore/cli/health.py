@@ -86,7 +86,7 @@ def _node(address: str, node_id: int, report: Report | None) -> NodeHealth:
         return NodeHealth(address, node_id, "unreachable", 0, 0, "", 0.0)
     ranges = _range_reports(report)
     leaders = sum(1 for each in ranges if each.get("role") == "leader")
-    version, uptime_s = str(report.get("version", "")), float(report.get("uptime_s", 0.0))
+    version, uptime_s = str(report.get("version", "")), _figure(report.get("uptime_s"))
     return NodeHealth(
         address, node_id, str(report.get("state", "")), len(ranges), leaders, version, uptime_s
     )
@@ -97,35 +97,40 @@ def _node_ids(reports: Mapping[str, Report | None]) -> dict[str, int]:
     for address, report in reports.items():
         if report is None:
             continue
-        found[address] = int(report.get("node", 0))
-        for each in report.get("nodes") or []:
+        found[address] = _number(report.get("node"))
+        nodes = report.get("nodes")
+        for each in nodes if isinstance(nodes, list) else []:
             if isinstance(each, Mapping) and each.get("address"):
-                found.setdefault(str(each["address"]), int(each.get("node_id", 0)))
+                found.setdefault(str(each["address"]), _number(each.get("node_id")))
     return found
 
 
 def _ranges(reports: Sequence[Report], live: Sequence[int]) -> list[RangeHealth]:
     newest: dict[int, tuple[tuple[int, int], Report]] = {}
     leaders: dict[int, tuple[int, int]] = {}  # range -> (term, node)
+    refusing: dict[int, list[int]] = {}  # range -> nodes whose replica does not serve
     for report in reports:
+        node = _number(report.get("node"))
         for each in _range_reports(report):
-            range_id, term = int(each.get("id", 0)), int(each.get("term", 0))
-            rank = (int(each.get("version", 0)), term)
+            range_id, term = _number(each.get("id")), _number(each.get("term"))
+            rank = (_number(each.get("version")), term)
             if range_id not in newest or rank > newest[range_id][0]:
                 newest[range_id] = (rank, each)
+            if each.get("role") == "refused":
+                refusing.setdefault(range_id, []).append(node)
             if each.get("role") == "leader" and report.get("state") == "ready":
-                leaders[range_id] = max(
-                    leaders.get(range_id, (0, 0)), (term, int(report.get("node", 0)))
-                )
+                leaders[range_id] = max(leaders.get(range_id, (0, 0)), (term, node))
     return [
-        _range(each, rank[1], leaders.get(range_id, (0, 0))[1], live)
-        for range_id, (rank, each) in newest.items()
+        _range(each, rank[1], leaders.get(key, (0, 0))[1], live, refusing.get(key, []))
+        for key, (rank, each) in newest.items()
     ]
 
 
-def _range(each: Report, term: int, leader: int, live: Sequence[int]) -> RangeHealth:
+def _range(
+    each: Report, term: int, leader: int, live: Sequence[int], refusing: Sequence[int]
+) -> RangeHealth:
     nodes = _replica_nodes(each.get("replicas"))
-    living = sum(1 for node in nodes if node in live)
+    living = sum(1 for node in nodes if node in live and node not in refusing)
     if living < len(nodes) // 2 + 1:
         problem = "no quorum"
     elif leader not in live:
@@ -133,7 +138,7 @@ def _range(each: Report, term: int, leader: int, live: Sequence[int]) -> RangeHe
     else:
         problem = "under-replicated" if living < len(nodes) else ""
     start, end = decode_key(each.get("start")), decode_key(each.get("end"))
-    return RangeHealth(int(each.get("id", 0)), start, end, leader, term, nodes, living, problem)
+    return RangeHealth(_number(each.get("id")), start, end, leader, term, nodes, living, problem)
 
 
 def _holes(ranges: Sequence[RangeHealth]) -> list[tuple[bytes, bytes]]:
@@ -194,10 +199,18 @@ def _replica_nodes(replicas: Any) -> list[int]:
     nodes = []
     for each in replicas if isinstance(replicas, list) else []:
         if isinstance(each, Mapping):
-            nodes.append(int(each.get("node", each.get("node_id", 0))))
+            nodes.append(_number(each.get("node", each.get("node_id"))))
         else:
-            nodes.append(int(each[0]) if isinstance(each, list | tuple) else int(each))
+            nodes.append(_number(each[0] if isinstance(each, list | tuple) and each else each))
     return nodes
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _figure(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def decode_key(value: Any) -> bytes:

@@ -196,11 +196,12 @@ class LocalCluster:
         return ",".join(self.addresses)
 
     def start(self) -> None:
-        """Start all nodes, make them a cluster, and wait until all are ready. Stops them again if that fails."""
+        """Start all nodes, make them a cluster, and wait until it serves. Stops them again if that fails."""
         try:
             self.start_processes()
             self.init()
             self.wait_ready()
+            self.wait_leaders()
         except BaseException:
             self.stop()
             raise
@@ -231,6 +232,18 @@ class LocalCluster:
         deadline = self._deadline(timeout_s)
         for node in self._running() if numbers is None else [self.nodes[n] for n in numbers]:
             self._wait_node_ready(node, deadline)
+
+    def wait_leaders(self, timeout_s: float | None = None) -> None:
+        """Wait until every range has a leader. Raises Unavailable if time runs out."""
+        deadline = self._deadline(timeout_s)
+        while True:
+            leaders, known = self._leaders()
+            leaderless = [range_id for range_id in known if range_id not in leaders]
+            if known and not leaderless:
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(f"ranges without a leader: {leaderless or 'all'}")
+            time.sleep(POLL_S)
 
     def stop(self) -> None:
         """End every process: SIGTERM, and SIGKILL for what is still there later. May be repeated."""
@@ -302,19 +315,7 @@ class LocalCluster:
 
     def leaders(self) -> dict[int, int]:
         """Range id -> number of the node that leads it, as the nodes that answer see it; the highest term wins."""
-        best: dict[int, tuple[int, int]] = {}
-        for node in self._running():
-            if node.paused:
-                continue
-            with contextlib.suppress(KVError):
-                for each in self.status(node.number).get("ranges", []):
-                    term = int(each.get("term", 0))
-                    if (
-                        each.get("role") == "leader"
-                        and term >= best.get(int(each["id"]), (0, 0))[0]
-                    ):
-                        best[int(each["id"])] = (term, node.number)
-        return {range_id: number for range_id, (_, number) in sorted(best.items())}
+        return self._leaders()[0]
 
     def busiest(self) -> int:
         """The running node that leads the most ranges (the first of several)."""
@@ -362,6 +363,24 @@ class LocalCluster:
         _trace: TracebackType | None,
     ) -> None:
         await self.stop_async()
+
+    def _leaders(self) -> tuple[dict[int, int], list[int]]:
+        """And the ids of all ranges that are known."""
+        best: dict[int, tuple[int, int]] = {}
+        known: dict[int, None] = {}
+        for node in self._running():
+            if node.paused:
+                continue
+            with contextlib.suppress(KVError):
+                for each in self.status(node.number).get("ranges", []):
+                    known[int(each["id"])] = None
+                    term = int(each.get("term", 0))
+                    if (
+                        each.get("role") == "leader"
+                        and term >= best.get(int(each["id"]), (0, 0))[0]
+                    ):
+                        best[int(each["id"])] = (term, node.number)
+        return {range_id: number for range_id, (_, number) in sorted(best.items())}, sorted(known)
 
     def _running(self) -> list[NodeProcess]:
         return [node for node in self.nodes if node.running]

@@ -28,6 +28,13 @@ class FakeDatabase:
         self.fails: BaseException | None = None
         self.idempotency_keys: list[str | None] = []
         self.timeouts: list[float | None] = []
+        self.connected: list[tuple[str, float]] = []
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
 
     def plain(self) -> dict[bytes, bytes]:
         return {key: entry.value for key, entry in sorted(self.rows.items())}

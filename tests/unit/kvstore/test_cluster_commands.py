@@ -1,0 +1,299 @@
+"""What kvctl does with a whole cluster: the verdict of status, the lists of nodes and ranges, and init, also when cut off.
+
+No process is started: nodes are what they would answer.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore import bootstrap
+from kvstore.adapters import http_client
+from kvstore.cli import admin, health, views
+from kvstore.cli.init import initialize
+from kvstore.errors import Refused, Unavailable, WrongCluster
+
+# --- the verdict
+
+
+def report(node, *, state="ready", ranges=(), nodes=3):
+    return {
+        "node": node,
+        "cluster": "c1",
+        "version": "0.1.0",
+        "uptime_s": 3.0,
+        "state": state,
+        "nodes": [{"node_id": n, "address": f"h:{n}"} for n in range(1, nodes + 1)],
+        "ranges": list(ranges),
+    }
+
+
+def replica(range_id, role, *, start="", end="", term=2, version=1, nodes=(1, 2, 3)):
+    return {
+        "id": range_id,
+        "start": start,
+        "end": end,
+        "role": role,
+        "term": term,
+        "version": version,
+        "replicas": [{"node": node, "replica": node} for node in nodes],
+    }
+
+
+def three(*roles, down=(), **fields):
+    """Reports of three nodes with one range each, by role; `down` ones do not answer."""
+    return {
+        f"h:{number}": None
+        if number in down
+        else report(number, ranges=[replica(1, role, **fields)])
+        for number, role in enumerate(roles, 1)
+    }
+
+
+def test_a_cluster_with_all_nodes_and_leaders_is_ok():
+    found = health.assess(three("leader", "follower", "follower"))
+    assert (found.verdict, found.fault_tolerance, found.problems) == ("ok", 1, [])
+    assert found.ranges[0].leader == 1
+    assert [node.leaders for node in found.nodes] == [1, 0, 0]
+
+
+def test_a_node_that_is_down_degrades_it():
+    found = health.assess(three("leader", "follower", "follower", down=[3]))
+    assert (found.verdict, found.fault_tolerance) == ("degraded", 0)
+    assert found.ranges[0].problem == "under-replicated"
+    assert found.problems == ["h:3 is unreachable", "1 range under-replicated: 1"]
+    assert found.nodes[2].node_id == 3  # the others name it
+
+
+@pytest.mark.parametrize(
+    ("roles", "down", "problem"),
+    [
+        (("leader", "follower", "follower"), [2, 3], "no quorum"),
+        (("follower", "follower", "follower"), [], "no leader"),
+        (("leader", "follower", "follower"), [1], "no leader"),
+    ],
+)
+def test_a_range_without_leader_or_quorum_is_unavailable(roles, down, problem):
+    found = health.assess(three(*roles, down=down))
+    assert (found.verdict, found.fault_tolerance) == ("unavailable", -1)
+    assert found.ranges[0].problem == problem
+
+
+def test_a_deposed_leader_does_not_count_against_the_newer_one():
+    reports = three("leader", "follower", "follower")
+    reports["h:2"]["ranges"] = [replica(1, "leader", term=3)]
+    assert health.assess(reports).ranges[0].leader == 2
+
+
+def test_a_part_of_the_keys_that_nobody_holds_is_unavailable():
+    reports = three("leader", "follower", "follower", start="bQ==")
+    found = health.assess(reports)
+    assert found.verdict == "unavailable"
+    assert (found.ranges[0].start, found.ranges[0].end) == (b"", b"m")
+
+
+def test_a_replica_that_refuses_to_serve_does_not_count():
+    found = health.assess(three("leader", "follower", "refused"))
+    assert (found.verdict, found.ranges[0].problem) == ("degraded", "under-replicated")
+
+
+def test_nodes_that_wait_for_init_are_unavailable_and_say_what_to_do():
+    found = health.assess({"h:1": report(0, state="waiting", nodes=0)})
+    assert found.verdict == "unavailable"
+    assert found.problems == ["h:1 waits for `kvctl init`"]
+
+
+def test_nodes_of_two_clusters_are_noticed():
+    reports = three("leader", "follower", "follower")
+    reports["h:2"]["cluster"] = "c2"
+    assert any("different clusters" in problem for problem in health.assess(reports).problems)
+
+
+@pytest.mark.parametrize("junk", [{}, {"ranges": 3, "nodes": "x"}, {"ranges": [1], "nodes": [2]}])
+def test_a_report_of_another_shape_breaks_nothing(junk):
+    assert health.assess({"h:1": junk}).verdict == "unavailable"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Answer kvctl's HTTP from `reports`."""
+
+    def answering(reports):
+        def request_all(addresses, method, path, bodies=None, *, timeout_s=5.0):
+            assert (method, path) == ("GET", "/v1/admin/status")
+            return [reports.get(address) or Unavailable("no") for address in addresses]
+
+        monkeypatch.setattr(http_client, "request_all", request_all)
+
+    return answering
+
+
+@pytest.mark.parametrize(
+    ("down", "status", "verdict"),
+    [((), 0, "ok"), ((3,), 10, "degraded"), ((2, 3), 11, "unavailable")],
+)
+def test_status_asks_every_node_that_one_knows_and_exits_with_the_verdict(
+    asked, down, status, verdict
+):
+    asked(three("leader", "follower", "follower", down=down))
+    done = CliRunner().invoke(admin.app, ["--endpoints", "h:1", "status"])
+    assert done.exit_code == status
+    assert done.stdout.startswith(verdict)
+    assert "h:3" in done.stdout
+    as_json = CliRunner().invoke(admin.app, ["--endpoints", "h:1", "-o", "json", "status"])
+    assert as_json.exit_code == status
+    assert json.loads(as_json.stdout)["verdict"] == verdict
+
+
+def test_status_of_nobody_is_unavailable(asked):
+    asked({})
+    assert CliRunner().invoke(admin.app, ["status"]).exit_code == 11
+
+
+def test_nodes_and_ranges_are_listed(asked):
+    asked(three("leader", "follower", "follower", down=(3,), start="", end=""))
+    run = lambda *words: CliRunner().invoke(admin.app, ["--endpoints", "h:1", *words])  # noqa: E731
+    assert [line.split()[:3] for line in run("nodes", "ls").stdout.splitlines()[1:]] == [
+        ["1", "h:1", "ready"],
+        ["2", "h:2", "ready"],
+        ["3", "h:3", "unreachable"],
+    ]
+    assert "under-replicated" in run("ranges", "ls", "--problem").stdout
+    assert json.loads(run("ranges", "ls", "--node", "9", "-o", "json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59, "59s"), (185, "3m 5s"), (7620, "2h 7m"), (273_600, "3d 4h")],
+)
+def test_durations_are_told_in_two_units(seconds, text):
+    assert views.duration(seconds) == text
+
+
+# --- init
+
+
+class Nodes:
+    """Nodes that answer identity and init, as `kvctl init` sees them."""
+
+    def __init__(self, *identities):
+        self.identities = [dict(each) for each in identities]
+        self.sent = []
+        self.fail_once = []
+
+    def request_all(self, addresses, method, path, bodies=None, *, timeout_s=5.0):
+        numbers = [int(address.rpartition(":")[2]) - 1 for address in addresses]
+        if method == "GET":
+            return [self.identities[number] or Unavailable("down") for number in numbers]
+        return [self._init(number, body) for number, body in zip(numbers, bodies, strict=True)]
+
+    def _init(self, number, body):
+        if number in self.fail_once:
+            self.fail_once.remove(number)
+            return Unavailable("reset")
+        self.sent.append(number + 1)
+        identity = {"cluster_id": body.cluster_id, "node_id": body.your_node_id, "empty": False}
+        self.identities[number].update(identity)
+        return self.identities[number]
+
+
+EMPTY = {"cluster_id": "", "node_id": 0, "state": "waiting", "empty": True}
+ADDRESSES = ["h:1", "h:2", "h:3"]
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    def run(nodes, splits=(), addresses=ADDRESSES, timeout_s=0.05):
+        monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+        return initialize(addresses, list(splits), replicas=3, timeout_s=timeout_s)
+
+    return run
+
+
+def test_init_makes_empty_nodes_one_cluster(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = initialized(nodes, [b"m"])
+    assert not done.already
+    assert done.ranges == 4
+    assert [each["node_id"] for each in nodes.identities] == [1, 2, 3]
+    assert {each["cluster_id"] for each in nodes.identities} == {done.cluster_id}
+
+
+def test_init_again_changes_nothing(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    first = initialized(nodes, [b"m"])
+    sent = list(nodes.sent)
+    second = initialized(nodes, [b"m"])
+    assert second.already
+    assert second.cluster_id == first.cluster_id
+    assert nodes.sent == sent
+
+
+def test_init_finishes_what_was_cut_off(initialized):
+    cluster_id = bootstrap.mint_cluster_id(1, 2, ADDRESSES, [b"m"])
+    begun = {"cluster_id": cluster_id, "node_id": 1, "state": "ready", "empty": False}
+    nodes = Nodes(begun, EMPTY, EMPTY)
+    done = initialized(nodes, [b"m"])
+    assert done.cluster_id == cluster_id
+    assert nodes.sent == [2, 3]
+
+
+def test_init_sends_again_to_a_node_that_did_not_answer(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    nodes.fail_once = [1]
+    initialized(nodes, timeout_s=5.0)
+    assert nodes.sent == [1, 3, 2]
+
+
+def test_init_with_other_split_keys_than_the_first_time_is_refused(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    initialized(nodes, [b"m"])
+    with pytest.raises(Refused):
+        initialized(nodes, [b"n"])
+
+
+def test_init_sends_nothing_unless_every_node_answers(initialized):
+    nodes = Nodes(EMPTY, EMPTY, {})
+    with pytest.raises(Unavailable, match="nothing was changed"):
+        initialized(nodes)
+    assert nodes.sent == []
+
+
+@pytest.mark.parametrize(
+    ("third", "error"),
+    [
+        ({**EMPTY, "empty": False, "state": "starting"}, Refused),
+        ({**EMPTY, "cluster_id": "0" * 32, "node_id": 3, "empty": False}, Refused),
+    ],
+)
+def test_init_refuses_nodes_that_are_not_empty(initialized, third, error):
+    nodes = Nodes(EMPTY, EMPTY, third)
+    with pytest.raises(error):
+        initialized(nodes)
+    assert nodes.sent == []
+
+
+def test_init_refuses_nodes_of_different_clusters(initialized):
+    members = [{**EMPTY, "cluster_id": digit * 32, "empty": False} for digit in "01"]
+    with pytest.raises(WrongCluster):
+        initialized(Nodes(*members, EMPTY))
+
+
+def test_init_refuses_nodes_in_another_order(initialized):
+    cluster_id = bootstrap.mint_cluster_id(1, 2, ADDRESSES, [])
+    begun = {"cluster_id": cluster_id, "node_id": 2, "state": "ready", "empty": False}
+    with pytest.raises(Refused, match="node 2, not node 1"):
+        initialized(Nodes(begun, EMPTY, EMPTY))
+
+
+def test_kvctl_init_prints_the_cluster(monkeypatch):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+    words = ["init", "--nodes", "h:1,h:2,h:3", "--split", r"a\xff", "--split", "m"]
+    done = CliRunner().invoke(admin.app, words)
+    assert done.exit_code == 0, done.stderr
+    assert "is initialized: 3 nodes, 5 ranges" in done.stdout
+    assert "already" in CliRunner().invoke(admin.app, words).stdout
