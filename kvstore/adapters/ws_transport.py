@@ -2,8 +2,8 @@
 
 Nothing of aiohttp waits for a peer on our behalf: its heartbeat and its compression are off, `close` runs only under
 a timeout, and the transport is kept from connect time, so that `abort` ends a connection whose peer has stalled.
-The socket's buffer in this process is bounded by HIGH_WATER_BYTES and one frame; what comes in is paused by aiohttp
-beyond a few frames that nobody has received yet.
+What this process buffers for a connection is bounded by BUFFER_BYTES_MAX; what comes in is paused by aiohttp beyond a
+few frames that nobody has received yet.
 
 A node's one port serves these paths beside its HTTP routes: `serve` makes an application with the stream paths alone,
 or takes one that has other routes already; `attach` only adds the paths, for whoever runs the application.
@@ -19,6 +19,7 @@ from typing import Final
 
 import aiohttp
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.client import ClientTimeout
 from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection
@@ -30,9 +31,12 @@ from kvstore.ports import FramePipe
 from replication.errors import FrameError
 
 STREAM_PATHS: Final = ("/v1/stream", "/v1/peer", "/v1/snapshot")
-HIGH_WATER_BYTES: Final = (
-    256 * 1024
-)  # in the transport's buffer; beyond it `try_send` refuses and `send` waits
+HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport's buffer: from there on `try_send` refuses
+# What `try_send` alone cannot reach, so that only `send` ever meets a paused transport, and waits.
+PAUSE_BYTES: Final = HIGH_WATER_BYTES + WIRE_BYTES_MAX + 64
+BUFFER_BYTES_MAX: Final = (
+    PAUSE_BYTES + HIGH_WATER_BYTES + WIRE_BYTES_MAX + 64
+)  # and what `send` adds before it waits
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5
@@ -58,17 +62,29 @@ class _Connector(aiohttp.TCPConnector):
 class WsPipe:
     """One WebSocket as a FramePipe, of either side."""
 
-    __slots__ = ("_closed", "_finishing", "_network", "_socket", "_transport", "path", "remote")
+    __slots__ = (
+        "_closed",
+        "_finishing",
+        "_network",
+        "_protocol",
+        "_socket",
+        "_transport",
+        "path",
+        "remote",
+    )
 
     def __init__(
         self, network: WsNetwork, socket: Socket, transport: asyncio.Transport, path: str
     ) -> None:
-        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        protocol = transport.get_protocol()
+        assert isinstance(protocol, BaseProtocol)
+        transport.set_write_buffer_limits(high=PAUSE_BYTES, low=HIGH_WATER_BYTES - 1)
         self.path = path
         self.remote = str(transport.get_extra_info("peername"))
         self._network = network
         self._socket = socket
         self._transport = transport
+        self._protocol = protocol
         self._finishing = False
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -76,17 +92,16 @@ class WsPipe:
         transport = self._transport
         if self._finishing or transport.is_closing():
             raise PipeClosed("the connection is closed")
-        if transport.get_write_buffer_size() >= HIGH_WATER_BYTES:
+        if transport.get_write_buffer_size() >= HIGH_WATER_BYTES or self._protocol.writing_paused:
             return False
         sending = self._socket.send_bytes(frame)
         try:
-            sending.send(None)  # writes at once; it waits only after that, for the buffer to fall
+            sending.send(None)  # writes; it would wait only for a paused transport
         except StopIteration:
             return True
         except (ConnectionError, RuntimeError) as error:
             raise PipeClosed(f"the connection is closed: {error}") from error
-        sending.close()
-        return True
+        raise AssertionError("a write to a transport that is not paused waits")
 
     async def send(self, frame: bytes) -> None:
         if self._finishing or self._transport.is_closing():
