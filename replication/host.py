@@ -54,6 +54,7 @@ IDLE: Final = -1
 TRANSFERS: Final = -2
 STATELESS: Final = -3
 STALL: Final = -4
+INTERNAL: Final = InstallSnapshot  # made here of a verified stream, never taken from the network
 
 T = TypeVar("T")
 Then = Callable[[], None]
@@ -93,11 +94,8 @@ class Host:
         self.failure: BaseException | None = None
         self.limits = limits or HostLimits()
         self._machine, self._peers, self._clock, self._rng = machine, peers, clock, rng
-        self._raft_config, self._run_in_thread, self._on_fatal = (
-            raft_config,
-            run_in_thread,
-            on_fatal,
-        )
+        self._raft_config, self._on_fatal = raft_config, on_fatal
+        self._run_in_thread = run_in_thread
         self._replicas: dict[int, Replica] = {}
         self.sync_policy = SyncPolicy(sync_mode if run_in_thread is not None else "inline")
         self._lane = LogLane(wal=wal, files=files, clock=clock, policy=self.sync_policy)
@@ -113,9 +111,7 @@ class Host:
             limits=self.limits.snapshot,
         )
         self._inbox = Inbox(self.limits.inbox_messages_max, self.limits.inbox_bytes_max)
-        self._dirty: dict[
-            int, None
-        ] = {}  # groups to visit, in the order in which they were touched
+        self._dirty: dict[int, None] = {}  # groups to visit, in the order of touching
         self._applier = Applier(self._replicas, machine, self.limits)
         self._phases: deque[Phase] = deque()
         self._busy = False  # a phase runs: what it asks for is seen to at its end
@@ -127,15 +123,9 @@ class Host:
         self._tasks_begun = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self.counters = {
-            "turns": 0,
-            "messages_in": 0,
-            "messages_dropped_inbox_full": 0,
-            "messages_dropped_unknown": 0,
-            "messages_dropped_malformed": 0,
-            "messages_dropped_no_route": 0,
-            "stalls": 0,
-        }
+        dropped = ("inbox_full", "unknown", "malformed", "no_route")
+        names = ("turns", "messages_in", "stalls", *(f"messages_dropped_{why}" for why in dropped))
+        self.counters = dict.fromkeys(names, 0)
 
     # ------------------------------------------------------------ groups
 
@@ -252,19 +242,11 @@ class Host:
         """
         for group, index in indices.items():
             replica = self._replicas.get(group)
-            if replica is None or replica.held:
-                continue
-            raft = replica.raft
-            index = min(index, raft.applied_index)
-            if index > replica.log_start:
+            if replica is not None and not replica.held:
+                index = min(index, replica.raft.applied_index)
                 self._lane.compact(group, index)
-                replica.log_start = index
-            upto = replica.cut_after(index, self.limits.log_tail_bytes_max)
-            floor = self._transfers.floor(group)
-            if floor is not None:
-                upto = min(upto, floor)
-            if upto >= raft.first_index:
-                raft.compact(upto)
+                floor = self._transfers.floor(group)
+                replica.cut(index, floor, self.limits.log_tail_bytes_max)
 
     def _served(self, group: int) -> Replica:
         replica = self._replicas.get(group)
@@ -278,8 +260,7 @@ class Host:
         """Messages of one frame. Dropped and counted when the inbox is full. size_bytes: measured here if 0."""
         if not self._inbox.add(sender_node, messages, size_bytes):
             self.counters["messages_dropped_inbox_full"] += len(messages)
-        if not self._turn_asked:
-            self.wake()
+        self.wake()
 
     def receive_snapshot_chunk(self, sender_node: int, payload: bytes) -> None:
         """A frame of the snapshot connection, of either direction."""
@@ -340,17 +321,10 @@ class Host:
 
     def stats(self) -> dict[str, float]:
         """Figures for metrics, by name. `sync_age_s`: of the sync under way, 0.0 if there is none."""
-        lane, policy = self._lane, self.sync_policy
         return {
             **self.counters,
-            **self._lane.counters,
+            **self._lane.stats(self._clock.monotonic()),
             **self._transfers.counters,
-            "syncs": policy.count,
-            "sync_p99_s": policy.p99_s(),
-            "sync_threaded": float(policy.threaded),
-            "sync_mode_switches": policy.switches,
-            "sync_age_s": self._clock.monotonic() - lane.began_s if lane.syncing else 0.0,
-            "messages_held": lane.gate.held_messages,
             "entries_applied": self._applier.entries_applied,
             "groups": len(self._replicas),
             "groups_refused": len(self.refused),
@@ -370,7 +344,8 @@ class Host:
             while self._phases:
                 now = self._clock.monotonic()
                 self._phases.popleft()(now)
-                self._settle(now)
+                if not self._stopped:
+                    self._settle(now)
         except Exception as error:  # noqa: BLE001  # whatever it was, what this node knows is in doubt
             self._fail(error)
         finally:
@@ -411,12 +386,7 @@ class Host:
             for message in messages:
                 group = message.group
                 replica = replicas.get(group)
-                if (
-                    replica is None
-                    or message.to != replica.id
-                    or type(message)
-                    is InstallSnapshot  # made here, by the installer, of a verified stream
-                ):
+                if replica is None or message.to != replica.id or type(message) is INTERNAL:
                     self.counters["messages_dropped_unknown"] += 1
                     continue
                 try:
@@ -440,8 +410,8 @@ class Host:
 
     def _settle(self, now: float) -> None:
         """The end of every phase: carry out what the touched groups ask for, send, and go on to the next phase."""
-        self._visit()
-        if self._stopped:
+        self.visit()
+        if self._stopped:  # by the machine
             return
         outbox = self._outbox.take()
         for node, messages in outbox:
@@ -455,7 +425,8 @@ class Host:
             self._after(hops, self._apply)
         self._arm_timer(now)
 
-    def _visit(self) -> None:
+    def visit(self) -> None:
+        """Carry out what touched cores ask for, but for the sends."""
         while self._dirty:
             dirty, self._dirty = self._dirty, {}
             for group in dirty:
@@ -514,9 +485,7 @@ class Host:
         job = self._lane.take(now)
         if job is None:
             return
-        policy = self.sync_policy
-        threaded = policy.threaded or (policy.mode == "auto" and job.batch.create_bytes > 0)
-        if self._loop is None or not threaded:
+        if self._loop is None or not self.sync_policy.in_thread(job.batch.create_bytes > 0):
             self._end_sync(job, self._lane.write(job))
         else:
             self._deadlines.set(STALL, now + 2 * self._raft_config.election_timeout_s)
@@ -537,7 +506,7 @@ class Host:
         if self._stalled:
             self._stalled = False
             for replica in self._replicas.values():
-                replica.raft.electable = not replica.stateless
+                replica.storage_moves()
                 self._dirty[replica.group] = None
         if job.batch.create_bytes:
             self._tidy_segments()
@@ -547,8 +516,7 @@ class Host:
         self._stalled = True
         self.counters["stalls"] += 1
         for replica in self._replicas.values():
-            replica.raft.electable = False
-            replica.raft.step_down(now)
+            replica.storage_is_stuck(now)
             self._dirty[replica.group] = None
 
     def _tidy_segments(self) -> None:
@@ -572,9 +540,6 @@ class Host:
         if len(self._replicas[group].queue):
             self._applier.groups[group] = None
             self._soon()
-
-    def settle(self) -> None:
-        self._visit()
 
     def ask_for_state_soon(self) -> None:
         self._deadlines.set(STATELESS, self._clock.monotonic())

@@ -36,7 +36,7 @@ class Surroundings(Protocol):
     def apply_soon(self, group: int) -> None:
         """The group may have entries to apply."""
 
-    def settle(self) -> None:
+    def visit(self) -> None:
         """Carry out what touched cores ask for, now."""
 
     def ask_for_state_soon(self) -> None:
@@ -99,13 +99,13 @@ class Installer:
 
     def arrived(self, group: int, offer: Offer, done: Then) -> None:
         replica = self._replicas.get(group)
-        if replica is None:
-            return
+        if replica is None or replica.id != offer.to:
+            return  # removed meanwhile
         meta = offer.meta
         message = InstallSnapshot(group, replica.id, offer.sender, offer.term, meta)
         replica.raft.step(message, self._now())
         self._host.touch(group)
-        self._host.settle()  # the core's word: Ready.install, or nothing
+        self._host.visit()  # the core's word: Ready.install, or nothing
 
         def durable() -> None:
             if self._replicas.get(group) is not replica:

@@ -39,7 +39,7 @@ class LogLane:
         self._wal, self._files, self._clock = wal, files, clock
         self._waiting: list[Then] = []
         self._deleting: list[int] = []
-        self.counters = {"synced_bytes": 0, "segments_created": 0, "segments_deleted": 0}
+        self._counters = {"synced_bytes": 0, "segments_created": 0, "segments_deleted": 0}
 
     # ------------------------------------------------------------ staging
 
@@ -124,10 +124,23 @@ class LogLane:
         batch = job.batch
         self.syncing = False
         self.policy.note(seconds)
-        self.counters["synced_bytes"] += len(batch.data)
-        self.counters["segments_created"] += batch.create_bytes > 0
+        self._counters["synced_bytes"] += len(batch.data)
+        self._counters["segments_created"] += batch.create_bytes > 0
         self._wal.synced(batch.number)
         return self.gate.release(Durable(batch.number))
+
+    def stats(self, now: float) -> dict[str, float]:
+        """Figures for metrics. `sync_age_s`: of the sync under way, 0.0 if there is none."""
+        policy = self.policy
+        return {
+            **self._counters,
+            "syncs": policy.count,
+            "sync_p99_s": policy.p99_s(),
+            "sync_threaded": float(policy.threaded),
+            "sync_mode_switches": policy.switches,
+            "sync_age_s": now - self.began_s if self.syncing else 0.0,
+            "messages_held": self.gate.held_messages,
+        }
 
     # ------------------------------------------------------------ segments
 
@@ -155,5 +168,5 @@ class LogLane:
     def deleted(self) -> None:
         for segment in self._deleting:
             self._wal.forget(segment)
-        self.counters["segments_deleted"] += len(self._deleting)
+        self._counters["segments_deleted"] += len(self._deleting)
         self._deleting = []

@@ -110,6 +110,14 @@ class Replica:
             self.led_term = term
             machine.leadership(self.group, term, True)
 
+    def storage_is_stuck(self, now: float) -> None:
+        """Lead nothing, so that others may, and do not campaign."""
+        self.raft.electable = False
+        self.raft.step_down(now)
+
+    def storage_moves(self) -> None:
+        self.raft.electable = not self.stateless
+
     # ------------------------------------------------------------ state from a snapshot
 
     def lose_state(self) -> None:
@@ -135,15 +143,25 @@ class Replica:
         log = self.raft.log
         return log.slice(self.log_start + 1, log.handed_index)
 
-    def cut_after(self, index: int, tail_bytes_max: int) -> int:
-        """Up to where the log in memory may be cut, at most `index`: a live follower may still need the rest."""
+    def cut(self, index: int, floor: int | None, tail_bytes_max: int) -> None:
+        """The engine has flushed up to `index`, and the log file is cut there. In memory a leader keeps what a live
+        follower still needs, while that is not too much, and what follows `floor`, a snapshot in flight.
+        """
+        self.log_start = max(self.log_start, index)
+        upto = min(index, self._needed_after(tail_bytes_max))
+        if floor is not None:
+            upto = min(upto, floor)
+        if upto >= self.raft.first_index:
+            self.raft.compact(upto)
+
+    def _needed_after(self, tail_bytes_max: int) -> int:
         raft = self.raft
         if not raft.is_leader or raft.log_bytes > tail_bytes_max:
-            return index
+            return raft.applied_index
         peers = [peer for peer in raft.status()["peers"].values() if peer["state"] != "snapshot"]
         newest = max((peer["acked_probe"] for peer in peers), default=0)
         live = [peer["match"] for peer in peers if peer["acked_probe"] + LIVE_PROBES >= newest]
-        return min(index, *live) if live else index
+        return min(live, default=raft.applied_index)
 
 
 class Applier:

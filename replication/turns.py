@@ -237,6 +237,10 @@ class SyncPolicy:
         self.switches = 0
         self.durations_s: deque[float] = deque(maxlen=self.WINDOW)
 
+    def in_thread(self, creates_segment: bool) -> bool:
+        """Whether the next sync goes to the thread; making a segment is slow on any disk."""
+        return self.threaded or (creates_segment and self.mode == "auto")
+
     def note(self, duration_s: float) -> None:
         """One sync took this long (write included, creation of a segment not)."""
         self.durations_s.append(duration_s)
