@@ -31,10 +31,10 @@ from replication.wal_format import (
     BATCH_HEADER_BYTES,
     CRC,
     FLAG_SUSPECT,
+    HARD_BODY,
     HEAD_BODY,
     RECORD,
     RECORD_HEADER_BYTES,
-    VOTE_COMMIT,
     BatchHeader,
     RecordType,
     aligned,
@@ -169,7 +169,7 @@ class Wal:
             index=known.last_index,
             term=state.term,
             previous=known.last_term,
-            body=VOTE_COMMIT.pack(state.vote, state.commit),
+            body=HARD_BODY.pack(state.vote, state.commit, known.tombstone),
         )
 
     def reset(self, group: int, index: int, term: int) -> None:
@@ -185,7 +185,7 @@ class Wal:
         state.hard_state = HardState()
         state.tombstone = max(state.tombstone, replica)
         state.suspect = False
-        self._stage(RecordType.TOMBSTONE, group, state, index=replica)
+        self._stage(RecordType.TOMBSTONE, group, state, index=state.tombstone)
 
     def compact(self, group: int, index: int) -> None:
         """Entries up to `index` are durable in the engine: the log need not keep them. Recorded with the next head."""
@@ -364,7 +364,7 @@ class Wal:
             term=hard.term,
             previous=state.last_term,
             body=HEAD_BODY.pack(
-                hard.vote, hard.commit, state.start_index, state.start_term, state.tombstone
+                hard.vote, hard.commit, state.tombstone, state.start_index, state.start_term
             ),
         )
 

@@ -11,11 +11,11 @@ headers stand together so that damage to some of them costs only those: bodies a
 What the fields of a record mean, by type:
 
     ENTRY       index, term, kind; previous: term of the entry before; body: the data
-    HARD_STATE  term; index, previous: last index and term of the log at that moment; body: vote, commit
-    HEAD        as HARD_STATE; body: vote, commit, start index, start term, tombstone
+    HARD_STATE  term; index, previous: last index and term of the log at that moment; body: vote, commit, tombstone
+    HEAD        as HARD_STATE; body: vote, commit, tombstone, start index, start term
     RESET       index, term: the log is empty and starts after them
     CARRY       the same, and the whole live log follows as ENTRY records of the same batch
-    TOMBSTONE   index: the removed replica's id; its hard state and log are void
+    TOMBSTONE   index: the largest removed replica's id; hard state and log are void
     MARK        nothing (group 0): the batch is there for its `synced_upto`
 """
 
@@ -43,7 +43,7 @@ FLAG_SUSPECT: Final = (
 
 CRC: Final = struct.Struct("<I")
 RECORD: Final = struct.Struct("<BBHIQQQQI")  # followed by CRC
-VOTE_COMMIT: Final = struct.Struct("<QQ")
+HARD_BODY: Final = struct.Struct("<QQQ")
 HEAD_BODY: Final = struct.Struct("<QQQQQ")
 
 _BATCH = struct.Struct("<8sHHIQIIIIQQI")  # followed by CRC

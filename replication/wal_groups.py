@@ -82,6 +82,15 @@ class GroupState:
                 return term
         return self.start_term
 
+    def last_of_term(self, term: int, upto: int) -> int:
+        """The largest index, at most `upto`, of a live entry with this term; 0 if there is none."""
+        end = min(self.last_index, upto)
+        for first, run in reversed(self.runs):
+            if run == term and first <= end:
+                return end
+            end = min(end, first - 1)
+        return 0
+
     def push(self, index: int, term: int) -> None:
         """One more entry at the end."""
         if term != self.last_term or not self.runs:

@@ -7,8 +7,9 @@ index and term; a lost batch or record header is a `Damage`, in which records of
 
 After a Damage a group is in doubt until a later record shows what it lost. Every ENTRY says the term of the entry
 before it; HARD_STATE and HEAD say the last (index, term). By log matching, an entry of ours with the same index and
-term proves the log up to there. If there is none, the entries above the last known commit are not believed: they
-are reported as faulty, for they may have been replaced by records that are lost.
+term proves the log up to there, and so does one with the same term and a smaller index, for one leader wrote both.
+Entries above that and above the last known commit are not believed: they are reported as faulty, for they may have
+been replaced by records that are lost.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from replication.wal_format import (
     BATCH_HEADER_BYTES,
     BLOCK_BYTES,
     FLAG_SUSPECT,
+    HARD_BODY,
     HEAD_BODY,
     MAGIC,
     RECORD_HEADER_BYTES,
-    VOTE_COMMIT,
     BatchHeader,
     Record,
     RecordType,
@@ -187,9 +188,10 @@ class _Group:
             if index < state.last_index:
                 self._cut_after(index)
         else:
-            self._cut_after(min(max(self.sure, state.start_index), state.last_index, index))
+            proven = max(self.sure, state.start_index, state.last_of_term(term, index))
+            self._cut_after(min(proven, state.last_index, index))
             self.place = place
-            if index > state.last_index + 1:
+            if index > state.last_index + 1 and state.last_term != term:
                 state.push(state.last_index + 1, 0)
             state.push(index, term)
 
@@ -277,6 +279,11 @@ class _Replay:
         rounds = len(self.damage)
         for group in self.groups.values():
             group.suspect = group.suspect or group.hard_round < rounds or group.log_round < rounds
+            if group.place == (
+                0,
+                0,
+            ):  # in a deleted segment: what said that they are not needed is lost
+                group.place = self._place
 
     def _record(self, record: Record) -> None:
         group = self.groups.get(record.group)
@@ -305,15 +312,16 @@ class _Replay:
         state = group.state
         vote = commit = tombstone = start_index = start_term = 0
         if record.body is not None and record.type == RecordType.HEAD:
-            vote, commit, start_index, start_term, tombstone = HEAD_BODY.unpack(record.body)
+            vote, commit, tombstone, start_index, start_term = HEAD_BODY.unpack(record.body)
             if start_index < state.start_index:  # it began anew, in a record that is lost
                 group.restart(start_index, start_term)
         elif record.body is not None:
-            vote, commit = VOTE_COMMIT.unpack(record.body)
+            vote, commit, tombstone = HARD_BODY.unpack(record.body)
         group.settle(record.index, record.previous, self._place)
         self._log_known(group, proof)
         if record.body is None:  # vote and commit are lost with it
             group.suspect = True
+            group.place = (self._segment, record.offset)
             return
         group.compact(start_index, start_term)
         state.tombstone = max(state.tombstone, tombstone)

@@ -1,8 +1,12 @@
 """The log's segments as files of one directory, and small files that are replaced as a whole.
 
-Segments are DIR/00000001.log and so on, preallocated so that a sync writes data and no metadata. Nothing is retried:
-after the first failing write, sync, create or delete every further call that changes anything is refused (pitfall 11:
-a second fsync may succeed without having written what the first one lost). Blocking; used by one caller at a time.
+Segments are DIR/00000001.log and so on, preallocated. Nothing is retried: after the first failing write, sync, create
+or delete every further call that changes anything is refused (pitfall 11: a second fsync may succeed without having
+written what the first one lost). Blocking; used by one caller at a time.
+
+A sync is quickest (0.07 ms against 0.11 measured) in blocks that were written before, not only reserved. Writing the
+zeros of 64 MiB takes 50 ms, so while the second half of a segment fills, a thread writes them to a spare file that the
+next `create` takes over; if it is not ready, `create` reserves blocks, which is quick.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +23,7 @@ from typing import Final
 from replication.errors import LogDiskFull, LogWriteFailed
 
 _NAME: Final = re.compile(r"(\d{8,10})\.log")
+_SPARE: Final = "spare"
 _ZEROS: Final = bytes(1 << 20)
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -25,14 +31,19 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 class DirectoryLogFiles:
     """LogFiles (replication/ports.py) over a directory, which is made if it is absent."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, spare: bool = True) -> None:
+        """spare: write the next segment's zeros ahead of time, in a thread."""
         self._directory = Path(directory)
         self._handles: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # of the segments with handles
+        self._wants_spare = spare
+        self._spare: _Spare | None = None
         self._failed: str | None = None
         self._closed = False
         if not self._directory.is_dir():
             self._directory.mkdir(parents=True)
             _sync_directory(self._directory.parent)
+        (self._directory / _SPARE).unlink(missing_ok=True)
 
     def segments(self) -> list[int]:
         """Ids of the segments that exist, ascending. Files with other names are left alone."""
@@ -49,10 +60,16 @@ class DirectoryLogFiles:
         Raises: LogDiskFull, LogWriteFailed.
         """
         with self._changing(f"create segment {segment}"):
-            handle = os.open(self._path(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._handles[segment] = handle
-            _allocate(handle, size_bytes)
-            os.fsync(handle)
+            path = self._path(segment)
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "the segment exists", str(path))
+            if not self._take_spare(path, size_bytes):
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                try:
+                    _reserve(handle, size_bytes)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
             _sync_directory(self._directory)
 
     def write(self, segment: int, offset: int, data: bytes) -> None:
@@ -63,6 +80,8 @@ class DirectoryLogFiles:
             view = memoryview(data)
             while written < len(data):
                 written += os.pwrite(handle, view[written:], offset + written)
+        if self._wants_spare and self._spare is None and offset * 2 >= self._sizes[segment]:
+            self._spare = _Spare(self._directory / _SPARE, self._sizes[segment])
 
     def sync(self, segment: int) -> None:
         """Make every write so far to this segment durable. Raises: LogDiskFull, LogWriteFailed."""
@@ -73,6 +92,7 @@ class DirectoryLogFiles:
         """Remove a segment; durable when this returns. Raises: LogWriteFailed."""
         with self._changing(f"delete segment {segment}"):
             handle = self._handles.pop(segment, None)
+            self._sizes.pop(segment, None)
             if handle is not None:
                 os.close(handle)
             self._path(segment).unlink()
@@ -81,6 +101,8 @@ class DirectoryLogFiles:
     def close(self) -> None:
         """Close the files. Syncs nothing: what was not synced is not durable."""
         self._closed = True
+        if self._spare is not None:
+            self._spare.stop()
         while self._handles:
             os.close(self._handles.popitem()[1])
 
@@ -91,7 +113,19 @@ class DirectoryLogFiles:
         handle = self._handles.get(segment)
         if handle is None:
             handle = self._handles[segment] = os.open(self._path(segment), os.O_RDWR)
+            self._sizes[segment] = os.fstat(handle).st_size
         return handle
+
+    def _take_spare(self, path: Path, size_bytes: int) -> bool:
+        """Give the spare file the segment's name, if it is ready and fits."""
+        spare = self._spare
+        if spare is None or spare.running():
+            return False
+        self._spare = None
+        if not spare.ready or spare.size_bytes != size_bytes:
+            return False
+        os.rename(spare.path, path)
+        return True
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -139,11 +173,52 @@ class DirectoryFiles:
         _sync_directory(self._directory)
 
 
-def _allocate(handle: int, size_bytes: int) -> None:
-    """Zeros, written out: blocks that are only reserved would cost each sync a change of metadata."""
-    done = 0
-    while done < size_bytes:
-        done += os.pwrite(handle, _ZEROS[: size_bytes - done], done)
+class _Spare:
+    """A file of zeros, written out and synced piece by piece (one great sync would hold up the log's) in a thread."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self.ready = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="log-spare", daemon=True)
+        self._thread.start()
+
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def _fill(self) -> None:
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                for done in range(0, self.size_bytes, len(_ZEROS)):
+                    if self._stop.is_set():
+                        return
+                    _fill_zeros(handle, done, min(done + len(_ZEROS), self.size_bytes))
+                    os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError:
+            return  # nothing depends on it: `create` meets the same disk, and says so
+        self.ready = True
+
+
+def _reserve(handle: int, size_bytes: int) -> None:
+    """Blocks that read as zeros."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size_bytes)
+    else:
+        _fill_zeros(handle, 0, size_bytes)
+
+
+def _fill_zeros(handle: int, start: int, end: int) -> None:
+    while start < end:
+        start += os.pwrite(handle, _ZEROS[: end - start], start)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -28,6 +28,9 @@ class _Segment:
     def of(cls, content: bytes | bytearray) -> _Segment:
         return cls(bytearray(content), bytearray(content))
 
+    def copy(self) -> _Segment:
+        return _Segment(bytearray(self.durable), bytearray(self.current), list(self.unsynced))
+
 
 class SimDisk:
     """LogFiles (replication/ports.py) in memory, and small files that are replaced as a whole.
@@ -43,7 +46,7 @@ class SimDisk:
     ) -> None:
         """capacity_bytes: what the segments may take together; None: no limit."""
         self._segments, self._files = _content or ({}, {})
-        self._capacity_bytes = capacity_bytes
+        self.capacity_bytes = capacity_bytes
         self._failed: str | None = None
         self._fail_syncs_after: int | None = None
         self._fail_writes_after: int | None = None
@@ -71,7 +74,7 @@ class SimDisk:
         if segment in self._segments:
             self._fail(f"create segment {segment}: it exists")
         used = sum(len(file.current) for file in self._segments.values())
-        if self._capacity_bytes is not None and used + size_bytes > self._capacity_bytes:
+        if self.capacity_bytes is not None and used + size_bytes > self.capacity_bytes:
             self._fail(f"create segment {segment}: no space left", full=True)
         self._segments[segment] = _Segment.of(bytes(size_bytes))
         self.create_count += 1
@@ -170,10 +173,20 @@ class SimDisk:
         """
         return self._successor(self._segments)
 
+    def fork(self) -> SimDisk:
+        """An equal disk of its own, to try something on. This one lives on."""
+        return SimDisk(
+            capacity_bytes=self.capacity_bytes,
+            _content=(
+                {segment: file.copy() for segment, file in self._segments.items()},
+                dict(self._files),
+            ),
+        )
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _successor(self, segments: dict[int, _Segment]) -> SimDisk:
-        after = SimDisk(capacity_bytes=self._capacity_bytes, _content=(segments, self._files))
+        after = SimDisk(capacity_bytes=self.capacity_bytes, _content=(segments, self._files))
         self._segments, self._files = {}, {}
         self._failed = self._failed or "the machine crashed"
         return after
