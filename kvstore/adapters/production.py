@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
@@ -19,26 +19,31 @@ from kvstore.adapters.ws_transport import WsNetwork
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
 from kvstore.metrics import NodeMetrics
-from kvstore.ports import FramePipe
+from kvstore.ports import FramePipe, Network
 from kvstore.status import VERSION
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from kvstore.client import Database
     from kvstore.node import Node
 
 THREADS_MAX = 4
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 
 
+class ClosableNetwork(Network, Protocol):
+    async def close(self) -> None: ...
+
+
 class ProductionAdapters:
     """See kvstore.node.Adapters."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, network: ClosableNetwork | None = None) -> None:
         self.clock = SystemClock()
         self.random = SystemRandom()
         self.executor = ThreadExecutor(THREADS_MAX, "kvorum")
-        self.network = WsNetwork()
+        self.network: ClosableNetwork = network or WsNetwork()
         self._config = config
         self._directory = Path()
         self._lock = -1
@@ -75,6 +80,7 @@ class ProductionAdapters:
         metrics = NodeMetrics(node.status, VERSION)
         app = web.Application(client_max_size=self._config.http.body_bytes_max)
         add_routes(app, _Surface(node, metrics.registry), metrics.observe_request)
+        assert isinstance(self.network, WsNetwork)
         return await self.network.serve(address, on_pipe, app)
 
     async def close(self) -> None:
@@ -95,7 +101,7 @@ class _Surface:
         self.initialize = node.initialize
 
     @property
-    def database(self):  # type: ignore[no-untyped-def]
+    def database(self) -> Database | None:
         return self._node.database
 
     @property

@@ -1,0 +1,68 @@
+"""Embedded use: one node in this process, the same code as a cluster of one, without ports.
+
+The directory belongs to one process at a time, and opens again at once after `close`. It is a cluster of one node: it can
+be started by `kvstore start --dir` later only under the address that it was given here, so it stays an embedded one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from kvstore.adapters.local_network import LocalNetwork
+from kvstore.adapters.production import ProductionAdapters
+from kvstore.bootstrap import mint_cluster_id, plan
+from kvstore.client import Database
+from kvstore.config import NodeConfig, RaftSection
+from kvstore.errors import DataDirectoryError
+from kvstore.node import Node
+
+if TYPE_CHECKING:
+    from kvstore.node import OnPipe
+
+ADDRESS: Final = "embedded:1"
+
+
+class EmbeddedAdapters(ProductionAdapters):
+    """The real disk, clock and threads; a network of this process alone, and no HTTP."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config, LocalNetwork())
+
+    async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:  # noqa: ARG002 - the port
+        return await self.network.serve(address, on_pipe)
+
+
+async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Database:
+    """Open or create the data at `path`. Raises: DataDirectoryError, CorruptionError, VersionMismatch."""
+    config = msgspec.structs.replace(
+        NodeConfig(), raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05)
+    )
+    adapters = EmbeddedAdapters(config)
+    node = Node(os.fspath(path), ADDRESS, "", config, adapters)
+    try:
+        await node.start()
+        if node.state == "waiting":
+            created_ms = adapters.clock.wall_ms()
+            cluster = mint_cluster_id(created_ms, secrets.randbits(48), [ADDRESS], [])
+            await node.initialize(plan(cluster, [ADDRESS])[0])
+        if node.store is None or list(node.store.addresses.values()) != [ADDRESS]:
+            raise DataDirectoryError(
+                f"{path} belongs to a node of a cluster: use kvstore start --dir"
+            )
+        database = Database(
+            adapters.network,
+            [ADDRESS],
+            adapters.clock,
+            adapters.random.stream("client"),
+            timeout_s,
+            on_close=lambda: node.stop(drain=False),
+        )
+        await database.start()
+    except BaseException:
+        await node.stop(drain=False)
+        raise
+    return database
