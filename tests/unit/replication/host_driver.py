@@ -18,7 +18,7 @@ from kvstore.sim.disk import SimDisk
 from replication.codec import decode_membership, decode_messages, encode_messages
 from replication.errors import NotLeader, ProposalDropped
 from replication.host import Host
-from replication.messages import Message
+from replication.messages import AppendRequest, Message
 from replication.ready import RaftConfig
 from replication.turns import HostLimits
 from replication.types import Entry, EntryKind, Membership, SnapshotMeta
@@ -321,3 +321,21 @@ class World:
 
     def heal(self) -> None:
         self.cut.clear()
+
+
+def led(world: World, group: int = 1) -> Node:
+    leader = world.leader(group)
+    world.advance(0.5)
+    return leader
+
+
+def restarted(world: World, number: int = 1) -> Host:
+    world.nodes[number].crash()
+    world.nodes[number].start()
+    return world.nodes[number].host
+
+
+def append(index: int, data: bytes = b"x", *, to: int = 1, group: int = 1) -> AppendRequest:
+    """From a leader, replica 2, of term 5, whose log has nothing before."""
+    entries = [Entry(index, 5, EntryKind.COMMAND, data)]
+    return AppendRequest(group, to, 2, 5, index - 1, 5 if index > 1 else 0, entries, 0, 1)

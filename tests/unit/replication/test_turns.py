@@ -22,7 +22,6 @@ from replication.turns import (
 from replication.types import Entry, EntryKind, HardState, Membership
 from replication.wal import Fault, GroupLog
 
-
 STATE = HardState(1, 2, 4)
 
 

@@ -1,0 +1,255 @@
+"""Cutting the log, and snapshots: what a replica that fell behind gets, and what no crash, loss or delay can spoil."""
+
+from __future__ import annotations
+
+import random
+
+from replication.snapshot import Chunk, End, Wanted, decode
+from replication.turns import HostLimits
+from tests.unit.replication.host_driver import Node, World, led, restarted
+
+# -- compaction
+
+
+def test_a_leader_keeps_what_a_live_follower_still_needs_and_no_more_than_the_bound():
+    world = World(nodes=3, limits=HostLimits(log_tail_bytes_max=50_000))
+    leader = led(world)
+    slow = 1 + leader.number % 3
+    world.propose(b"seen by all")
+    world.advance(0.5)
+    match = leader.host.raft(1).last_index
+    world.isolate(slow)
+    world.propose(bytes(20_000))
+    world.settle()
+    leader.host.flushed(leader.machine.flush())
+    assert leader.host.raft(1).first_index == match + 1
+    world.propose(bytes(40_000))
+    world.settle()
+    leader.host.flushed(leader.machine.flush())
+    assert leader.host.raft(1).first_index == leader.host.raft(1).last_index + 1
+
+
+def test_a_follower_that_is_gone_holds_nothing_back():
+    world = World(nodes=3)
+    leader = led(world)
+    world.nodes[1 + leader.number % 3].crash()
+    world.propose(b"value")
+    world.advance(10.0)
+    leader.host.flushed(leader.machine.flush())
+    assert leader.host.raft(1).first_index == leader.host.raft(1).last_index + 1
+
+
+# -- snapshots
+
+
+def behind(world: World, *, values: int = 40) -> tuple[Node, Node]:
+    """A leader whose log is cut, and a follower that is cut off and needs what was cut."""
+    leader = led(world)
+    slow = world.nodes[1 + leader.number % 3]
+    world.isolate(slow.number)
+    for number in range(values):
+        world.propose(b"%d" % number)
+    world.advance(10.0)
+    leader.host.flushed(leader.machine.flush())
+    return leader, slow
+
+
+def test_a_replica_behind_the_cut_log_gets_a_snapshot_and_then_the_log():
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    world.heal()
+    world.advance(3.0)
+    assert slow.machine.states[1].installed[0] > 0
+    leader = world.leader()
+    world.propose(b"afterwards")
+    world.advance(1.0)
+    assert slow.values(1) == leader.values(1)
+    assert slow.values(1)[-1] == b"afterwards"
+    assert not any(node.fatal for node in world.nodes.values())
+
+
+def test_a_snapshot_survives_the_crash_that_follows_it():
+    world = World(nodes=3)
+    _, slow = behind(world)
+    world.heal()
+    world.advance(3.0)
+    slow.crash(random.Random(1))
+    slow.start()
+    assert slow.logs[1].start[0] == slow.machine.states[1].applied[0] > 0
+    world.advance(3.0)
+    assert slow.values(1) == world.leader().values(1)
+
+
+def stream_until(world: World, count: int) -> None:
+    """Heal, and let so many chunks of a snapshot through; everything else of it is lost from then on."""
+    world.heal()
+    left = [count]
+    deliver = world.deliver
+
+    def deliver_some() -> None:
+        _, _, snapshot, payload = world.frames[0]
+        if snapshot and isinstance(decode(payload), Chunk):
+            left[0] -= 1
+            if left[0] < 0:
+                world.frames.popleft()
+                return
+        deliver()
+
+    world.deliver = deliver_some  # type: ignore[method-assign]
+    world.advance(2.0)
+    world.deliver = deliver  # type: ignore[method-assign]
+    assert left[0] < 0
+
+
+def test_a_stream_that_breaks_off_costs_the_state_and_another_one_brings_it_back():
+    world = World(nodes=3)
+    _, slow = behind(world)
+    stream_until(world, 4)
+    assert slow.machine.states[1].installing
+    world.advance(30.0)
+    assert not slow.machine.states[1].installing
+    assert slow.values(1) == world.leader().values(1)
+    assert slow.host.stats()["snapshots_lost"] == 1
+
+
+def test_a_crash_amid_an_installation_leaves_a_replica_that_votes_and_asks_for_a_snapshot():
+    world = World(nodes=3)
+    _, slow = behind(world)
+    stream_until(world, 4)
+    slow.crash(random.Random(2))
+    assert slow.machine.states[1].installing
+    slow.start()
+    asked: list[int] = []
+    deliver = world.deliver
+
+    def watch() -> None:
+        sender, _, snapshot, payload = world.frames[0]
+        if snapshot and isinstance(decode(payload), Wanted):
+            asked.append(sender)
+        deliver()
+
+    world.deliver = watch  # type: ignore[method-assign]
+    world.advance(10.0)
+    assert slow.number in asked
+    assert slow.values(1) == world.leader().values(1)
+    assert not slow.machine.states[1].installing
+
+
+def test_a_replica_without_state_leads_nothing():
+    world = World(nodes=1)
+    node = world.nodes[1]
+    node.machine.states[1].installing = True
+    node.machine.durable[1] = node.machine.states[1].copy()
+    host = restarted(world)
+    world.advance(5.0)
+    assert not host.raft(1).is_leader
+
+
+def test_an_old_snapshot_destroys_nothing():
+    """The offer is refused before the machine hears of it: what it brings is committed here already."""
+    world = World(nodes=3)
+    _, slow = behind(world)
+    frames: list[tuple[int, int, bool, bytes]] = []
+    deliver = world.deliver
+
+    def copy() -> None:
+        if world.frames[0][2] and isinstance(decode(world.frames[0][3]), Chunk):
+            frames.append(world.frames[0])
+        deliver()
+
+    world.deliver = copy  # type: ignore[method-assign]
+    world.heal()
+    world.advance(3.0)
+    world.propose(b"newer")
+    world.advance(1.0)
+    newer = list(slow.values(1))
+    world.frames.extend(frames)
+    world.settle()
+    assert slow.values(1) == newer == world.leader().values(1)
+    assert slow.host.stats()["snapshots_refused"] >= 1
+    assert not slow.machine.states[1].installing
+
+
+def test_commit_that_passes_a_snapshot_on_its_way_makes_it_no_worse():
+    """A leader with the whole log takes over while rows come in: the core declines, the state is good all the same."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    third = world.nodes[6 - leader.number - slow.number]
+    assert third.host.raft(1).first_index == 1  # never cut
+    paused: list[tuple[int, int, bool, bytes]] = []
+    deliver = world.deliver
+
+    def hold_the_end() -> None:
+        _, to, snapshot, payload = world.frames[0]
+        frame = decode(payload) if snapshot else None
+        if to == slow.number and isinstance(frame, Chunk) and frame.last:
+            paused.append(world.frames.popleft())
+            return
+        deliver()
+
+    world.deliver = hold_the_end  # type: ignore[method-assign]
+    world.heal()
+    world.advance(0.5)
+    assert paused
+    leader.host.transfer_leadership(1, third.number)
+    world.advance(1.0)
+    assert third.host.raft(1).is_leader
+    world.propose(b"by the log")
+    world.advance(1.0)
+    assert slow.host.raft(1).commit_index == third.host.raft(1).commit_index
+    assert slow.machine.states[1].installing
+    world.deliver = deliver  # type: ignore[method-assign]
+    world.frames.extend(paused)
+    world.advance(1.0)
+    assert slow.values(1) == third.values(1)
+    assert slow.values(1)[-1] == b"by the log"
+    assert not slow.fatal
+
+
+def test_a_full_queue_delays_a_stream_and_does_not_break_it():
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    leader.peers.full = True
+    slow.peers.full = True
+    world.heal()
+    world.advance(1.0)
+    assert slow.values(1) == []
+    leader.peers.full = False
+    world.advance(1.0)
+    slow.peers.full = False
+    world.advance(1.0)
+    assert slow.values(1) == leader.values(1)
+
+
+def test_the_log_behind_a_snapshot_in_flight_is_kept():
+    world = World(nodes=3)
+    leader, _ = behind(world)
+    stream_until(world, 4)
+    opened_at = leader.host.raft(1).applied_index
+    world.propose(b"meanwhile")
+    world.settle()
+    leader.host.flushed(leader.machine.flush())
+    assert leader.host.raft(1).first_index == opened_at + 1
+
+
+def test_a_damaged_chunk_is_noticed_and_the_sender_is_told():
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    deliver, damaged, ends = world.deliver, [False], list[End]()
+
+    def damage() -> None:
+        sender, to, snapshot, payload = world.frames[0]
+        frame = decode(payload) if snapshot else None
+        if isinstance(frame, Chunk) and frame.sequence == 2 and not damaged[0]:
+            damaged[0] = True
+            world.frames[0] = (sender, to, True, payload[:-1] + bytes((payload[-1] ^ 1,)))
+        elif isinstance(frame, End):
+            ends.append(frame)
+        deliver()
+
+    world.deliver = damage  # type: ignore[method-assign]
+    world.heal()
+    world.advance(5.0)
+    assert [ends[0].installed, ends[-1].installed] == [False, True]
+    assert "checksum" in ends[0].reason
+    assert slow.values(1) == leader.values(1)
