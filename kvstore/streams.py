@@ -31,7 +31,8 @@ Check = Callable[[Hello], KVError | None]
 class Stream:
     """One connection after its handshake. Made by `connect` and `accept`.
 
-    Reading begins when `on_message` is set; it is called with every whole message, in order. `on_close` is called once,
+    Reading begins when `on_message` is set (soon: a stream that is never read ends as stalled); it is called with every
+    whole message, in order, and must not block. `on_close` is called once,
     from the loop, never from within `send`: with None after our own `close` or `abort`, else with what ended it
     (PipeClosed, PeerStalled, FrameError, the error that the peer gave as its reason, or what `on_message` raised).
     """
