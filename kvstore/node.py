@@ -264,6 +264,8 @@ class Node:
             loop.create_task(self._flush_forever()),
             loop.create_task(self._balance_forever()),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
         self._remote.start()
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
@@ -289,6 +291,11 @@ class Node:
                 installed=(config.installed_index, config.installed_term),
                 installing=row.installing,
             )
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A task of ours that fails must not fail in silence: without flushes, say, the log grows for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_fatal(error)
 
     def _on_fatal(self, error: BaseException) -> None:
         self.state = "failed"
@@ -377,7 +384,7 @@ class Node:
         assert self.host is not None
         while True:
             await asyncio.sleep(FLUSH_CHECK_S)
-            written = float(self.host.counters["synced_bytes"]) - self._flushed_bytes
+            written = self.host.stats()["synced_bytes"] - self._flushed_bytes
             age_s = self.adapters.clock.monotonic() - self._flushed_at
             limits = self.config.log
             if written >= limits.flush_bytes or (written > 0 and age_s >= limits.flush_interval_s):
@@ -388,7 +395,7 @@ class Node:
         assert self.host is not None
         assert self.store is not None
         assert self.engine is not None
-        self._flushed_bytes = float(self.host.counters["synced_bytes"])
+        self._flushed_bytes = self.host.stats()["synced_bytes"]
         self._flushed_at = self.adapters.clock.monotonic()
         noted = {
             number: replica.applied[0]
