@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -36,75 +37,93 @@ _FAST_S: Final = (
 _REQUEST_S: Final = (*_FAST_S, 2.5, 5.0, 10.0, 30.0)
 _BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATES: Final = ("waiting", "starting", "ready", "draining")
-_ROLES: Final = ("leader", "follower", "candidate", "pre_candidate", "learner")
+_ROLES: Final = ("leader", "follower", "candidate", "pre-candidate", "refused")
 _OPERATION: Final = re.compile(r"[a-z_]{1,32}")
 
 
 class NodeMetrics:
     """A node's registry and instruments. Cheap enough to call once per batch or request, not once per row.
 
+    An instrument is registered when it is first used: what nobody measures yet is absent, not 0.
     Args: status: `Node.status`, called at every scrape on the scraping thread. version: of the product.
     """
 
     def __init__(
-        self, status: Callable[[], Status], version: str, registry: CollectorRegistry | None = None
+        self,
+        status: Callable[[], Status],
+        version: str,
+        registry: CollectorRegistry | None = None,
     ) -> None:
-        self.registry = registry if registry is not None else CollectorRegistry(auto_describe=True)
-        self._instruments()
+        self.registry = registry if registry is not None else CollectorRegistry()
         self.registry.register(StatusCollector(status, version))
 
-    def _instruments(self) -> None:
-        registry = self.registry
+    @cached_property
+    def request_seconds(self) -> Histogram:
+        return self._histogram(
+            "request_seconds", "Time to answer a request.", _REQUEST_S, "operation", "outcome"
+        )
 
-        def histogram(
-            name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()
-        ) -> Histogram:
-            return Histogram(f"kvorum_{name}", text, labels, buckets=buckets, registry=registry)
+    @cached_property
+    def commit_seconds(self) -> Histogram:
+        """By kind: single_range, cross_range."""
+        text = "Time from prepare to known outcome."
+        return self._histogram("commit_seconds", text, _REQUEST_S, "kind")
 
-        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"kvorum_{name}", text, labels, registry=registry)
+    @cached_property
+    def aborts(self) -> Counter:
+        return self._counter("transaction_aborts_total", "Transactions aborted.", "reason")
 
-        self.request_seconds = histogram(
-            "request_seconds", "Time to answer a request.", _REQUEST_S, ["operation", "outcome"]
-        )
-        self.commit_seconds = histogram(
-            "commit_seconds", "Time from prepare to known outcome.", _REQUEST_S, ["kind"]
-        )
-        self.aborts = counter("transaction_aborts_total", "Transactions aborted.", ["reason"])
-        self.conflicts = counter("transaction_conflicts_total", "Conflicts met, whoever gave way.")
-        self.retries = counter("transaction_retries_total", "Transactions run again.")
-        self.lock_wait_seconds = histogram(
-            "lock_wait_seconds", "Time waited for a lock.", _REQUEST_S
-        )
-        self.raft_proposals = counter("raft_proposals_total", "Entries proposed.")
-        self.raft_commit_seconds = histogram(
-            "raft_commit_seconds", "From proposal to commit.", _FAST_S
-        )
-        self.raft_append_seconds = histogram(
-            "raft_append_seconds", "From append to a follower's answer.", _FAST_S
-        )
-        self.raft_elections = counter("raft_elections_total", "Elections begun here.")
-        self.snapshot_bytes = counter(
-            "raft_snapshot_bytes_total", "Snapshot bytes moved.", ["direction"]
-        )
-        self.wal_write_seconds = histogram(
-            "wal_write_seconds", "Time to write one batch of the log.", _FAST_S
-        )
-        self.wal_sync_seconds = histogram(
-            "wal_sync_seconds", "Time to sync one batch of the log.", _FAST_S
-        )
-        self.wal_bytes = counter("wal_written_bytes_total", "Bytes written to the log.")
-        self.turn_seconds = histogram("turn_seconds", "Duration of one turn of the node.", _FAST_S)
-        self.turn_entries = histogram("turn_entries", "Log entries in one turn.", _BATCH)
-        self.loop_lag_seconds = histogram(
-            "event_loop_lag_seconds", "How late the event loop runs a timer.", _FAST_S
-        )
-        self.oracle_seconds = histogram(
-            "oracle_seconds", "Time to get timestamps from the oracle.", _FAST_S
-        )
-        self.channel_redeliveries = counter(
-            "channel_redeliveries_total", "Channel messages sent again."
-        )
+    @cached_property
+    def retries(self) -> Counter:
+        return self._counter("transaction_retries_total", "Transactions run again.")
+
+    @cached_property
+    def lock_wait_seconds(self) -> Histogram:
+        return self._histogram("lock_wait_seconds", "Time waited for a lock.", _REQUEST_S)
+
+    @cached_property
+    def raft_commit_seconds(self) -> Histogram:
+        return self._histogram("raft_commit_seconds", "From proposal to commit.", _FAST_S)
+
+    @cached_property
+    def raft_append_seconds(self) -> Histogram:
+        text = "From an append to the follower's answer."
+        return self._histogram("raft_append_seconds", text, _FAST_S)
+
+    @cached_property
+    def raft_elections(self) -> Counter:
+        return self._counter("raft_elections_total", "Elections begun here.")
+
+    @cached_property
+    def wal_write_seconds(self) -> Histogram:
+        return self._histogram("wal_write_seconds", "Time to write a batch of the log.", _FAST_S)
+
+    @cached_property
+    def wal_sync_seconds(self) -> Histogram:
+        return self._histogram("wal_sync_seconds", "Time to sync a batch of the log.", _FAST_S)
+
+    @cached_property
+    def turn_seconds(self) -> Histogram:
+        return self._histogram("turn_seconds", "Duration of one turn of the node.", _FAST_S)
+
+    @cached_property
+    def turn_entries(self) -> Histogram:
+        return self._histogram("turn_entries", "Log entries in one turn.", _BATCH)
+
+    @cached_property
+    def loop_lag_seconds(self) -> Histogram:
+        text = "How late the event loop runs a timer."
+        return self._histogram("event_loop_lag_seconds", text, _FAST_S)
+
+    @cached_property
+    def oracle_seconds(self) -> Histogram:
+        return self._histogram("oracle_seconds", "Time to get timestamps.", _FAST_S)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"kvorum_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"kvorum_{name}", text, labels, registry=self.registry)
 
     def observe_request(self, operation: str, outcome: str, seconds: float) -> None:
         """One request; `outcome` is "ok" or the code of its error. Odd names count as "other"."""
@@ -135,7 +154,9 @@ class StatusCollector(Collector):
         yield from _refusals(status.get("refused"))
 
 
-_GROUPS: Final[Mapping[str, str]] = {
+_GROUPS: Final[
+    Mapping[str, str]
+] = {  # a group of figures in the status -> what its help texts begin with
     "wal": "Of the log",
     "engine": "Of the storage engine",
     "host": "Of the replication host",
@@ -146,6 +167,23 @@ _GROUPS: Final[Mapping[str, str]] = {
     "channel": "Of the replicated message channel",
     "connections": "Of the connections of clients",
 }
+_COUNTERS: Final[Mapping[str, frozenset[str]]] = {  # figures that only grow; others are counters by their `_total`
+    "host": frozenset(
+        {
+            "turns", "messages_in", "stalls", "messages_dropped_inbox_full", "messages_dropped_unknown",
+            "messages_dropped_malformed", "messages_dropped_no_route", "synced_bytes", "segments_created",
+            "segments_deleted", "syncs", "sync_mode_switches", "snapshots_sent", "snapshots_failed",
+            "snapshots_installed", "snapshots_refused", "snapshots_lost", "snapshot_frames_bad", "entries_applied",
+        }
+    ),
+    "peers": frozenset({"messages_sent", "frames_sent", "frames_dropped"}),
+    "requests": frozenset(
+        {
+            "requests", "requests_throttled", "commands", "entries", "rows_written", "read_index_rounds",
+            "oracle_rounds",
+        }
+    ),
+}  # fmt: skip
 
 
 def _range_families(ranges: Any) -> Iterable[_Family]:
@@ -172,20 +210,24 @@ def _range_families(ranges: Any) -> Iterable[_Family]:
 
 
 def _group_families(group: str, text: str, figures: Any) -> Iterable[_Family]:
-    """kvorum_{group}_{name}; a name that ends in `_total` is a counter, in `_s` seconds. Nested values are left out."""
+    """kvorum_{group}_{name}, `_s` written out as seconds. Nested values are left out."""
     if not isinstance(figures, Mapping):
         return
+    counters = _COUNTERS.get(group, frozenset())
     for name, value in figures.items():
         if not isinstance(value, numbers.Real):
             continue
         clean = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
+        is_counter = name in counters or clean.endswith("_total")
+        clean = clean.removesuffix("_total").removeprefix(f"{group}_")
         if clean.endswith("_s"):
             clean = clean[:-2] + "_seconds"
-        full = f"kvorum_{group}_{clean}"
-        if clean.endswith("_total"):
-            yield CounterMetricFamily(full, f"{text}: {name}.", value=float(value))
+        full = f"kvorum_{group}" if clean == group else f"kvorum_{group}_{clean}"
+        help_text = f"{text}: {str(name).replace('_', ' ')}."
+        if is_counter:
+            yield CounterMetricFamily(full, help_text, value=float(value))
         else:
-            yield GaugeMetricFamily(full, f"{text}: {name}.", value=float(value))
+            yield GaugeMetricFamily(full, help_text, value=float(value))
 
 
 def _refusals(refused: Any) -> Iterable[_Family]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+from kvstore.keytext import escape
 
 SECURITY_POLICY: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
@@ -79,11 +82,23 @@ def _range_table(ranges: Sequence[Mapping[str, Any]]) -> str:
     )
     body = "".join(
         "<tr>"
-        + "".join(f"<td><code>{_text(each.get(name, ''))}</code></td>" for name in _RANGE_COLUMNS)
+        + "".join(
+            f"<td><code>{_cell(name, each.get(name, ''))}</code></td>" for name in _RANGE_COLUMNS
+        )
         + "</tr>"
         for each in ranges
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(name: str, value: object) -> str:
+    """Keys are base64 in a status; people get them as text."""
+    if name not in ("start", "end") or not isinstance(value, str):
+        return _text(value)
+    try:
+        return _text(escape(base64.b64decode(value, validate=True)))
+    except ValueError:
+        return _text(value)
 
 
 def _text(value: object) -> str:

@@ -53,6 +53,9 @@ def run(nodes: int, directory: Path | None, *, stay: bool) -> int:
                 f"  node {node.number + 1}  {node.address}  process {node.pid}  {node.directory}",
             )
         held = asyncio.run(_Demo(cluster, out).run())
+        if not held:
+            cluster.keep = True
+            _say(out, f"data and logs are kept in {cluster.directory}")
         if stay:
             _invite(out, cluster)
             try:

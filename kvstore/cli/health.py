@@ -171,7 +171,10 @@ def _problems(
     if len(clusters) > 1:
         problems.append("these nodes are of different clusters: " + ", ".join(clusters))
     for kind in ("missing", "no quorum", "no leader", "under-replicated"):
-        ids = [str(each.range_id) for each in ranges if each.problem == kind]
+        ids = [
+            str(number)
+            for number in sorted(each.range_id for each in ranges if each.problem == kind)
+        ]
         if kind == "missing" and ids:
             problems.append("a part of the key space is on no node that answers")
         elif ids:

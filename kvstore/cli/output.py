@@ -1,14 +1,10 @@
-"""How command lines read and print: bytes as text, tables for people, JSON for programs, errors as one line.
-
-Bytes are written as text with `\\xNN` for what cannot be printed and `\\\\` for a backslash, and read back the same way.
-"""
+"""How command lines read and print: keys in a notation, tables for people, JSON for programs, errors as one line."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import enum
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NoReturn
@@ -20,14 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.errors import InvalidArgument, KVError
+from kvstore.keytext import escape, unescape
 
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
 WIDTH_WITHOUT_TERMINAL: Final = 10_000  # never wrap or cut what goes to a file or a pipe
-
-_ESCAPE: Final = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|([\\nrt0]))|\\")
-_SIMPLE: Final = {"\\": "\\", "n": "\n", "r": "\r", "t": "\t", "0": "\0"}
 
 
 class Format(enum.StrEnum):
@@ -67,38 +61,6 @@ class Notation(enum.StrEnum):
         if self is Notation.BASE64:
             return base64.b64encode(data).decode()
         return escape(data)
-
-
-def unescape(text: str) -> bytes:
-    r"""The bytes of `text`: \xNN is a byte, \\ \n \r \t \0 are as in Python, the rest is UTF-8 (or raw argument bytes).
-
-    Raises: InvalidArgument for any other backslash.
-    """
-    out = bytearray()
-    position = 0
-    for found in _ESCAPE.finditer(text):
-        out += text[position : found.start()].encode("utf-8", "surrogateescape")
-        position = found.end()
-        if found[1]:
-            out.append(int(found[1], 16))
-        elif found[2]:
-            out += _SIMPLE[found[2]].encode()
-        else:
-            raise InvalidArgument(f"write \\xNN for a byte or \\\\ for a backslash: {text!r}")
-    return bytes(out + text[position:].encode("utf-8", "surrogateescape"))
-
-
-def escape(data: bytes) -> str:
-    """Text that `unescape` reads back to `data`; printable characters are left as they are."""
-    return "".join(_escaped(character) for character in data.decode("utf-8", "surrogateescape"))
-
-
-def _escaped(character: str) -> str:
-    if character == "\\":
-        return "\\\\"
-    if character.isprintable():
-        return character
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def console(*, stderr: bool = False) -> Console:

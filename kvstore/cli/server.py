@@ -177,15 +177,17 @@ def advice(error: BaseException) -> tuple[str, str]:
 def _run(settings: configuration.NodeConfig, asked: Start) -> int:
     from kvstore.adapters.loop import new_event_loop
 
+    os.environ.setdefault(
+        "PROMETHEUS_DISABLE_CREATED_SERIES", "True"
+    )  # else each counter is told twice
     _raise_open_files_limit()
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(_serve(settings, asked))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except (
-        Exception
-    ) as error:  # whatever ends a node is told in one line; the traceback is in the log
+    except Exception as error:
+        # whatever ends a node is told in one line; the traceback is in the log
         code, message = advice(error)
         if not isinstance(error, KVError | OSError):
             log.exception("node failed")
@@ -210,7 +212,8 @@ async def _serve(settings: configuration.NodeConfig, asked: Start) -> int:
         production_adapters(settings),
         join=where.join,
     )
-    await node.start()
+    if not await _started(node, stop):
+        return 0
     log.info("listening", address=node.address, directory=where.dir, pid=os.getpid())
     if asked.address_file is not None:
         _write_address(asked.address_file, node.address)
@@ -227,6 +230,21 @@ async def _serve(settings: configuration.NodeConfig, asked: Start) -> int:
         await node.stop(drain=False)
     log.info("stopped")
     return 0
+
+
+async def _started(node: Node, stop: asyncio.Future[str]) -> bool:
+    """Start it, unless `stop` comes first: a node may wait long for others, and must still end when it is told to."""
+    starting = asyncio.ensure_future(node.start())
+    stop.add_done_callback(lambda _: starting.cancel())
+    try:
+        await starting
+    except asyncio.CancelledError:
+        if not stop.done():
+            raise
+        log.info("stopping", reason=stop.result())
+        await node.stop(drain=False)
+        return False
+    return True
 
 
 async def _die(node: Node) -> int:

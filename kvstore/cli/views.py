@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.health import Health, NodeHealth, RangeHealth
-from kvstore.cli.output import escape, table
+from kvstore.cli.output import table
+from kvstore.keytext import escape
 
 KEY_CHARACTERS_MAX: Final = 40
 _STYLE: Final = {"ok": "bold green", "degraded": "bold yellow", "unavailable": "bold red"}

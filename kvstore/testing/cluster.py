@@ -184,6 +184,7 @@ class LocalCluster:
             NodeProcess(n, self.directory / f"node{n + 1}", environment) for n in range(nodes)
         ]
         self.cluster_id = ""
+        self.keep = False  # set it to keep a temporary directory, for who wants to look at it
 
     @property
     def addresses(self) -> list[str]:
@@ -257,7 +258,7 @@ class LocalCluster:
             if node.wait(max(0.0, deadline - time.monotonic())) is None and node.running:
                 self._kill(node)
             node.ended()
-        if self._temporary:
+        if self._temporary and not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def terminate(self, number: int) -> int | None:

@@ -546,6 +546,25 @@ async def test_metrics_show_the_status(http):
     assert 'kvorum_build_info{version="0.1.0"} 1.0' in lines
 
 
+def test_figures_that_only_grow_are_counters_and_the_others_gauges():
+    figures = {"turns": 7, "sync_p99_s": 0.002, "groups": 3, "note": "x", "on": {}}
+    status = {"host": figures, "requests": {"requests": 9, "requests_throttled": 1, "open": 2}}
+    read = NodeMetrics(lambda: status, "0.1.0").registry.get_sample_value
+    assert read("kvorum_host_turns_total") == 7
+    assert read("kvorum_host_sync_p99_seconds") == 0.002
+    assert read("kvorum_host_groups") == 3
+    assert read("kvorum_requests_total") == 9
+    assert read("kvorum_requests_throttled_total") == 1
+    assert read("kvorum_requests_open") == 2
+
+
+def test_an_instrument_that_nobody_uses_is_absent_not_zero():
+    metrics = NodeMetrics(dict, "0.1.0")
+    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") is None
+    metrics.turn_seconds.observe(0.001)
+    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") == 1.0
+
+
 def test_odd_names_do_not_become_labels():
     metrics = NodeMetrics(dict, "0.1.0")
     metrics.observe_request("../evil", "X" * 99, 0.002)
