@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -28,7 +29,7 @@ from kvstore.errors import (
     TransactionTooLarge,
 )
 from kvstore.link import Hello, LinkLimits
-from kvstore.links import Channel
+from kvstore.links import Answer, Call, Channel
 from kvstore.ports import Clock, Network
 from kvstore.reads import Entry, View
 from kvstore.router import TRY_TIMEOUT_S, Router
@@ -45,7 +46,7 @@ from kvstore.transactions import (
     scan_bounds,
     validate_keys,
 )
-from txn.messages import Prepare, PrepareReply
+from txn.messages import Prepare, PrepareReply, Read, ReadReply
 from txn.types import Expect, ExpectKind, PartStatus, TxnStatus, Write, WriteKind
 
 __all__ = [
@@ -61,6 +62,7 @@ SEEN_AGE_S_MAX: Final = 1.0
 R = TypeVar("R")
 _COMMITTED: Final = int(PartStatus.COMMITTED)
 _PUT: Final = int(WriteKind.PUT)
+_TXN_ID: Final = struct.Struct(">QQ").pack  # make_txn_id, quickly
 
 
 class AnyVersion:
@@ -219,7 +221,14 @@ class Database:
     ) -> bytes | None:
         """The newest value, or `default`: that of every write acknowledged before this call, or a later one."""
         limits.validate_key(key)
-        value = (await self._view(timeout).read((key,)))[key].value
+        router = self._started_router()
+        now = self._monotonic()
+        timeout_s = self._timeout_s if timeout is None else self._timeout(timeout)
+        call = router.open(key, b"", now, now + timeout_s)
+        router.submit(call, Read(call.id, call.range_id, call.version, 0, [key]), len(key))
+        reply = await router.answer(call)
+        assert isinstance(reply, ReadReply)
+        value = reply.values[0]
         return default if value is None else value
 
     async def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
@@ -286,9 +295,20 @@ class Database:
         """
         limits.validate_key(key)
         limits.validate_value(value)
-        expects = _expects(key, if_version, if_absent)
-        done = await self._write_one(Write(_PUT, key, value), expects, timeout)
-        return done if isinstance(done, int) else done.version
+        expects = _expects(key, if_version, if_absent) if if_absent or if_version is not ANY else []
+        write = Write(_PUT, key, value)
+        now = self._monotonic()
+        if timeout is not None or now - self._router.seen_at > SEEN_AGE_S_MAX:
+            return (await self._write_one(write, expects, timeout)).version
+        call = self._send_one(write, expects, now, self._timeout_s)  # the path that has to be quick
+        try:
+            reply = await call.future  # type: ignore[misc]
+        except BaseException:
+            self._router.forget(call)
+            raise
+        if reply.__class__ is PrepareReply and reply.status == _COMMITTED:
+            return reply.ts
+        return (await self._go_on(call, reply, write, expects, now + self._timeout_s)).version
 
     async def delete(
         self, key: bytes, *, if_version: int | AnyVersion = ANY, timeout: float | None = None
@@ -296,7 +316,7 @@ class Database:
         """Delete one key, present or not; returns the commit version. As `put`."""
         limits.validate_key(key)
         expects = _expects(key, if_version, False)
-        return _version_of(await self._write_one(Write(WriteKind.DELETE, key), expects, timeout))
+        return (await self._write_one(Write(WriteKind.DELETE, key), expects, timeout)).version
 
     async def increment(
         self,
@@ -314,8 +334,7 @@ class Database:
         limits.validate_key(key)
         write = add_write(key, by, format)
         deadline = self._monotonic() + self._timeout(timeout)
-        done = await self._write_one(write, [], timeout, results=True)
-        assert isinstance(done, Done)
+        done = await self._write_one(write, [], timeout)
         if done.results:
             return parse_number(write.kind, done.results[0])
         view = View(self._router, self._timeout_s, at=done.version, deadline=deadline)
@@ -400,38 +419,45 @@ class Database:
         write_set = WriteSet(buffer.anchor_key, buffer.writes())
         return (await self._committer.commit(write_set, deadline, patient=True)).version
 
-    async def _write_one(
-        self, write: Write, expects: list[Expect], timeout: float | None, results: bool = False
-    ) -> Done | int:
-        """One write as a transaction of its own: one message and one future, and all else only if that fails."""
+    def _send_one(self, write: Write, expects: list[Expect], now: float, timeout_s: float) -> Call:
+        """One write as a transaction of its own: one message and one future."""
         router = self._router
-        now = self._monotonic()
-        timeout_s = self._timeout_s if timeout is None else self._timeout(timeout)
-        if not self._started:
-            raise ClientClosed("the client has not been started")
         seen_ts = router.seen_ts
-        if now - router.seen_at > SEEN_AGE_S_MAX:
-            seen_ts = await self._committer.begin_ts(now + timeout_s)
-        txn_id = seen_ts.to_bytes(8, "big") + self._bits(64).to_bytes(8, "big")
+        txn_id = _TXN_ID(seen_ts, self._bits(64))
         key = write.key
-        call = router.open(key, b"", now, now + max(timeout_s * 0.75, timeout_s - 1.0))
+        reserve_s = 1.0 if timeout_s > 4.0 else timeout_s * 0.25  # for asking for the outcome
+        call = router.open(key, b"", now, now + timeout_s - reserve_s)
         request = Prepare(
             call.id, call.range_id, call.version, txn_id, key, key, [write], expects, [], [], True, seen_ts
         )  # fmt: skip
         router.submit(call, request, len(key) + len(write.value))
+        return call
+
+    async def _write_one(self, write: Write, expects: list[Expect], timeout: float | None) -> Done:
+        """The same with everything that may be in the way."""
+        router = self._started_router()
+        now = self._monotonic()
+        timeout_s = self._timeout_s if timeout is None else self._timeout(timeout)
+        if now - router.seen_at > SEEN_AGE_S_MAX:
+            await self._committer.begin_ts(now + timeout_s)
+        call = self._send_one(write, expects, now, timeout_s)
         try:
             reply = await call.future  # type: ignore[misc]
         except BaseException:
             router.forget(call)
             raise
-        if reply.__class__ is PrepareReply and reply.status == _COMMITTED:
-            if results:
-                return Done(reply.ts, reply.results, txn_id)
-            return reply.ts
-        self._committer.attempts += 1
+        return await self._go_on(call, reply, write, expects, now + timeout_s)
+
+    async def _go_on(
+        self, call: Call, reply: Answer, write: Write, expects: list[Expect], deadline: float
+    ) -> Done:
+        assert isinstance(call.request, Prepare)
+        txn_id = call.request.txn_id
+        if isinstance(reply, PrepareReply) and reply.status == _COMMITTED:
+            return Done(reply.ts, reply.results, txn_id)
         return await self._committer.commit(
-            WriteSet(key, [write], expects),
-            now + timeout_s,
+            WriteSet(write.key, [write], expects),
+            deadline,
             patient=True,
             txn_id=txn_id,
             first=(call, reply),
@@ -543,10 +569,6 @@ def _at(at: int | None) -> int:
     if at == 0:
         raise InvalidArgument("no version is 0")
     return _version(at)
-
-
-def _version_of(done: Done | int) -> int:
-    return done if isinstance(done, int) else done.version
 
 
 async def over_websockets(

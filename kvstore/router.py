@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -32,6 +32,7 @@ from kvstore.errors import (
     from_wire,
 )
 from kvstore.links import (
+    OUTGOING_BYTES_MAX,
     REQUEST_OVERHEAD_BYTES,
     Answer,
     Call,
@@ -113,6 +114,8 @@ class Router:
         self._try_timeout_s = try_timeout_s
         self._calls_max = calls_max
         self._loop: asyncio.AbstractEventLoop
+        self._new_future: Callable[[], asyncio.Future[Answer]]
+        self._find = self.ranges.find
         self._links = Links()
         self._leaders = self._links.by_node
         self._next_id = 1
@@ -134,6 +137,7 @@ class Router:
     async def start(self, timeout_s: float) -> None:
         """Reach any node and learn the ranges. Raises: Unavailable; WrongCluster, VersionMismatch and the like."""
         self._loop = asyncio.get_running_loop()
+        self._new_future = self._loop.create_future
         deadline = self.monotonic() + timeout_s
         for address in self._seeds:
             self._links.at(address, 0)
@@ -196,30 +200,36 @@ class Router:
             raise ClientClosed() if self._closed else Throttled(BLOCKED_RETRY_S)
         number = self._next_id
         self._next_id = number + 1
-        future = None if silent or on_reply is not None else self._loop.create_future()
-        expires = now + self._try_timeout_s
-        call = Call(number, key, end, deadline, min(deadline, expires), future, on_reply)
-        route = self.ranges.find(key)
-        if route is not None and (not end or route.covers(key, end)):
-            call.range_id = route.range_id
-            call.version = route.version
-            call.link = self._leaders.get(route.leader)
         self._calls += 1
-        return call
+        expires = now + self._try_timeout_s
+        if expires > deadline:
+            expires = deadline
+        future = None if silent or on_reply is not None else self._new_future()
+        route = self._find(key)
+        if route is None or (end and not route.covers(key, end)):
+            return Call(number, key, end, deadline, expires, future, on_reply)
+        link = self._leaders.get(route.leader)
+        return Call(
+            number, key, end, deadline, expires, future, on_reply, route.range_id, route.version, link
+        )  # fmt: skip
 
     def submit(self, call: Call, request: Request, size_bytes: int) -> None:
         """Send it with the other requests of this turn."""
         call.request = request
-        call.size_bytes = size_bytes + REQUEST_OVERHEAD_BYTES
+        call.size_bytes = size_bytes = size_bytes + REQUEST_OVERHEAD_BYTES
         link = call.link
-        if link is None or link.channel is None or link.full():
+        if link is None or link.channel is None or link.ready_bytes > OUTGOING_BYTES_MAX:
             self._place(call, self.monotonic())
             return
         link.pending[call.id] = call
         if call.expires < self._expiry:
             self._expiry = call.expires
             self._arm(call.expires)
-        self._append(link, call)
+        call.sent = True
+        link.outgoing.append(request)
+        link.outgoing_bytes += size_bytes
+        if not link.dirty or link.outgoing_bytes >= PAYLOAD_BYTES:
+            self._mark(link)
 
     def send(
         self,
@@ -288,9 +298,14 @@ class Router:
     # --- sending ----------------------------------------------------------------------------------
 
     def _append(self, link: ClientLink, call: Call) -> None:
+        assert call.request is not None
         call.sent = True
         link.outgoing.append(call.request)
         link.outgoing_bytes += call.size_bytes
+        self._mark(link)
+
+    def _mark(self, link: ClientLink) -> None:
+        """Something waits: it leaves at the end of this turn."""
         if not link.dirty:
             link.dirty = True
             if not self._dirty:
@@ -338,10 +353,11 @@ class Router:
         if link is None:
             self._unplaced(call, now)
             return
-        if link.full():
+        if link.ready_bytes > OUTGOING_BYTES_MAX:
             call.failure = Throttled(BLOCKED_RETRY_S, "too much waits to be sent to the node")
             self._park(call, now + self._backoff(call.tries))
             return
+        assert call.request is not None
         call.request = addressed(call.request, call)
         call.link = link
         link.pending[call.id] = call
