@@ -18,7 +18,7 @@ from kvstore.errors import (
     VersionMismatch,
     WrongCluster,
 )
-from kvstore.link import BODY_BYTES_MAX, Hello, LinkLimits, PeerStalled, WrongNode
+from kvstore.link import BODY_BYTES_MAX, Hello, LinkCore, LinkLimits, PeerStalled, WrongNode
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as sim
 from kvstore.sim.loop import SimLoop
@@ -300,6 +300,63 @@ async def test_damaged_bytes_end_the_stream_with_a_frame_error(world: World) -> 
     assert isinstance(await world.accepted[0].wait_closed(), FrameError)
     assert isinstance(stream, Stream)
     assert world.told == []
+
+
+class TricklingPipe:
+    """A wire that takes one frame, and then lets the rest leave byte by byte for a while; the peer talks all the time."""
+
+    def __init__(self, loop: SimLoop, trickle_s: float) -> None:
+        self._loop = loop
+        self._until = loop.time() + trickle_s
+        self._aborted: asyncio.Future[None] = loop.create_future()
+        self._far = LinkCore(dialler=False, hello=Hello(), limits=LIMITS, now=loop.time())
+        self.sent = 0
+
+    def try_send(self, frame: bytes) -> bool:
+        return False
+
+    async def send(self, frame: bytes) -> None:
+        self.sent += 1
+        if self.sent == 1:
+            self._far.receive(frame, 0.0)
+            return
+        await self._aborted
+        raise PipeClosed
+
+    async def receive(self) -> bytes:
+        if self._far.frames_out:
+            await asyncio.sleep(0.5)
+        if self._aborted.done():
+            raise PipeClosed
+        return self._far.take(0.0) or self._far.direct(b"talking", 0.0) or b""
+
+    def buffered_bytes(self) -> int:
+        return 1_000_000 + max(0, int((self._until - self._loop.time()) * 10))
+
+    def abort(self) -> None:
+        if not self._aborted.done():
+            self._aborted.set_result(None)
+
+    async def close(self, timeout_s: float) -> None:
+        self.abort()
+
+
+@simulated
+async def test_a_wire_is_kept_while_what_it_holds_becomes_less(world: World) -> None:
+    pipe = TricklingPipe(world.loop, trickle_s=60.0)
+
+    class Dialled:
+        async def dial(self, address: str, path: str, timeout_s: float) -> FramePipe:
+            return pipe
+
+        serve = world.far.serve
+
+    stream = await connect(Dialled(), "", "", Hello(), limits=LIMITS)
+    stream.on_message = lambda _: None
+    began = world.loop.time()
+    stream.send(bytes(10))
+    assert isinstance(await stream.wait_closed(), PeerStalled)
+    assert 60.0 <= world.loop.time() - began < 60.0 + 2 * LIMITS.stall_timeout_s
 
 
 # --- handshake ------------------------------------------------------------------------------------
