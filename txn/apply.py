@@ -88,17 +88,27 @@ def apply_batch(state: RangeState, overlay: Overlay, batch: Batch) -> list[Answe
 def _write_version(
     overlay: Overlay, key: bytes, commit_ts: int, txn_id: bytes, value: bytes | None
 ) -> None:
-    row_key = b"L" + key
-    old = overlay.get(row_key)
+    _overwrite(overlay, key, overlay.get(b"L" + key), commit_ts, txn_id, value)
+
+
+def _overwrite(
+    overlay: Overlay,
+    key: bytes,
+    old: bytes | None,
+    commit_ts: int,
+    txn_id: bytes,
+    value: bytes | None,
+) -> None:
+    """`old`: the key's LATEST row as it stands."""
     if old is not None:
         old_ts = latest_ts(old)
         assert old_ts < commit_ts, "M1: versions of a key are written in rising order"
         overlay.put(keycode.history_row(key, old_ts), history_of(old))
-    overlay.put(row_key, encode_latest(commit_ts, txn_id, value))
+    overlay.put(b"L" + key, encode_latest(commit_ts, txn_id, value))
 
 
 def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
-    txn_id, locus = command.txn_id, command.locus
+    txn_id, locus, commit_ts = command.txn_id, command.locus, command.commit_ts
     known = _known(state, overlay, txn_id, locus)
     if known is not ABSENT:
         return known
@@ -107,9 +117,11 @@ def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
         found = find_txn(overlay, locus, txn_id, latest, begin_ts_of(txn_id))
         if found:
             return Answer(PartStatus.COMMITTED, found)
-    commit_ts = command.commit_ts
     for key, value in zip(command.keys, command.values, strict=True):
-        _write_version(overlay, key, commit_ts, txn_id, value)
+        if key == locus:
+            _overwrite(overlay, key, latest, commit_ts, txn_id, value)
+        else:
+            _write_version(overlay, key, commit_ts, txn_id, value)
     if command.keep_status:
         row = DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
         overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))

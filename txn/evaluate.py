@@ -104,6 +104,7 @@ class Evaluator:
         self.now = 0.0  # of the call that is being served
         self.issued = 0  # the largest timestamp known to be issued
         self._early: list[tuple[Request, Any]] = []
+        self._untimed: dict[Waiter, None] = {}  # reads that wait for the oracle, asked or not
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_number = 0
         self._waiting = 0
@@ -146,7 +147,7 @@ class Evaluator:
             ]
         for waiters in (
             *self.blocked.values(),
-            self.await_read,
+            list(self._untimed),
             self.runnable,
             *self.recovery.waiters(),
         ):
@@ -163,7 +164,7 @@ class Evaluator:
             [],
             [],
         )
-        self.blocked, self._timers, self.latches = {}, [], LatchTable()
+        self.blocked, self._timers, self.latches, self._untimed = {}, [], LatchTable(), {}
         for loci in self.state.parts.values():
             for part in loci.values():
                 part.forget_volatile(0.0)
@@ -240,6 +241,7 @@ class Evaluator:
         """The oracle's answer for these: fresh timestamps from `first` on, one each; `read_ts` for all readers."""
         self.issued = max(self.issued, read_ts, first + len(pendings) - 1)
         for waiter in readers:
+            self._untimed.pop(waiter, None)
             if waiter.done:
                 continue
             at = waiter.request.at
@@ -321,6 +323,8 @@ class Evaluator:
             if pending.origin is not None:
                 self.out.reply(pending.origin, Failure(pending.request.id, code), False)
             self.recovery.dropped(pending)
+            if pending.lost is not None:
+                pending.lost()
 
     def _reply_to(self, pending: Pending, answer: Answer) -> Reply:
         request = pending.request
@@ -564,13 +568,16 @@ class Evaluator:
             write = writes[0]
             pending.keys = [write.key]
             pending.values = [write.value if write.kind == WriteKind.PUT else None]
-            return None
-        final: dict[bytes, bytes | None] = {}
-        for write in writes:
-            refusal = self._compute_write(write, final, pending)
-            if refusal is not None:
-                return refusal
-        pending.keys, pending.values = list(final), list(final.values())
+        else:
+            final: dict[bytes, bytes | None] = {}
+            for write in writes:
+                refusal = self._compute_write(write, final, pending)
+                if refusal is not None:
+                    return refusal
+            pending.keys, pending.values = list(final), list(final.values())
+        for expect in request.expects:
+            if expect.key not in pending.keys:  # it has to hold until the transaction ends
+                pending.guards.append(hold(expect.key, point_end(expect.key)))
         return None
 
     def _compute_write(
@@ -583,7 +590,7 @@ class Evaluator:
             final[key] = None
         elif kind == WriteKind.DELETE_RANGE:
             pending.spans.append((key, write.value))
-            pending.guards.append(delete_range_guard(key, write.value))
+            pending.guards.append(hold(key, write.value))
             for found in list(final):
                 if key <= found < write.value:
                     final[found] = None
@@ -618,7 +625,11 @@ class Evaluator:
         if request.at:
             self._read_again(waiter, now)
         else:
-            self.await_read.append(waiter)
+            self._ask_read_ts(waiter)
+
+    def _ask_read_ts(self, waiter: Waiter) -> None:
+        self._untimed[waiter] = None
+        self.await_read.append(waiter)
 
     def _read_again(self, waiter: Waiter, now: float) -> None:
         request = waiter.request
@@ -691,7 +702,7 @@ class Evaluator:
         if (
             at > self.issued
         ):  # a promise about a timestamp that was never issued would mislead later readers
-            self.await_read.append(copy)
+            self._ask_read_ts(copy)
         elif part.resolving is not None:
             part.resolving.waiters.append(copy)
         else:
@@ -795,11 +806,11 @@ class Evaluator:
         part.resolving = pending
         self.propose(pending)
 
-    def propose_bound(self, hi: int, then: Callable[[Answer], None]) -> None:
-        """Meta range: raise the oracle's bound."""
+    def propose_bound(self, hi: int, lost: Callable[[], None]) -> None:
+        """Meta range: raise the oracle's bound. `lost`: it was refused."""
         pending = Pending(b"", None, None)
         pending.command = OracleBound(hi)
-        pending.then = then
+        pending.lost = lost
         self.proposals.append(pending)
 
 
@@ -816,7 +827,7 @@ def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) 
     )
 
 
-def delete_range_guard(start: bytes, end: bytes) -> Guard:
+def hold(start: bytes, end: bytes) -> Guard:
     """Blocks later writers of the span until the transaction ends, and validates nothing (protocol.md 4.8)."""
     return Guard(start, end, TIMESTAMP_MAX)
 

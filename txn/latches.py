@@ -25,6 +25,7 @@ class Pending:
         "command",
         "guards",
         "keys",
+        "lost",
         "origin",
         "part",
         "request",
@@ -51,6 +52,7 @@ class Pending:
         self.sequence = 0
         self.part: Part | None = None  # what a Resolve resolves
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
+        self.lost: Callable[[], None] | None = None  # it was not proposed after all
 
 
 class Waiter:

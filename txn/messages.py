@@ -55,7 +55,9 @@ class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     writes: list[Write]
     expects: list[Expect] = []
     guards: list[Guard] = []
-    participants: list[Participant] = []  # only in the anchor's part of a transaction over several ranges
+    participants: list[
+        Participant
+    ] = []  # only in the anchor's part of a transaction over several ranges
     one_range: bool = True
     age: int = 0  # begin_ts of the first attempt: the older waits, the younger is refused
     priority: int = 0
@@ -151,7 +153,17 @@ class GetDirectory(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=Fals
 
 
 Request = (
-    Read | Scan | Prepare | Finalize | Resolve | Fence | QueryTxn | QueryPart | Outcome | GetTimestamps | GetDirectory
+    Read
+    | Scan
+    | Prepare
+    | Finalize
+    | Resolve
+    | Fence
+    | QueryTxn
+    | QueryPart
+    | Outcome
+    | GetTimestamps
+    | GetDirectory
 )
 
 
@@ -182,7 +194,9 @@ class PrepareReply(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False
     key: bytes = b""  # where the conflict or the failed condition is
     other_txn: bytes = b""
     other_version: int = 0
-    results: list[bytes] | None = None  # new values of the ADD writes in order; None: read them back at ts
+    results: list[bytes] | None = (
+        None  # new values of the ADD writes in order; None: read them back at ts
+    )
 
 
 class PartReply(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
@@ -243,4 +257,14 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, tag=9):
     details: dict[str, Any] = {}
 
 
-Reply = ReadReply | ScanReply | PrepareReply | PartReply | TxnReply | Ack | Timestamps | Directory | Failure
+Reply = (
+    ReadReply
+    | ScanReply
+    | PrepareReply
+    | PartReply
+    | TxnReply
+    | Ack
+    | Timestamps
+    | Directory
+    | Failure
+)

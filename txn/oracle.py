@@ -26,20 +26,19 @@ class Oracle:
         )
         self._window = window_ms << TIMESTAMP_SHIFT
         self._serving = False
-        self._asked = 0
+        self._leads = False
+        self._asked = 0  # a bound that was proposed and is not applied; 0: none
         self._base = 0  # timestamp at `_since`
         self._since = 0.0
 
-    def start_term(self, now: float) -> int:
-        """This replica leads, and has applied an entry of its term: returns the bound to propose."""
-        self._serving = False
+    def start_term(self, now: float) -> None:
+        """This replica leads, and has applied an entry of its term. Serving begins when a bound is applied."""
+        self._serving, self._leads, self._asked = False, True, 0
         self.last = self.hi
         self._base, self._since = self.hi, now
-        self._asked = self.hi + self._window
-        return self._asked
 
     def stop(self) -> None:
-        self._serving = False
+        self._serving = self._leads = False
 
     @property
     def serving(self) -> bool:
@@ -49,15 +48,19 @@ class Oracle:
         """A bound was applied. On the leader, if it is the one asked for in this term, serving may begin."""
         assert hi >= self.hi, "the oracle's bound never goes back"
         self.hi = hi
-        if self._asked and hi == self._asked:
-            self._serving = True
+        if self._leads and hi == self._asked:
+            self._serving, self._asked = True, 0
+
+    def bound_lost(self) -> None:
+        """The proposed bound was refused; the next turn proposes one again."""
+        self._asked = 0
 
     def next_bound(self, wall_ms: int, now: float) -> int:
         """A bound to propose because little is left of the window, or 0. Ask it in turns that issue timestamps."""
-        if not self._serving or self._asked > self.hi:
+        if not self._leads or self._asked:
             return 0
         target = self._target(wall_ms, now)
-        if self.hi - target > self._window // RENEW_SHARE:
+        if self._serving and self.hi - target > self._window // RENEW_SHARE:
             return 0
         self._asked = target + self._window
         return self._asked

@@ -65,6 +65,9 @@ class Recovery:
         self._asks: dict[
             bytes, tuple[int, list[Waiter]]
         ] = {}  # txn_id -> (read_ts asked, who waits)
+        self._rest_number = 0
+        self._resting: dict[int, list[Waiter]] = {}  # readers who got no answer, until they ask again
+        self._looking: dict[Waiter, None] = {}  # readers' questions that are asked on to participants
         self._kicks: dict[bytes, None] = {}  # blocked-by questions on their way
 
     # -- life and time
@@ -85,6 +88,8 @@ class Recovery:
         yield from self._outcome_waiting.values()
         for _, waiting in self._asks.values():
             yield waiting
+        yield from self._resting.values()
+        yield list(self._looking)
 
     def deadline(self) -> float | None:
         """The earliest thing that is due; what was finished meanwhile is skipped."""
@@ -173,7 +178,7 @@ class Recovery:
             ev.out.reply(
                 origin,
                 Failure(request.id, "invalid_argument", "nothing is staged under this id"),
-                False,
+                True,
             )
         else:
             self._abort_unstaged(request, origin)
@@ -204,7 +209,9 @@ class Recovery:
         staged = ev.state.staged.get(request.txn_id)
         if staged is not None:
             if request.mode == QueryMode.READ:
-                _Visibility(self, request, origin, staged)
+                waiter = Waiter(request, origin, now)
+                self._looking[waiter] = None
+                _Visibility(self, waiter, staged)
             else:
                 ev.out.reply(origin, TxnReply(request.id, TxnStatus.STAGED), False)
             return
@@ -292,9 +299,14 @@ class Recovery:
         if txn_id in self._deciding:
             return
         known = self._recovering.setdefault(txn_id, {})
-        for participant in staged.participants:
-            if known.get(participant.locus, (0, 0))[0] == PartStatus.PREPARED:
-                continue
+        missing = [
+            participant
+            for participant in staged.participants
+            if known.get(participant.locus, (0, 0))[0] != PartStatus.PREPARED
+        ]
+        if not missing:  # the decision was proposed before, and refused by Raft
+            self._conclude(txn_id, staged, known)
+        for participant in missing:
             request = Fence(0, 0, 0, txn_id, participant.locus, staged.anchor_key)
             self.call(participant.locus, request, self._on_fence_reply(txn_id, participant.locus))
 
@@ -385,7 +397,7 @@ class Recovery:
             ev.propose(pending)
         elif answer is ABSENT and not below:
             message = "resolved as committed, but it was never prepared here"
-            ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+            ev.out.reply(origin, Failure(request.id, "invalid_argument", message), True)
         else:
             ev.out.reply(origin, Ack(request.id), False)
 
@@ -453,24 +465,41 @@ class Recovery:
             part.invisible_to = max(part.invisible_to, asked)
         elif not self._on_outcome(part, reply):
             # No answer: they ask again, until their own time is up.
-            ev.at(ev.now + ASK_AGAIN_S, lambda _: self._rerun(waiters))
+            self._rest_number += 1
+            number = self._rest_number
+            self._resting[number] = waiters
+            ev.at(ev.now + ASK_AGAIN_S, lambda _: self._rerun(self._resting.pop(number)))
             return
         self._rerun(waiters)
 
     def _rerun(self, waiters: list[Waiter]) -> None:
         self.ev.runnable += waiters
 
+    def looked(self, waiter: Waiter, reply: Reply) -> None:
+        """A reader's question was answered by the participants."""
+        self._looking.pop(waiter, None)
+        if not waiter.done:
+            waiter.done = True
+            self.ev.out.reply(waiter.origin, reply, False)
+
+    def look_again(self, waiter: Waiter) -> None:
+        """A participant does not remember any more: the record says what became of it."""
+        self._looking.pop(waiter, None)
+        if not waiter.done:
+            waiter.done = True
+            self.query_txn(waiter.request, waiter.origin, self.ev.now)
+
 
 class _Visibility:
     """The anchor answers a reader at read_ts about a STAGED transaction: asks each participant, decides nothing."""
 
-    def __init__(self, recovery: Recovery, request: QueryTxn, origin: Any, staged: Staged) -> None:
+    def __init__(self, recovery: Recovery, waiter: Waiter, staged: Staged) -> None:
         self.recovery = recovery
-        self.request = request
-        self.origin = origin
+        self.waiter = waiter
         self.missing = {participant.locus: participant for participant in staged.participants}
         self.commit_ts = 0
         self.answered = False
+        request: QueryTxn = waiter.request
         for participant in staged.participants:
             question = QueryPart(0, 0, 0, request.txn_id, participant.locus, request.read_ts)
             recovery.call(participant.locus, question, self._on_reply(participant))
@@ -484,27 +513,30 @@ class _Visibility:
 
     def _learn(self, participant: Participant, reply: Reply) -> None:
         if not isinstance(reply, PartReply):
-            self._answer(Failure(self.request.id, "unavailable", "a participant did not answer"))
+            self._answer(
+                Failure(self.waiter.request.id, "unavailable", "a participant did not answer")
+            )
             return
         status = reply.status
+        request_id = self.waiter.request.id
         if status == PartStatus.PREPARED:
             self.commit_ts = max(self.commit_ts, reply.ts)
             self.missing.pop(participant.locus, None)
             if not self.missing:  # R2: all prepared and staged is committed, whoever writes it down
-                self._answer(TxnReply(self.request.id, TxnStatus.COMMITTED, self.commit_ts))
+                self._answer(TxnReply(request_id, TxnStatus.COMMITTED, self.commit_ts))
         elif status == PartStatus.COMMITTED:
-            self._answer(TxnReply(self.request.id, TxnStatus.COMMITTED, reply.ts))
+            self._answer(TxnReply(request_id, TxnStatus.COMMITTED, reply.ts))
         elif status == PartStatus.EXPIRED:
             self.answered = True
-            self.recovery.query_txn(self.request, self.origin, self.recovery.ev.now)
+            self.recovery.look_again(self.waiter)
         elif status in (PartStatus.FENCED, PartStatus.ABORTED):
-            self._answer(TxnReply(self.request.id, TxnStatus.ABORTED))
+            self._answer(TxnReply(request_id, TxnStatus.ABORTED))
         else:
-            self._answer(TxnReply(self.request.id, TxnStatus.INVISIBLE))
+            self._answer(TxnReply(request_id, TxnStatus.INVISIBLE))
 
     def _answer(self, reply: Reply) -> None:
         self.answered = True
-        self.recovery.ev.out.reply(self.origin, reply, False)
+        self.recovery.looked(self.waiter, reply)
 
 
 __all__ = ["Recovery"]

@@ -21,7 +21,9 @@ class WriteKind(enum.IntEnum):
     PUT = 0  # value: the value
     DELETE = 1
     ADD_ASCII = 2  # value: the decimal to add; the row is decimal ASCII, absent counts as 0
-    ADD_INT64 = 3  # value: the decimal to add; the row is 8 bytes, big-endian, signed; absent counts as 0
+    ADD_INT64 = (
+        3  # value: the decimal to add; the row is 8 bytes, big-endian, signed; absent counts as 0
+    )
     DELETE_RANGE = 4  # [key, value)
 
 
