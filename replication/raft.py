@@ -28,7 +28,7 @@ from replication.errors import (
 )
 from replication.leading import Leader
 from replication.log import RaftLog
-from replication.membership import History, check_change, validate
+from replication.membership import History, check_change, is_voter, validate
 from replication.messages import (
     AppendRequest,
     AppendResponse,
@@ -409,7 +409,14 @@ class RaftNode(ReplicaState):
         return self.config.election_timeout_s * (1.0 + self._rng.random())
 
     def _may_campaign(self) -> bool:
-        return self.voter and self.electable and self._installing is None
+        return self._may_be_needed() and self.electable and self._installing is None
+
+    def _may_be_needed(self) -> bool:
+        """A voter; or one that is leaving, until that is committed: nobody else may have the entry (thesis 4.2.2)."""
+        return self.voter or (
+            self.history.current_index > self.commit_index
+            and is_voter(self.history.at(self.commit_index), self.replica)
+        )
 
     def _hears_leader(self) -> bool:
         """Whether a leader may hold a lease that counts on this replica's refusal to vote."""

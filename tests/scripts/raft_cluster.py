@@ -135,13 +135,19 @@ class Judge:
         if index < raft.term_start_index:
             return  # learned from an earlier leader
         term = raft.term_at(index)
-        for half in (raft.membership.voters, raft.membership.voters_outgoing):
-            holders = [
-                voter
-                for voter in half
-                if disks[voter].start[0] >= index or disks[voter].term(index) == term
-            ]
-            assert len(holders) > len(half) // 2 or not half, f"{index} is only on {holders}"
+        holders = [
+            replica
+            for replica, disk in disks.items()
+            if disk.start[0] >= index or disk.term(index) == term
+        ]
+        # It was committed under the membership of now, or a change was appended since.
+        assert any(
+            all(
+                2 * sum(voter in holders for voter in half) > len(half)
+                for half in (membership.voters, membership.voters_outgoing or membership.voters)
+            )
+            for membership in (raft.membership, raft.membership_at(index))
+        ), f"{index} is only on {holders}"
 
     def leaves(self, message: Message, disk: Disk) -> None:
         """A message leaves its sender, whose disk is this."""
@@ -322,6 +328,7 @@ class Server:
 
     def receive(self, flight: Flight) -> None:
         if self.raft is None:
+            self.cluster.lose(flight)
             return
         message = flight.message
         if isinstance(message, InstallSnapshot):
@@ -404,8 +411,14 @@ class Cluster:
         self.judge.leaves(message, sender.disk)
         if (sender.replica, message.to) not in self.blocked and message.to in self.servers:
             self.network.append(Flight(message, rows))
-        elif rows is not None and sender.raft is not None:
-            sender.raft.snapshot_status(message.to, False, sender.now)
+        else:
+            self.lose(Flight(message, rows))
+
+    def lose(self, flight: Flight) -> None:
+        """A message is lost; who sends a snapshot hears of it, as it does not come as one message in the world."""
+        sender = self.servers[flight.message.sender]
+        if flight.rows is not None and sender.raft is not None:
+            sender.raft.snapshot_status(flight.message.to, False, sender.now)
 
     # ------------------------------------------------------------------ steps
 
@@ -485,11 +498,12 @@ class Cluster:
         for other in self.servers:
             if other != replica:
                 self.blocked[replica, other] = self.blocked[other, replica] = None
-        self.network = [
-            flight
-            for flight in self.network
-            if (flight.message.sender, flight.message.to) not in self.blocked
-        ]
+        flights, self.network = self.network, []
+        for flight in flights:
+            if (flight.message.sender, flight.message.to) in self.blocked:
+                self.lose(flight)
+            else:
+                self.network.append(flight)
 
     def heal(self) -> None:
         self.blocked.clear()

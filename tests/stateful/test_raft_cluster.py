@@ -22,7 +22,7 @@ from replication.raft import RaftConfig
 from replication.types import Membership
 from tests.scripts.raft_cluster import Cluster, Server, plain
 
-STEPS = 400
+STEPS = 500
 REPLICAS_MAX = 7
 
 
@@ -53,8 +53,8 @@ class History:
         self.actions: list[tuple[float, Callable[[], None]]] = [
             (8, self.time_passes),
             (25, self.message_arrives),
-            (8, self.write_reaches_disk),
-            (5, self.client_proposes),
+            (12, self.write_reaches_disk),
+            (6, self.client_proposes),
             (3, self.client_reads),
             (4 * self.chaos, self.message_repeats),
             (4 * self.chaos, self.message_is_lost),
@@ -62,7 +62,7 @@ class History:
             (1.5, self.replica_restarts),
             (1 * self.chaos, self.network_breaks),
             (0.5, self.network_heals),
-            (0.5, self.log_is_compacted),
+            (1.5, self.log_is_compacted),
             (0.3, self.leader_hands_over),
             (0.1, self.leader_steps_down),
             (0.5 if self.changes else 0, self.membership_changes),
@@ -100,7 +100,7 @@ class History:
     # ------------------------------------------------------------------ actions
 
     def time_passes(self) -> None:
-        self.cluster.now += self.draw.choice([0.001, 0.01, 0.05, 0.2, 0.5])
+        self.cluster.now += self.draw.choice([0.001, 0.001, 0.01, 0.01, 0.05, 0.2, 0.5])
         for server in self.cluster.live():
             assert server.raft is not None
             deadline = server.raft.deadline()
@@ -109,10 +109,9 @@ class History:
 
     def message_arrives(self) -> None:
         network = self.cluster.network
-        if not network:
-            return
-        position = 0 if self.draw.random() < 0.7 else self.draw.randrange(len(network))
-        self.cluster.servers[network[position].message.to].receive(network.pop(position))
+        for _ in range(min(self.draw.choice([1, 2, 8]), len(network))):
+            position = 0 if self.draw.random() < 0.7 else self.draw.randrange(len(network))
+            self.cluster.servers[network[position].message.to].receive(network.pop(position))
 
     def message_repeats(self) -> None:
         network = self.cluster.network
@@ -122,15 +121,12 @@ class History:
     def message_is_lost(self) -> None:
         network = self.cluster.network
         if network:
-            flight = network.pop(self.draw.randrange(len(network)))
-            sender = self.cluster.servers[flight.message.sender]
-            if flight.rows is not None and sender.raft is not None:
-                sender.raft.snapshot_status(flight.message.to, False, sender.now)
+            self.cluster.lose(network.pop(self.draw.randrange(len(network))))
 
     def write_reaches_disk(self) -> None:
         server = self.someone()
         if server is not None:
-            server.persist(self.draw.choice([1, 1, 5]))
+            server.persist(self.draw.choice([1, 2, 5]))
 
     def client_proposes(self) -> None:
         server = self.leading()
@@ -240,7 +236,7 @@ class History:
             leader = cluster.leader()
             if leader is not None and leader.commit_index >= leader.term_start_index:
                 break
-        for _ in range(60):
+        for _ in range(120):  # longer than the leader's patience with an installation
             self.pass_time()
         leader = cluster.leader()
         assert leader is not None, [s.raft and s.raft.status() for s in cluster.servers.values()]
