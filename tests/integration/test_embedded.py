@@ -1,0 +1,115 @@
+"""Claims: a store in one's own process has the whole API, keeps what it acknowledged across close and reopen at once, refuses
+a second user of its directory, and refuses a directory that is not its own, with nothing changed."""
+
+from __future__ import annotations
+
+import pytest
+
+import kvstore
+from kvstore import errors
+from kvstore.config import NodeConfig
+from kvstore.identity import FILE_NAME
+
+
+async def test_what_was_written_is_there_after_reopening(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        version = await db.put(b"k", b"1")
+        entry = await db.get_entry(b"k")
+        assert entry is not None
+        assert (entry.value, entry.version) == (b"1", version)
+        assert await db.increment(b"n", 5) == 5
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"
+        assert await db.increment(b"n") == 6
+        assert await db.put(b"k", b"2") > version
+
+
+async def test_transactions_scans_and_conditions_work(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        async with db.transaction() as tx:
+            tx.put(b"a", b"1")
+            tx.put(b"b", b"2")
+            assert await tx.get(b"a") == b"1"
+        assert await db.scan().to_list() == [(b"a", b"1"), (b"b", b"2")]
+        assert await db.scan(reverse=True, limit=1).to_list() == [(b"b", b"2")]
+        assert await db.cas(b"a", b"1", b"3")
+        assert not await db.cas(b"a", b"1", b"4")
+        with pytest.raises(errors.CompareFailed):
+            await db.put(b"a", b"5", if_absent=True)
+        await db.delete_range(b"a", b"b")
+        assert await db.scan(keys_only=True).to_list() == [(b"b", b"")]
+
+
+async def test_of_two_transactions_that_read_and_write_the_same_key_one_gets_a_conflict(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"k", b"0")
+        async with db.transaction() as one:
+            await one.get(b"k")
+            await db.put(b"k", b"between")
+            one.put(b"k", b"mine")
+            with pytest.raises(errors.Conflict) as caught:
+                await one.commit()
+        assert caught.value.key == b"k"
+        assert await db.get(b"k") == b"between"
+
+
+async def test_a_snapshot_at_an_old_version_sees_what_was_there(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        versions = [await db.put(b"k", b"%d" % number) for number in range(5)]
+        await db.delete(b"k")
+        for number, version in enumerate(versions):
+            assert await db.snapshot(at=version).get(b"k") == b"%d" % number
+        assert await db.get(b"k") is None
+
+
+async def test_a_version_that_was_not_issued_yet_is_refused(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        version = await db.put(b"k", b"1")
+        with pytest.raises(errors.InvalidArgument):
+            await db.snapshot(at=version + (1 << 40)).get(b"k")
+
+
+async def test_the_directory_has_one_user_at_a_time(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"k", b"1")
+        with pytest.raises(errors.DataDirectoryError, match="in use"):
+            await kvstore.open(tmp_path)
+        assert await db.get(b"k") == b"1"
+
+
+async def test_a_damaged_identity_is_refused_and_left_alone(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"k", b"1")
+    path = tmp_path / FILE_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:10])
+    with pytest.raises(errors.DataDirectoryError, match="damaged"):
+        await kvstore.open(tmp_path)
+    path.write_bytes(whole)
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"
+
+
+async def test_too_large_is_refused_before_anything_happens(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        with pytest.raises(errors.KeyTooLarge):
+            await db.put(b"k" * 4097, b"")
+        with pytest.raises(errors.ValueTooLarge):
+            await db.put(b"k", bytes((1 << 20) + 1))
+        with pytest.raises(errors.InvalidArgument):
+            await db.put(b"", b"")
+        with pytest.raises(errors.InvalidArgument):
+            await db.put(b"\xffsystem", b"")
+        assert await db.scan().to_list() == []
+
+
+def test_the_blocking_client_has_the_same_store(tmp_path):
+    with kvstore.Client.open(tmp_path) as db:
+        db.put(b"k", b"1")
+        assert db.get(b"k") == b"1"
+    with kvstore.Client.open(tmp_path) as db:
+        assert db.get(b"k") == b"1"
+
+
+def test_the_default_configuration_is_valid():
+    assert NodeConfig().raft.heartbeat_s * 2 <= NodeConfig().raft.election_timeout_s
