@@ -303,3 +303,19 @@ def test_the_demonstration_holds():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held" in done.stdout
     assert "killed node" in done.stdout
+
+
+def test_nodes_that_wait_for_init_say_what_to_do():
+    waiting = LocalCluster(1)
+    try:
+        waiting.start_processes()
+        status = kvctl(waiting, "status")
+        assert status.returncode == 11
+        assert "kvctl init" in status.stdout
+        done = kvctl(waiting, "--timeout", "2s", "get", "a")
+        assert done.returncode == 1
+        assert "kvctl init" in done.stderr
+        answer = http_client.request(waiting.addresses[0], "GET", "/v1/kv/a")
+        assert answer.status == 503
+    finally:
+        waiting.stop()
