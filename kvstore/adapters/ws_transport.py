@@ -276,7 +276,10 @@ class WsNetwork:
             max_msg_size=MESSAGE_BYTES_MAX,
             timeout=CLOSE_TIMEOUT_S,
         )
-        await socket.prepare(request)
+        try:
+            await socket.prepare(request)
+        except ConnectionError:  # gone before it was answered
+            return socket
         transport = request.transport
         if transport is None or self._closed:
             return socket
