@@ -87,9 +87,8 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
     part: list[Reply] = []
     size = 0
     for reply in replies:
-        kind = type(reply)
-        if kind is ReadReply or kind is ScanReply:
-            size += sum(len(value) for value in reply.values if value)  # type: ignore[union-attr]
+        if isinstance(reply, (ReadReply, ScanReply)):
+            size += sum(len(value) for value in reply.values if value is not None)
             if part and size > MESSAGE_BYTES:
                 parts.append(part)
                 part, size = [], 0

@@ -127,6 +127,11 @@ class Node:
         self._flushed_bytes = 0.0
         self._flushed_at = self.started_at
         self._preferred: dict[int, int] = {}
+        self._link_limits = LinkLimits(
+            queue_bytes_max=config.network.queue_bytes,
+            ping_interval_s=config.network.ping_interval_s,
+            stall_timeout_s=config.network.stall_timeout_s,
+        )
 
     # -- life
 
@@ -214,21 +219,15 @@ class Node:
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
-        limits = LinkLimits(
-            queue_bytes_max=config.network.queue_bytes,
-            ping_interval_s=config.network.ping_interval_s,
-            stall_timeout_s=config.network.stall_timeout_s,
-        )
         peers = self.peers = PeerSet(
             network=adapters.network,
             hello=self._hello,
             rng=adapters.random.stream("peers"),
             clock=adapters.clock,
-            limits=limits,
+            limits=self._link_limits,
             backoff=Backoff(max_s=config.network.reconnect_max_s),
             dial_timeout_s=config.network.connect_timeout_s,
         )
-        raft = config.raft
         host = self.host = Host(
             node=found.node_id,
             wal=wal,
@@ -237,20 +236,12 @@ class Node:
             peers=peers,
             clock=adapters.clock,
             rng=adapters.random.stream("raft"),
-            raft_config=RaftConfig(
-                election_timeout_s=raft.election_timeout_s,
-                heartbeat_s=raft.heartbeat_s,
-                lease_drift=raft.lease_drift,
-                inflight_entries_max=raft.inflight_entries,
-                inflight_bytes_max=raft.inflight_bytes,
-                append_bytes_max=raft.append_bytes,
-                uncommitted_bytes_max=raft.uncommitted_bytes,
-            ),
+            raft_config=_raft_config(config),
             sync_mode=config.log.sync_mode,
             run_in_thread=adapters.executor.run,
             on_fatal=self._on_fatal,
         )
-        self._remote = RemoteRanges(self, limits)
+        self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)
         store.on_deadline = self._arm
         store.on_turn_end = self.connections.flush
@@ -326,11 +317,7 @@ class Node:
         stream = await accept(
             pipe,
             Hello(cluster=self.cluster_id, node=self.node_id, kind="node", address=self.address),
-            limits=LinkLimits(
-                queue_bytes_max=self.config.network.queue_bytes,
-                ping_interval_s=self.config.network.ping_interval_s,
-                stall_timeout_s=self.config.network.stall_timeout_s,
-            ),
+            limits=self._link_limits,
             check=self._check(kind),
             monotonic=self.adapters.clock.monotonic,
         )
@@ -468,6 +455,19 @@ class Node:
     def status(self) -> dict[str, Any]:
         """A JSON-able picture of the node."""
         return node_status(self)
+
+
+def _raft_config(config: NodeConfig) -> RaftConfig:
+    raft = config.raft
+    return RaftConfig(
+        election_timeout_s=raft.election_timeout_s,
+        heartbeat_s=raft.heartbeat_s,
+        lease_drift=raft.lease_drift,
+        inflight_entries_max=raft.inflight_entries,
+        inflight_bytes_max=raft.inflight_bytes,
+        append_bytes_max=raft.append_bytes,
+        uncommitted_bytes_max=raft.uncommitted_bytes,
+    )
 
 
 def _caught_up(host: Host, range_id: int, replica_id: int) -> bool:
