@@ -93,7 +93,7 @@ class RangeSink:
                 raise CorruptionError("a snapshot does not begin with its range's row")
             self._row = decode_range_row(head)
         if rows:
-            self._store.engine.write(rows)  # type: ignore[arg-type]  # a dict of bytes is a mapping to bytes | None
+            self._store.engine.write(rows)
 
     def finish(self) -> None:
         replica, meta, row = self._replica, self._meta, self._row

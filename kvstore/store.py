@@ -195,14 +195,13 @@ class Store:
         self._carry_out(now)
 
     def _dispatch(self, asker: Asker, request: Request, now: float) -> None:
-        kind = type(request)
-        if kind is GetTimestamps:
+        if isinstance(request, GetTimestamps):
             self._oracle_client.asked(asker, request)
             return
-        if kind is GetDirectory:
+        if isinstance(request, GetDirectory):
             self.answer(asker, self._directory(request.id))
             return
-        range_id: int = request.range_id  # type: ignore[union-attr]
+        range_id = request.range_id
         replica = self.replicas.get(range_id) if range_id else self.find(key_of(request))
         if replica is None:
             self.answer(asker, Failure(request.id, "epoch_mismatch", "not a range of this node"))

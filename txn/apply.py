@@ -137,8 +137,6 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
     known = _known(state, overlay, txn_id, locus)
     if known is not ABSENT:
         return known
-    if state.terminal_of(overlay, txn_id, command.anchor_key)[0] == TxnStatus.ABORTED:
-        return Answer(PartStatus.ABORTED)
     row = PreparedRow(
         command.anchor_key,
         command.min_ts,

@@ -1,0 +1,135 @@
+"""Claims: what is malformed, too new, meant for another cluster, or too much, gets a clear typed error; the connection may
+end, the node goes on, and nothing was done."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from kvstore import errors
+from kvstore.bootstrap import mint_cluster_id, plan
+from kvstore.client import Database
+from kvstore.config import LimitsSection, NodeConfig, RaftSection
+from kvstore.embedded import ADDRESS, EmbeddedAdapters
+from kvstore.link import Hello
+from kvstore.node import Node
+from kvstore.streams import connect
+from txn.messages import Failure, Prepare, Read, Reply
+from txn.types import Write
+
+CLIENT_PATH = "/v1/stream"
+encode = msgspec.msgpack.encode
+decode_replies = msgspec.msgpack.Decoder(list[Reply]).decode
+
+
+@asynccontextmanager
+async def one_node(path, limits=None):
+    config = NodeConfig(
+        raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05), limits=limits or LimitsSection()
+    )
+    adapters = EmbeddedAdapters(config)
+    node = Node(str(path), ADDRESS, "", config, adapters)
+    await node.start()
+    try:
+        cluster = mint_cluster_id(adapters.clock.wall_ms(), 1, [ADDRESS], [])
+        await node.initialize(plan(cluster, [ADDRESS])[0])
+        async with Database(
+            adapters.network, [ADDRESS], adapters.clock, adapters.random.stream("t")
+        ) as db:
+            await db.put(b"before", b"1")
+            yield node, db
+            assert await db.get(b"before") == b"1"
+            assert node.live()
+    finally:
+        await node.stop(drain=False)
+
+
+def hello(to, **changes):
+    return msgspec.structs.replace(Hello(cluster=to.cluster_id, kind="client"), **changes)
+
+
+async def stream_of(node):
+    return await connect(node.adapters.network, ADDRESS, CLIENT_PATH, hello(node))
+
+
+async def ask(node, payload):
+    """The node's answer to one message, or what ended the stream."""
+    stream = await stream_of(node)
+    answer = asyncio.get_running_loop().create_future()
+    stream.on_close = lambda error: answer.done() or answer.set_result(error)
+    stream.on_message = lambda data: answer.done() or answer.set_result(data)
+    stream.send(payload)
+    async with asyncio.timeout(5):
+        found = await answer
+    stream.abort()
+    return decode_replies(found[1:]) if isinstance(found, bytes) else found
+
+
+async def test_another_cluster_is_refused_by_name(tmp_path):
+    async with one_node(tmp_path) as (node, _):
+        with pytest.raises(errors.WrongCluster):
+            await connect(
+                node.adapters.network, ADDRESS, CLIENT_PATH, hello(node, cluster="0" * 32)
+            )
+
+
+async def test_a_protocol_that_is_too_new_is_refused(tmp_path):
+    async with one_node(tmp_path) as (node, _):
+        with pytest.raises(errors.VersionMismatch):
+            await connect(
+                node.adapters.network,
+                ADDRESS,
+                CLIENT_PATH,
+                hello(node, protocol=99, protocol_min=99),
+            )
+
+
+async def test_somebody_who_is_no_member_gets_no_peer_stream(tmp_path):
+    async with one_node(tmp_path) as (node, _):
+        for path, kind in (("/v1/peer", "peer"), ("/v1/snapshot", "snapshot")):
+            with pytest.raises(errors.KVError):
+                await connect(node.adapters.network, ADDRESS, path, hello(node, kind=kind, node=77))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x09rubbish",
+        b"\x02rubbish",
+        b"\x02" + encode([[99, 1]]),
+        b"\x02" + encode([[1, "not a number"]]),
+        b"\x02" + b"\x91" * 5_000,
+        b"\x01" + encode([]),
+    ],
+)
+async def test_a_malformed_message_ends_its_stream_and_nothing_else(tmp_path, payload):
+    async with one_node(tmp_path) as (node, _):
+        ended = await ask(node, payload)
+        assert isinstance(ended, Exception)
+
+
+async def test_a_prepare_for_a_key_that_the_range_does_not_hold_is_refused(tmp_path):
+    async with one_node(tmp_path) as (node, _):
+        request = Prepare(5, 1, 1, bytes(15) + b"\x01", b"k", b"k", [Write(0, b"k", b"v")])
+        (reply,) = await ask(node, b"\x02" + encode([request]))
+        assert isinstance(reply, Failure) or reply.status == 5  # refused, or below any timestamp
+        assert reply.id == 5
+
+
+async def test_more_requests_than_the_node_takes_on_are_throttled(tmp_path):
+    async with one_node(tmp_path, LimitsSection(requests_in_flight=10)) as (node, _):
+        requests = [Read(number, 0, 0, 0, [b"before"]) for number in range(1, 31)]
+        replies = await ask(node, b"\x02" + encode(requests))
+        throttled = [each for each in replies if isinstance(each, Failure)]
+        assert len(throttled) == 20
+        assert {each.code for each in throttled} == {"throttled"}
+
+
+async def test_a_node_of_another_cluster_does_not_take_a_second_init(tmp_path):
+    async with one_node(tmp_path) as (node, _):
+        other = mint_cluster_id(1_700_000_000_000, 2, [ADDRESS], [])
+        with pytest.raises(errors.WrongCluster):
+            await node.initialize(plan(other, [ADDRESS])[0])
