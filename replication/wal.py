@@ -137,16 +137,13 @@ class Wal:
         stage_head, stage_body = self._heads.append, self._bodies.append
         pack, pack_crc = RECORD.pack, CRC.pack
         seed = seed_of(self._number + 1)
-        flags = FLAG_SUSPECT if state.suspect else 0
         previous = state.last_term
         size = 0
         for entry in entries:
             data, term = entry.data, entry.term
             assert entry.index == index
             length = len(data)
-            head = pack(
-                _ENTRY, entry.kind, flags, length, group, index, term, previous, crc32c(data)
-            )
+            head = pack(_ENTRY, entry.kind, 0, length, group, index, term, previous, crc32c(data))
             stage_head(head)
             stage_head(pack_crc(crc32c(head, seed)))
             stage_body(data)
@@ -165,7 +162,7 @@ class Wal:
         self._stage(
             RecordType.HARD_STATE,
             group,
-            known,
+            flags=FLAG_SUSPECT if known.suspect else 0,
             index=known.last_index,
             term=state.term,
             previous=known.last_term,
@@ -176,7 +173,7 @@ class Wal:
         """Stage: the log of the group is empty now and starts after (index, term). The hard state stays."""
         state = self._state(group)
         state.restart(index, term)
-        self._stage(RecordType.RESET, group, state, index=index, term=term)
+        self._stage(RecordType.RESET, group, index=index, term=term)
 
     def tombstone(self, group: int, replica: int) -> None:
         """Stage: this replica is removed for good. Its hard state and log are void; a later replica starts anew."""
@@ -185,7 +182,7 @@ class Wal:
         state.hard_state = HardState()
         state.tombstone = max(state.tombstone, replica)
         state.suspect = False
-        self._stage(RecordType.TOMBSTONE, group, state, index=state.tombstone)
+        self._stage(RecordType.TOMBSTONE, group, index=state.tombstone)
 
     def compact(self, group: int, index: int) -> None:
         """Entries up to `index` are durable in the engine: the log need not keep them. Recorded with the next head."""
@@ -210,7 +207,7 @@ class Wal:
         else:
             index, term = last
         state.restart(index, term)
-        self._stage(RecordType.CARRY, group, state, index=index, term=term)
+        self._stage(RecordType.CARRY, group, index=index, term=term)
         self.append(group, entries)
 
     def trust(self, group: int) -> None:
@@ -221,7 +218,7 @@ class Wal:
 
     def sync_mark(self) -> None:
         """Stage a batch that only records how far the log is durable, so that later damage there is known for rot."""
-        self._stage_record(RecordType.MARK, 0, 0, 0, 0, 0, b"")
+        self._stage(RecordType.MARK, 0)
 
     def rotate(self) -> None:
         """Begin a new segment with the next batch, so that older ones become obsolete (tests, shrinking)."""
@@ -359,7 +356,7 @@ class Wal:
         self._stage(
             RecordType.HEAD,
             group,
-            state,
+            flags=FLAG_SUSPECT if state.suspect else 0,
             index=state.last_index,
             term=hard.term,
             previous=state.last_term,
@@ -372,26 +369,12 @@ class Wal:
         self,
         kind: RecordType,
         group: int,
-        state: GroupState,
         *,
-        index: int,
+        flags: int = 0,
+        index: int = 0,
         term: int = 0,
         previous: int = 0,
         body: bytes = b"",
-    ) -> None:
-        self._stage_record(
-            kind, FLAG_SUSPECT if state.suspect else 0, group, index, term, previous, body
-        )
-
-    def _stage_record(
-        self,
-        kind: RecordType,
-        flags: int,
-        group: int,
-        index: int,
-        term: int,
-        previous: int,
-        body: bytes,
     ) -> None:
         head = RECORD.pack(kind, 0, flags, len(body), group, index, term, previous, crc32c(body))
         self._heads.append(head)

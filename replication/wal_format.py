@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import msgspec
 from crc32c import crc32c
 
 from replication.errors import LogFormatError
@@ -37,9 +37,7 @@ BATCH_HEADER_BYTES: Final = 64
 RECORD_HEADER_BYTES: Final = 48
 BATCH_BYTES_MAX: Final = 1 << 31
 
-FLAG_SUSPECT: Final = (
-    1  # written while the group was suspect: proves nothing about what was lost before
-)
+FLAG_SUSPECT: Final = 1  # on HARD_STATE and HEAD: the group is suspect, and stays it
 
 CRC: Final = struct.Struct("<I")
 RECORD: Final = struct.Struct("<BBHIQQQQI")  # followed by CRC
@@ -60,7 +58,8 @@ class RecordType(enum.IntEnum):
     MARK = 7
 
 
-_Head = tuple[int, int, int, int, int, int, int, int, int]  # RECORD unpacked
+_CHECKED = struct.Struct("<BBHIQQQQII")  # RECORD and its CRC
+_Head = tuple[int, int, int, int, int, int, int, int, int, int]  # the same, unpacked
 
 
 class BatchHeader(NamedTuple):
@@ -83,8 +82,7 @@ class BatchHeader(NamedTuple):
         return position(self.segment, self.offset + aligned(self.length))
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct, gc=False):
     """One record. `body` is None when it is damaged; `offset` is where it stands in its segment."""
 
     type: int
@@ -159,21 +157,26 @@ def decode_records(data: bytes, header: BatchHeader) -> list[Record | None]:
     """The records of a batch in order; None where a record's header is damaged: nothing of that record is known."""
     table = header.offset + BATCH_HEADER_BYTES
     seed = seed_of(header.number)
+    size = RECORD.size
+    whole = min(header.record_count, max(0, len(data) - table) // RECORD_HEADER_BYTES)
     heads: list[_Head | None] = []
-    for at in range(table, table + header.record_count * RECORD_HEADER_BYTES, RECORD_HEADER_BYTES):
-        raw = data[at : at + RECORD.size]
-        check = data[at + RECORD.size : at + RECORD_HEADER_BYTES]
-        intact = len(check) == CRC.size and CRC.pack(crc32c(raw, seed)) == check
-        heads.append(RECORD.unpack(raw) if intact else None)
+    for at in range(table, table + whole * RECORD_HEADER_BYTES, RECORD_HEADER_BYTES):
+        head: _Head = _CHECKED.unpack_from(data, at)
+        heads.append(head if crc32c(data[at : at + size], seed) == head[9] else None)
+    heads += [None] * (header.record_count - whole)  # the file is cut short
     records: list[Record | None] = []
-    for head, at in zip(heads, _body_offsets(heads, header), strict=True):
-        if head is None:
+    for known, at in zip(heads, _body_offsets(heads, header), strict=True):
+        if known is None:
             records.append(None)
             continue
-        body = data[at : at + head[3]] if at >= 0 else None
-        if body is not None and (len(body) != head[3] or crc32c(body) != head[8]):
+        kind, entry_kind, flags, length, group, index, term, previous, crc, _ = known
+        body = data[at : at + length] if at >= 0 else None
+        if body is not None and (len(body) != length or crc32c(body) != crc):
             body = None
-        records.append(Record(*head, max(at, header.offset), body))
+        place = max(at, header.offset)
+        records.append(
+            Record(kind, entry_kind, flags, length, group, index, term, previous, crc, place, body)
+        )
     return records
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from replication.errors import LogFormatError
 from replication.ports import LogFiles
 from replication.types import Entry, HardState
 from replication.wal_format import (
@@ -38,6 +39,7 @@ from replication.wal_format import (
 from replication.wal_groups import Damage, Fault, GroupLog, GroupState
 
 _OFFSET_MASK = 0xFFFF_FFFF
+_ENTRY = int(RecordType.ENTRY)
 
 
 @dataclass
@@ -101,7 +103,7 @@ def cut_tail(files: LogFiles, recovery: Recovery) -> None:
         if segment < cut_segment:
             break
         data = files.read(segment)
-        used = len(data.rstrip(b"\0"))
+        used = _used(data)
         if segment > cut_segment or not cut_offset:
             recovery.torn_bytes += used
             files.delete(segment)
@@ -110,6 +112,16 @@ def cut_tail(files: LogFiles, recovery: Recovery) -> None:
             recovery.torn_bytes += used - cut_offset
             files.write(segment, cut_offset, bytes(min(aligned(used), len(data)) - cut_offset))
             files.sync(segment)
+
+
+def _used(data: bytes) -> int:
+    """The length without the zeros at the end."""
+    zeros = bytes(BLOCK_BYTES)
+    end = len(data)
+    while end >= BLOCK_BYTES and data[end - BLOCK_BYTES : end] == zeros:
+        end -= BLOCK_BYTES
+    start = max(0, end - BLOCK_BYTES)
+    return start + len(data[start:end].rstrip(b"\0"))
 
 
 def _headers(data: bytes, segment: int, number: int) -> Iterator[BatchHeader]:
@@ -162,7 +174,8 @@ def _judge(
 class _Group:
     """One group's log while it is replayed: the bookkeeping, and what is in each slot."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int) -> None:
+        self.group = group
         self.state = GroupState()
         self.slots: dict[int, Entry | Fault] = {}  # no slot: the entry is missing
         self.sure = 0  # entries up to here are committed: never replaced
@@ -171,7 +184,6 @@ class _Group:
         )
         self.log_round = 0
         self.suspect = False
-        self.group = 0
         self.place = (0, 0)  # of the damage that took the missing entries
 
     def restart(self, index: int, term: int) -> None:
@@ -271,6 +283,8 @@ class _Replay:
             if record is None:
                 at = table + i * RECORD_HEADER_BYTES
                 self.lost(at, at + RECORD_HEADER_BYTES)
+            elif record.type == _ENTRY:
+                self._entry(record)
             elif record.type != RecordType.MARK:
                 self._record(record)
 
@@ -279,36 +293,41 @@ class _Replay:
         rounds = len(self.damage)
         for group in self.groups.values():
             group.suspect = group.suspect or group.hard_round < rounds or group.log_round < rounds
-            if group.place == (
-                0,
-                0,
-            ):  # in a deleted segment: what said that they are not needed is lost
+            if group.place == (0, 0):  # in a deleted segment: what said it may go is lost
                 group.place = self._place
 
+    def _group(self, group: int) -> _Group:
+        known = self.groups.get(group)
+        if known is None:
+            known = self.groups[group] = _Group(group)
+        return known
+
+    def _entry(self, record: Record) -> None:
+        group = self.groups.get(record.group) or self._group(record.group)
+        state = group.state
+        if record.index != state.last_index + 1 or record.previous != state.last_term:
+            group.settle(record.index - 1, record.previous, self._place)
+        group.push(record, self._segment)
+        group.log_round = len(self.damage)
+
     def _record(self, record: Record) -> None:
-        group = self.groups.get(record.group)
-        if group is None:
-            group = self.groups[record.group] = _Group()
-            group.group = record.group
-        proof = not record.flags & FLAG_SUSPECT
+        group = self._group(record.group)
         match record.type:
-            case RecordType.ENTRY:
-                group.settle(record.index - 1, record.previous, self._place)
-                group.push(record, self._segment)
-                self._log_known(group, proof)
             case RecordType.HARD_STATE | RecordType.HEAD:
-                self._state_record(group, record, proof)
+                self._state_record(group, record)
             case RecordType.RESET | RecordType.CARRY:
                 group.restart(record.index, record.term)
-                self._log_known(group, proof)
+                group.log_round = len(self.damage)
             case RecordType.TOMBSTONE:
                 group.restart(0, 0)
                 group.state.hard_state = HardState()
                 group.state.tombstone = max(group.state.tombstone, record.index)
                 group.suspect = False
                 group.hard_round = group.log_round = len(self.damage)
+            case _:
+                raise LogFormatError(f"a record of unknown type {record.type}")
 
-    def _state_record(self, group: _Group, record: Record, proof: bool) -> None:
+    def _state_record(self, group: _Group, record: Record) -> None:
         state = group.state
         vote = commit = tombstone = start_index = start_term = 0
         if record.body is not None and record.type == RecordType.HEAD:
@@ -318,7 +337,7 @@ class _Replay:
         elif record.body is not None:
             vote, commit, tombstone = HARD_BODY.unpack(record.body)
         group.settle(record.index, record.previous, self._place)
-        self._log_known(group, proof)
+        group.log_round = len(self.damage)
         if record.body is None:  # vote and commit are lost with it
             group.suspect = True
             group.place = (self._segment, record.offset)
@@ -327,10 +346,5 @@ class _Replay:
         state.tombstone = max(state.tombstone, tombstone)
         state.hard_state = HardState(record.term, vote, commit)
         group.sure = max(group.sure, min(commit, state.last_index))
-        group.suspect = not proof
-        if proof:
-            group.hard_round = len(self.damage)
-
-    def _log_known(self, group: _Group, proof: bool) -> None:
-        if proof:
-            group.log_round = len(self.damage)
+        group.suspect = bool(record.flags & FLAG_SUSPECT)
+        group.hard_round = len(self.damage)

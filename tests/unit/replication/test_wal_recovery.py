@@ -14,7 +14,14 @@ from kvstore.sim.disk import SECTOR_BYTES, SimDisk
 from replication.errors import LogWriteFailed
 from replication.types import HardState
 from replication.wal import Damage, Wal, WalBatch
-from replication.wal_format import BATCH_HEADER_BYTES, BLOCK_BYTES, RECORD_HEADER_BYTES
+from replication.wal_format import (
+    BATCH_HEADER_BYTES,
+    BLOCK_BYTES,
+    RECORD_HEADER_BYTES,
+    BatchHeader,
+    encode_batch_header,
+    position,
+)
 from tests.unit.replication.wal_driver import Node, check_told, difference, entry
 
 BODY = BATCH_HEADER_BYTES + RECORD_HEADER_BYTES  # where the body of a batch's only record begins
@@ -236,19 +243,74 @@ def test_suspicion_survives_further_restarts_and_ends_by_trust():
     assert log.hard_state == HardState(10, 0, 0)
 
 
+def test_suspicion_outlives_the_damaged_segment():
+    node, batches = node_of(1, 2, 3)
+    node.disk.flip(batches[2].segment, batches[2].offset + 20)
+    disk = node.disk
+    wal, _ = Wal.recover(disk, segment_bytes=node.segment_bytes)
+    wal.compact(1, 3)
+    wal.rotate()
+    wal.append(1, [entry(3, 2)])
+    batch = wal.take()
+    assert batch is not None
+    disk.create(batch.segment, batch.create_bytes)
+    disk.write(batch.segment, batch.offset, batch.data)
+    disk.sync(batch.segment)
+    wal.synced(batch.number)
+    for segment in wal.obsolete():
+        disk.delete(segment)
+    assert disk.segments() == [batch.segment]
+    wal, logs = Wal.recover(disk.kill())
+    assert logs[1].suspect
+    assert wal.recovery is not None
+    assert not wal.recovery.damage
+
+
 def test_rot_is_still_told_after_the_tail_that_proved_it_was_cut():
-    node, batches = node_of(1, 2)
+    """Only the header of the torn batch says that the damaged one was durable."""
+    node = Node()
+    for index in (1, 2):
+        node.append(1, entry(index))
+        rotten = node.commit()
     node.append(1, entry(3))
     torn = node.write()
     assert torn is not None
     node.disk.write(torn.segment, torn.offset + BODY, b"torn")
-    node.disk.flip(batches[1].segment, batches[1].offset + BODY)
+    node.disk.flip(rotten.segment, rotten.offset + BODY)
     disk = node.disk.kill()
     for _ in range(3):
         log = Wal.recover(disk, segment_bytes=node.segment_bytes)[1][1]
         assert [fault.index for fault in log.faulty] == [2]
         assert len(log.entries) == 2
         disk = disk.kill()
+
+
+def test_a_batch_with_a_smaller_number_is_a_leftover_and_does_not_count():
+    node, _ = node_of(1, 2)
+    end = len(node.disk.read(1).rstrip(b"\0")) // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES
+    here = position(1, end)
+    stale = BatchHeader(2, 1, end, BATCH_HEADER_BYTES, 0, previous_end=here, synced_upto=0)
+    node.disk.write(1, end, encode_batch_header(stale))
+    wal, _ = Wal.recover(node.disk)
+    assert wal.recovery is not None
+    assert (wal.recovery.batches, wal.recovery.torn_bytes) == (4, BATCH_HEADER_BYTES)
+    assert wal.recovery.cut == (1, end)
+
+
+def test_a_new_replicas_log_is_not_taken_for_the_tail_of_the_old_ones():
+    node = Node()
+    node.reset(1, 100, 3)
+    node.commit()
+    node.tombstone(1, 5)
+    node.append(1, *(entry(i, 4) for i in range(1, 121)))
+    lost = node.commit()
+    node.wal.rotate()
+    node.mark()
+    node.mark()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    log = Wal.recover(node.disk)[1][1]
+    assert (log.start, log.tombstone, log.suspect) == ((0, 0), 5, False)
+    assert [fault.index for fault in log.faulty] == list(range(1, 121))
 
 
 def test_a_missing_segment_is_told():
