@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from kvstore.errors import KVError
+from kvstore.errors import DeadlineExceeded, KVError, NotReady, Throttled, Unavailable
 from kvstore.link import Hello
 from kvstore.ranges import Route
 from txn.messages import GetDirectory, GetTimestamps, Reply, Request
@@ -72,10 +72,20 @@ class Call(msgspec.Struct, eq=False):
     link: ClientLink | None = None
     request: Request | None = None
     size_bytes: int = 0
-    tries: int = 0
+    tries: int = 0  # that came to nothing
+    silences: int = 0  # those of them that got no answer at all
     sent: bool = False
     parked: bool = False
     failure: KVError | None = None  # what the last try came to
+
+    def overdue(self) -> KVError:
+        """What its caller is told when the time has run out: what a server said is worth more than that."""
+        failure = self.failure
+        if failure is None:
+            return DeadlineExceeded()
+        if isinstance(failure, Throttled | Unavailable | NotReady) or not failure.retryable:
+            return failure
+        return DeadlineExceeded(f"the call's time ran out: {failure.message}")
 
 
 class Parked:

@@ -47,6 +47,7 @@ from kvstore.links import (
 )
 from kvstore.ports import Clock
 from kvstore.ranges import META_KEY, RangeCache
+from kvstore.streams import Backoff
 from kvstore.timestamps import LastIssued
 from replication.errors import FrameError
 from txn.messages import (
@@ -69,8 +70,7 @@ REPLIES: Final = 3  # the first byte of a message of replies
 TRY_TIMEOUT_S: Final = 1.0  # silence for so long, and another replica is asked; doubled each time
 CALLS_MAX: Final = 65_536
 PAYLOAD_BYTES: Final = 1 << 20  # a message is cut when it has grown to this
-BACKOFF_FIRST_S: Final = 0.005
-BACKOFF_MAX_S: Final = 0.5
+BACKOFF: Final = Backoff(first_s=0.005, max_s=0.5)
 REFRESH_INTERVAL_S: Final = 0.05  # between two questions for the directory
 HOLE_RETRY_S: Final = 0.02  # between two looks at a hole in the ranges
 BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
@@ -78,7 +78,6 @@ BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
 _AGAIN: Final = frozenset(
     {"not_leader", "throttled", "unavailable", "no_quorum", "not_ready", "node_stopped"}
 )
-_SAID_BY_SERVER: Final = (Throttled, Unavailable)  # worth more to the user than "the time ran out"
 
 _decode: Final = msgspec.msgpack.Decoder(list[Reply])
 _to_ranges = list[RangeInfo]
@@ -110,14 +109,14 @@ class Router:
         self._seeds = list(dict.fromkeys(seeds))
         self._clock = clock
         self.monotonic = clock.monotonic
-        self._random = rng.random
+        self._rng = rng
         self._try_timeout_s = try_timeout_s
-        self._calls_max = calls_max
+        self.calls_max = calls_max
         self._loop: asyncio.AbstractEventLoop
         self._new_future: Callable[[], asyncio.Future[Answer]]
         self._find = self.ranges.find
-        self._links = Links()
-        self._leaders = self._links.by_node
+        self.links = Links()
+        self._leaders = self.links.by_node
         self._next_id = 1
         self._calls = 0  # not done yet
         self._dirty: list[ClientLink] = []
@@ -140,34 +139,34 @@ class Router:
         self._new_future = self._loop.create_future
         deadline = self.monotonic() + timeout_s
         for address in self._seeds:
-            self._links.at(address, 0)
-        while True:
+            self.links.at(address, 0)
+        answered = False
+        while not answered or self.monotonic() < deadline - HOLE_RETRY_S:
             await self.refresh(deadline)
             if self.ranges.find(META_KEY) is not None:
                 return
-            left = deadline - self.monotonic()
-            if left <= 0:
-                raise Unavailable("the cluster has no ranges yet: it waits for `kvctl init`")
-            await asyncio.sleep(min(left, 0.05))
+            answered = True
+            await asyncio.sleep(HOLE_RETRY_S)
+        raise Unavailable("the cluster has no ranges yet: it waits for `kvctl init`")
 
     async def close(self, timeout_s: float) -> None:
         """End every call with ClientClosed, and every connection. Returns within about `timeout_s`."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for link in self._links:
+        for link in self.links:
             self._flush_link(link)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         left = self._parked.take_all()
         channels: list[Channel] = []
-        for link in self._links:
+        for link in self.links:
             left.extend(link.pending.values())
             link.pending.clear()
             if link.channel is not None:
                 channels.append(link.channel)
-                link.channel.on_close = _ignore
+                link.channel.on_close = lambda _error: None
                 link.channel = None
         for call in left:
             self._finish(call, ClientClosed())
@@ -196,7 +195,7 @@ class Router:
 
         Raises: Throttled, ClientClosed. `silent`: nobody waits for the answer; it is repeated all the same.
         """
-        if self._calls >= self._calls_max or self._closed:
+        if self._calls >= self.calls_max or self._closed:
             raise ClientClosed() if self._closed else Throttled(BLOCKED_RETRY_S)
         number = self._next_id
         self._next_id = number + 1
@@ -334,9 +333,9 @@ class Router:
     def _place(self, call: Call, now: float) -> None:
         """Find where a call goes now; send it there, or park it until something has changed."""
         if now >= call.deadline:
-            self._expire(call)
+            self._finish(call, call.overdue())
             return
-        call.expires = min(call.deadline, now + self._try_timeout_s * (1 << min(call.tries, 4)))
+        call.expires = min(call.deadline, now + self._try_timeout_s * (1 << min(call.silences, 4)))
         link: ClientLink | None = None
         if call.request.__class__ is not GetDirectory:
             route = self.ranges.find(call.key)
@@ -347,9 +346,9 @@ class Router:
                 self._finish(call, EpochMismatch(route.range_id))
                 return
             call.range_id, call.version = route.range_id, route.version
-            link = self._links.of_range(route, now)
+            link = self.links.of_range(route, now)
         else:
-            link = self._links.anyone(now)
+            link = self.links.anyone(now)
         if link is None:
             self._unplaced(call, now)
             return
@@ -393,7 +392,7 @@ class Router:
         channel.on_message = lambda payload: self._on_message(link, payload)
         channel.on_close = lambda error: self._on_close(link, channel, error)
         if channel.peer.node:
-            self._links.at(link.address, channel.peer.node)
+            self.links.at(link.address, channel.peer.node)
         for call in list(link.pending.values()):
             self._append(link, call)
 
@@ -410,7 +409,7 @@ class Router:
         link.pending.clear()
         fatal = not error.retryable and not isinstance(error, TimeoutError)
         for call in pending:
-            if fatal and len(self._links) <= 1:
+            if fatal and len(self.links) <= 1:
                 self._finish(call, error)
                 continue
             call.failure = error if fatal else Unavailable(error.message)
@@ -472,7 +471,8 @@ class Router:
                 self.ask_for_directory(now)
                 self._again(call, self._backoff(call.tries))
             else:
-                self._again(call, 0.0 if call.tries < 2 else self._backoff(call.tries))
+                at_once = call.tries < 2
+                self._again(call, 0.0 if at_once else self._backoff(call.tries), rotate=False)
             return
         if code not in _AGAIN:
             self._finish(call, from_wire(code, failure.message, details))
@@ -480,9 +480,10 @@ class Router:
         call.failure = from_wire(code, failure.message, details)
         if code == "throttled":
             wait = max(number(details, "retry_after_s"), number(details, "retry_after"))
-            self._again(call, max(min(wait, BACKOFF_MAX_S), self._backoff(call.tries)))
+            delay_s = max(min(wait, BACKOFF.max_s), self._backoff(call.tries))
+            self._again(call, delay_s, rotate=False)
             return
-        hinted = self._links.hinted(details) if code == "not_leader" else None
+        hinted = self.links.hinted(details) if code == "not_leader" else None
         route = self.ranges.find(call.key)
         if route is None or hinted is None:
             self._again(call, self._backoff(call.tries))
@@ -495,7 +496,7 @@ class Router:
         self._refreshing = False
         self.cluster = directory.cluster or self.cluster
         self.ranges.update(directory.ranges)
-        self._links.learn(directory.addresses)
+        self.links.learn(directory.addresses)
 
     def _again(self, call: Call, delay_s: float | None, *, rotate: bool = True) -> None:
         """Try once more, after `delay_s` (None: the usual back-off), at the next replica if `rotate`."""
@@ -507,8 +508,7 @@ class Router:
         if rotate and call.link is not None:
             route = self.ranges.find(call.key)
             if route is not None and route.leader == call.link.node:
-                if not isinstance(call.failure, Throttled):
-                    route.leader = route.after(route.leader)
+                route.leader = route.after(route.leader)
         call.link = None
         call.tries += 1
         if call.tries % 4 == 0:
@@ -530,15 +530,6 @@ class Router:
         elif call.on_reply is not None:
             call.on_reply(answer)
 
-    def _expire(self, call: Call) -> None:
-        if isinstance(call.failure, _SAID_BY_SERVER) or (
-            call.failure is not None and not call.failure.retryable
-        ):
-            self._finish(call, call.failure)
-        else:
-            reason = f": {call.failure.message}" if call.failure is not None else ""
-            self._finish(call, DeadlineExceeded(f"the call's time ran out{reason}"))
-
     # --- time -------------------------------------------------------------------------------------
 
     def ask_for_directory(self, now: float) -> None:
@@ -557,8 +548,7 @@ class Router:
             self._refreshing = False
 
     def _backoff(self, tries: int) -> float:
-        longest = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * (1 << min(tries, 10)))
-        return longest * (0.5 + 0.5 * self._random())
+        return BACKOFF.pause_s(tries, self._rng)
 
     def _park(self, call: Call, until: float) -> None:
         when = min(until, call.deadline)
@@ -589,7 +579,7 @@ class Router:
         """Look at every pending call: silent ones go to another replica, late ones end."""
         soonest = float("inf")
         overdue: list[Call] = []
-        for link in self._links:
+        for link in self.links:
             for call in link.pending.values():
                 if call.expires <= now:
                     overdue.append(call)
@@ -599,8 +589,9 @@ class Router:
         for call in overdue:
             if call.link is not None:
                 call.link.pending.pop(call.id, None)
+            call.silences += 1
             if now >= call.deadline:
-                self._expire(call)
+                self._finish(call, call.overdue())
             else:
                 self._again(call, 0.0)
 
@@ -608,7 +599,3 @@ class Router:
         task: asyncio.Task[None] = self._loop.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
-
-
-def _ignore(_error: Exception | None) -> None:
-    pass

@@ -194,6 +194,7 @@ class FakeCluster:
         self.requests: list[tuple[int, Request]] = []
         self.messages: list[tuple[int, list[Request]]] = []  # one for each message that arrived
         self.faults: list[list[Any]] = []  # [Fault, times left]
+        self.also: list[Reply] = []  # sent with the next answers
         self.page_rows_max = 1_000
         self.read_values_max = 1_000
         self.set_ranges(*splits)
@@ -284,6 +285,10 @@ class FakeCluster:
         for node in self.nodes:
             await self.network.serve(f"n{node}:1", self._attend(node))
 
+    async def settled(self) -> None:
+        """Everything that has been sent has arrived."""
+        await asyncio.sleep(0.001)
+
     def stop_node(self, node: int) -> None:
         self.network.listeners.pop(f"n{node}:1", None)
         self.network.cut()
@@ -309,6 +314,8 @@ class FakeCluster:
             reply = self._answer(node, request)
             if reply is not None:
                 replies.append(reply)
+        replies += self.also
+        self.also = []
         if replies:
             assert stream.send(b"\x03" + _encode(replies))
 
