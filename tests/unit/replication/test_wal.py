@@ -329,3 +329,12 @@ def test_the_format_does_not_change_unnoticed():
     assert struct.unpack_from("<I", data, 64 + 44)[0] == crc32c(data[64:108], 1)
     assert data[64 + 96 : 64 + 100] == b"data"
     assert not any(data[length:])
+
+
+def test_only_segments_beyond_the_limit_make_a_group_pinned():
+    node = Node()  # with segments_max 2
+    for group in (1, 2, 3):
+        node.append(group, entry(1))
+        node.wal.rotate()
+        node.commit()
+        assert node.wal.pinned() == ([1] if group == 3 else [])

@@ -477,3 +477,31 @@ def test_a_crash_within_recovery_changes_nothing(seed):
 def test_an_empty_disk_is_an_empty_log():
     wal, logs = Wal.recover(SimDisk())
     assert (wal.segments, logs, wal.bytes_live) == ([], {}, 0)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_lost_record_header_leaves_the_other_records_of_its_batch(lost):
+    node = Node()
+    for group in (1, 2, 3):
+        node.append(group, entry(1, data=b"body of %d" % group))
+    batch = node.commit()
+    node.mark()
+    node.mark()
+    node.disk.flip(batch.segment, BATCH_HEADER_BYTES + lost * RECORD_HEADER_BYTES + 5)
+    _, logs = Wal.recover(node.disk)
+    whole = [group for group, log in logs.items() if log.entries and not log.faulty]
+    assert whole == [group for group in (1, 2, 3) if group != lost + 1]
+    assert all(logs[group].entries[0].data == b"body of %d" % group for group in whole)
+
+
+def test_between_two_lost_record_headers_a_body_is_a_fault_of_its_group():
+    node = Node()
+    for group in (1, 2, 3):
+        node.append(group, entry(1))
+    batch = node.commit()
+    node.mark()
+    node.mark()
+    for lost in (0, 2):
+        node.disk.flip(batch.segment, BATCH_HEADER_BYTES + lost * RECORD_HEADER_BYTES + 5)
+    _, logs = Wal.recover(node.disk)
+    assert [(fault.group, fault.index, fault.term) for fault in logs[2].faulty] == [(2, 1, 1)]
