@@ -11,6 +11,7 @@ import pytest
 from replication.messages import (
     AppendRequest,
     AppendResponse,
+    Heartbeat,
     VoteRequest,
     VoteResponse,
 )
@@ -333,3 +334,31 @@ def test_a_leader_never_overwrites_or_deletes_entries_of_its_log():
     with pytest.raises(AssertionError, match="I1"):
         replica.append(replica.raft.term, (0, 0), 1)
     assert replica.terms == [1, 1, 2]
+
+
+# ---------------------------------------------------------------- durability (pitfall 14)
+
+
+def test_an_old_write_does_not_vouch_for_an_entry_that_was_replaced_and_came_back():
+    """Three leaders: the third brings back what the second had replaced. A crash now may leave what the second wrote."""
+    replica = Replica()
+    tokens = []
+    for term, entry_term in ((1, 1), (2, 2), (3, 1)):
+        entry = Entry(1, entry_term, 0, b"")
+        replica.raft.step(AppendRequest(GROUP, 1, 2, term, 0, 0, [entry], 0, 1), 0.0)
+        tokens.append(replica.raft.ready().token)
+    assert replica.terms == [1]
+    for token in tokens[:2]:
+        assert token is not None
+        replica.raft.persisted(token)
+        assert replica.raft.durable_index == 0
+    assert tokens[2] is not None
+    replica.raft.persisted(tokens[2])
+    assert replica.raft.durable_index == 1
+
+
+def test_an_answer_that_waited_for_the_disk_is_dropped_when_its_term_is_over():
+    replica = Replica()
+    replica.raft.step(AppendRequest(GROUP, 1, 2, 1, 0, 0, [Entry(1, 1, 0, b"")], 0, 1), 0.0)
+    replica.raft.step(Heartbeat(GROUP, 1, 3, 2, 0, 1), 0.0)
+    assert not of(AppendResponse, replica.work())
