@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import heapq
 import random
 import threading
+from asyncio import events
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, Final, TypeVar, TypeVarTuple
+
+from kvstore.sim.process import (
+    Process,
+    ProcessHandle,
+    ProcessTimerHandle,
+    bury,
+    process_of,
+)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -73,7 +83,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._created = 0
         self._running: dict[
             int, asyncio.Task[Any]
-        ] = {}  # tasks that have not ended, in order of creation
+        ] = {}  # tasks of the world that have not ended, in order of creation
+        self._processes: dict[int, Process] = {}  # that ever had a task
         self._thread = threading.get_ident()
 
     def time(self) -> float:
@@ -102,10 +113,60 @@ class SimLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[Any]:
         number = self._created = self._created + 1
+        process = process_of(context)
         task = super().create_task(coro, name=name or f"task-{number}", context=context)
-        self._running[number] = task
-        task.add_done_callback(lambda _: self._running.pop(number, None))
+        running = self._running if process is None else process.tasks
+        if process is not None:
+            self._processes[id(process)] = process
+        running[number] = task
+        task.add_done_callback(lambda _: running.pop(number, None))
         return task
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._check_closed()  # type: ignore[attr-defined]
+        process = process_of(context)
+        if process is None:
+            handle = events.Handle(callback, args, self, context)
+        else:
+            handle = ProcessHandle(process, callback, args, self, context)
+            if process.dead:
+                return handle
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        self._check_closed()  # type: ignore[attr-defined]
+        process = process_of(context)
+        if process is None:
+            timer = events.TimerHandle(when, callback, args, self, context)
+        else:
+            timer = ProcessTimerHandle(process, when, callback, args, self, context)
+            if process.dead:
+                return timer
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001  # as asyncio does
+        return timer
+
+    def resume(self, process: Process) -> None:
+        """Let a paused process go on: first what has become due meanwhile, in order."""
+        self._ready.extend(process.resume())  # type: ignore[attr-defined]
+
+    def bury(self) -> None:
+        """At the very end: kill every process and take its tasks away. Nothing of them runs."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            for task in list(process.tasks.values()):
+                bury(task)
+            process.tasks.clear()
 
     def running(self) -> list[asyncio.Task[Any]]:
         """Tasks that have not ended, in order of creation."""
@@ -165,7 +226,8 @@ def run(
 ) -> T:
     """Run `main(loop)` to its end under a loop of its own and return what it returns.
 
-    Tasks that are left over are cancelled in the order of their creation, and run to their end.
+    Processes are killed. Tasks of the world that are left over are cancelled in the order of their creation, and run to
+    their end.
     Raises: SimDeadlock, SimTimeout, and whatever `main` raises.
     """
     loop = SimLoop(random.Random(f"{seed}/loop"), time_limit_s=time_limit_s)
@@ -182,6 +244,7 @@ def run(
 
 
 def _cancel_all(loop: SimLoop) -> None:
+    loop.bury()
     left = loop.running()
     for task in left:
         task.cancel()

@@ -13,6 +13,7 @@ equal fingerprints.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import struct
 from collections import deque
@@ -23,6 +24,7 @@ from crc32c import crc32c
 
 from kvstore.errors import KVError, PipeClosed
 from kvstore.ports import FramePipe
+from kvstore.sim.process import PROCESS
 from replication.errors import FrameError
 
 FIRST_PORT: Final = 40_000
@@ -59,6 +61,8 @@ class SimNetwork:
         self._pipes: dict[int, SimPipe] = {}  # ends that are not closed, by number
         self._number = 0
         self._port = FIRST_PORT
+        self.context = contextvars.copy_context()  # frames on their way are nobody's process
+        self.context.run(PROCESS.set, None)
 
     def host(self, name: str) -> SimHost:
         """The network as one host sees it. After `crash` a new one of the same name may be made."""
@@ -199,6 +203,7 @@ class SimHost:
         self._network = network
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._served = 0
+        self._context = contextvars.copy_context()  # of the process that listens
 
     async def dial(self, address: str, path: str, timeout_s: float) -> SimPipe:
         network = self._network
@@ -212,6 +217,7 @@ class SimHost:
 
     async def serve(self, address: str, on_pipe: OnPipe) -> str:
         """Raises: OSError: somebody listens there already."""
+        self._context = contextvars.copy_context()
         return self._network.listen(self, address, on_pipe)
 
     async def close(self) -> None:
@@ -272,7 +278,7 @@ class SimHost:
             finally:
                 pipe.abort()
 
-        task = asyncio.get_running_loop().create_task(attended())
+        task = asyncio.get_running_loop().create_task(attended(), context=self._context.copy())
         self._tasks[number] = task
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
@@ -470,7 +476,9 @@ class _Direction:
             blocked = self._network.blocked_until(self.source, self.target)
             at = max(self._flight[0][0], blocked)
             if at != FOREVER:
-                self._timer = self._loop.call_at(at, self._arrive)
+                self._timer = self._loop.call_at(
+                    at, self._arrive, context=self._network.context
+                )
 
     def _arrive(self) -> None:
         self._timer = None

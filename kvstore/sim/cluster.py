@@ -1,0 +1,302 @@
+"""A whole cluster in one process under virtual time: the product's own nodes and clients on simulated machines.
+
+`SimCluster` is driven from the world (no process): it starts nodes, crashes, pauses and restarts them, and gives out
+clients, each a process and a host of its own. Nodes are named n1, n2, ...; clients by their user.
+A node whose host gives up because its disk failed (as it was told to) counts as crashed; any other fatal error, and any
+exception that nobody handled, is kept in `problems`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from kvstore.bootstrap import InitRequest, mint_cluster_id, plan
+from kvstore.client import Database
+from kvstore.config import (
+    LogSection,
+    NodeConfig,
+)
+from kvstore.errors import KVError
+from kvstore.identity import Identity
+from kvstore.node import Node
+from kvstore.sim.adapters import WALL_EPOCH_S, Machine, SimAdapters, SimClock
+from kvstore.sim.loop import SimLoop
+from kvstore.sim.network import SimNetwork
+from kvstore.sim.process import Killed, Process, ProcessDied, outside
+from kvstore.sim.trace import Trace
+from replication.errors import LogWriteFailed
+
+PORT: Final = 7400
+SPLITS: Final = (b"h", b"p")
+SEGMENT_BYTES: Final = 256 * 1024
+START_S: Final = 30.0
+
+
+class TracedNetwork(SimNetwork):
+    """Every frame that arrives is in the trace."""
+
+    trace: Trace
+
+    def delivered(self, at: float, number: int, frame: bytes) -> None:
+        super().delivered(at, number, frame)
+        self.trace.note("frame", number, len(frame), self.fingerprint)
+
+
+class SimNode(Node):
+    """A node that tells when its parts are there, before they run."""
+
+    on_open: Callable[[SimNode], None]
+
+    async def _open(self, found: Identity) -> None:
+        await super()._open(found)
+        self.on_open(self)
+
+
+class Server:
+    """One node: its machine, and its process while there is one."""
+
+    def __init__(self, number: int, machine: Machine) -> None:
+        self.number = number
+        self.name = machine.name
+        self.machine = machine
+        self.address = f"{machine.name}:{PORT}"
+        self.process: Process | None = None
+        self.node: SimNode | None = None
+        self.failures_expected = 0  # of the disk, told by the faults
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and not self.process.dead
+
+
+class Client:
+    """A client on a host of its own. `dead` after its crash."""
+
+    def __init__(self, name: str, process: Process, database: Database) -> None:
+        self.name = name
+        self.process = process
+        self.database = database
+
+    @property
+    def dead(self) -> bool:
+        return self.process.dead
+
+
+class SimCluster:
+    """Args: seed: of every draw. config: for every node; logs are small unless it says more. on_open: sees every
+    node's parts before they run (checks of invariants, planted bugs)."""
+
+    def __init__(
+        self,
+        seed: str,
+        *,
+        nodes: int = 3,
+        splits: Sequence[bytes] = SPLITS,
+        config: NodeConfig | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self.seed = seed
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        self.loop = loop
+        self.trace = trace or Trace(loop)
+        self.rng = random.Random(f"{seed}/cluster")
+        self.network = TracedNetwork(random.Random(f"{seed}/network"))
+        self.network.trace = self.trace
+        self.config = config or small_logs(NodeConfig())
+        self.problems: list[str] = []
+        self.on_open: list[Callable[[Server], None]] = []
+        self.on_crash: list[Callable[[Server], None]] = []
+        self.splits = tuple(splits)
+        self.servers: dict[str, Server] = {}
+        self.clients: dict[str, Client] = {}
+        self._clients_made = 0
+        loop.set_exception_handler(self._unhandled)
+        for number in range(1, nodes + 1):
+            name = f"n{number}"
+            machine = Machine(name, random.Random(f"{seed}/{name}"), self.trace)
+            self.servers[name] = Server(number, machine)
+
+    # -- life
+
+    async def start(self) -> None:
+        """Boot every machine and make them one cluster."""
+        for server in self.servers.values():
+            await self._boot(server)
+        addresses = [server.address for server in self.servers.values()]
+        bits = self.rng.getrandbits(48)
+        cluster_id = mint_cluster_id(int(WALL_EPOCH_S * 1000), bits, addresses, self.splits)
+        for request in plan(cluster_id, addresses, self.splits):
+            await self._initialize(self.servers[f"n{request.your_node_id}"], request)
+
+    async def _initialize(self, server: Server, request: InitRequest) -> None:
+        assert server.process is not None
+        assert server.node is not None
+        await server.process.call(server.node.initialize(request))
+
+    async def _boot(self, server: Server) -> None:
+        assert not server.running
+        machine = server.machine
+        machine.boot()
+        process = server.process = Process(server.name)
+        adapters = SimAdapters(machine, self.network, self.seed)
+
+        async def started() -> SimNode:
+            node = SimNode("data", server.address, "", self.config, adapters)
+            node.on_open = lambda _node: self._opened(server)
+            server.node = node
+            node.fatal.add_done_callback(lambda fatal: self._fatal(server, process, fatal))
+            await node.start()
+            return node
+
+        try:
+            await process.call(started())
+        except ProcessDied:
+            pass  # it was killed while it started
+
+    def _opened(self, server: Server) -> None:
+        for look in self.on_open:
+            look(server)
+
+    async def restart(self, name: str) -> None:
+        """Boot a machine whose process is dead."""
+        server = self.servers[name]
+        if server.running:
+            return
+        self.trace.note("restart", name)
+        try:
+            await self._boot(server)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a restart must not fail
+            self.problem(f"{name} does not start: {error!r}", error)
+
+    # -- faults
+
+    def crash(self, name: str, *, power: bool = True) -> None:
+        """The process is gone, at this instant. `power`: the machine with it, and what was not synced is lost."""
+        server = self.servers[name]
+        process = server.process
+        if process is None or process.dead:
+            return
+        for look in self.on_crash:
+            look(server)
+        process.kill()
+        outside(self.network.crash, name)
+        lost = server.machine.lose_process(power=power)
+        server.node = None
+        server.failures_expected = 0
+        self.trace.note("crash", name, power, lost)
+
+    def crash_within(self, name: str, *, power: bool = True) -> None:
+        """The same, from within a call of that very process (see Machine.io)."""
+        self.crash(name, power=power)
+        raise Killed(name)
+
+    def pause(self, name: str) -> None:
+        process = self._process(name)
+        if process is not None and not process.dead:
+            self.trace.note("pause", name)
+            process.pause()
+
+    def resume(self, name: str) -> None:
+        process = self._process(name)
+        if process is not None and process.paused:
+            self.trace.note("resume", name)
+            self.loop.resume(process)
+
+    def _process(self, name: str) -> Process | None:
+        server = self.servers.get(name)
+        return server.process if server is not None else self.clients[name].process
+
+    def running(self) -> list[Server]:
+        return [server for server in self.servers.values() if server.running]
+
+    def leader_of(self, group: int) -> Server | None:
+        """The running node that leads a range in the highest term, if any."""
+        best: tuple[int, Server] | None = None
+        for server in self.running():
+            node = server.node
+            if node is None or node.host is None or group not in node.host.groups():
+                continue
+            raft = node.host.raft(group)
+            if raft.is_leader and (best is None or raft.term > best[0]):
+                best = (raft.term, server)
+        return best[1] if best else None
+
+    # -- clients
+
+    async def client(self, name: str, timeout_s: float = 5.0) -> Client:
+        """A new client process; its database is started, or tries to (each call then fails until it is)."""
+        self._clients_made += 1
+        unique = f"{name}.{self._clients_made}"
+        process = Process(unique)
+        machine = Machine(unique, random.Random(f"{self.seed}/{unique}"), self.trace)
+        machine.boot()
+        host = self.network.host(unique)
+
+        async def started() -> Database:
+            addresses = [server.address for server in self.servers.values()]
+            database = Database(
+                host,
+                addresses,
+                SimClock(machine),
+                random.Random(f"{self.seed}/{unique}/ids"),
+                timeout_s,
+            )
+            while True:
+                try:
+                    await database.start()
+                except KVError:
+                    await asyncio.sleep(0.1)
+                    continue
+                return database
+
+        database = await process.call(started())
+        client = self.clients[unique] = Client(unique, process, database)
+        return client
+
+    def crash_client(self, name: str) -> None:
+        client = self.clients[name]
+        if not client.dead:
+            self.trace.note("crash", name)
+            client.process.kill()
+            outside(self.network.crash, name)
+
+    # -- what goes wrong by itself
+
+    def problem(self, text: str, error: BaseException | None = None) -> None:
+        """Something that must not be. The run goes on; its result will say so."""
+        import traceback
+
+        if error is not None:
+            text += "\n" + "".join(traceback.format_exception(error))
+        self.problems.append(f"at {self.loop.time():.6f}: {text}")
+        self.trace.note("problem", text.partition("\n")[0])
+
+    def _fatal(self, server: Server, process: Process, fatal: asyncio.Future[None]) -> None:
+        error = fatal.exception()
+        outside(self._give_up, server, process, error)
+
+    def _give_up(self, server: Server, process: Process, error: BaseException | None) -> None:
+        if isinstance(error, LogWriteFailed) and server.failures_expected > 0:
+            server.failures_expected -= 1
+        elif not process.dead:
+            self.problem(f"{server.name} failed: {error!r}", error)
+        if server.process is process:
+            self.crash(server.name, power=False)
+
+    def _unhandled(self, _loop: Any, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Killed):
+            return
+        outside(self.problem, f"unhandled: {context.get('message')}: {error!r}", error)
+
+
+def small_logs(config: NodeConfig) -> NodeConfig:
+    """Segments of a size that a simulation of seconds fills."""
+    log: LogSection = msgspec.structs.replace(config.log, segment_bytes=SEGMENT_BYTES)
+    return msgspec.structs.replace(config, log=log)

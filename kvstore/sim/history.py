@@ -1,0 +1,59 @@
+"""What clients saw: operations with their order of beginning and end. Checkers judge it (tools/checkers.py)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+FOREVER: Final = 1 << 62
+
+
+class Outcome(enum.Enum):
+    OK = "ok"  # it happened, between begin and end
+    FAILED = "failed"  # it did not happen, and never will
+    UNKNOWN = "unknown"  # it may have happened, or happen at any time after its begin
+
+
+@dataclass
+class RegisterOp:
+    """One operation on one key. `kind`: put, get, cas (expected -> value), delete (a put of None)."""
+
+    client: str
+    kind: str
+    key: bytes
+    begin: int
+    value: bytes | None = None  # written; or read, once it ended
+    expected: bytes | None = None  # of a cas
+    swapped: bool = True  # a cas found what it expected
+    version: int = 0  # of the commit, or of what was read; 0: not known
+    end: int = FOREVER
+    outcome: Outcome = Outcome.UNKNOWN
+
+
+@dataclass
+class TxnOp:
+    """One transaction over any keys: what it read before its writes, and what it wrote. Values None: no such key."""
+
+    client: str
+    name: bytes
+    begin: int
+    reads: dict[bytes, bytes | None] = field(default_factory=dict)
+    writes: dict[bytes, bytes | None] = field(default_factory=dict)
+    version: int = 0  # of the commit; of the snapshot, for one that only reads; 0: not known
+    end: int = FOREVER
+    outcome: Outcome = Outcome.UNKNOWN
+    error: str = ""
+
+
+class History:
+    """Numbers instants in the order in which they happen, and keeps every operation."""
+
+    def __init__(self) -> None:
+        self.registers: list[RegisterOp] = []
+        self.transactions: list[TxnOp] = []
+        self._now = 0
+
+    def tick(self) -> int:
+        self._now += 1
+        return self._now

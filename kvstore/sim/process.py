@@ -1,0 +1,147 @@
+"""Processes of the simulated world: tasks and timers that live, stop and die together.
+
+Every callback belongs to the process in whose context it was scheduled (asyncio hands contexts on by itself), or to
+none: then it is the world's. A paused process runs no callback; they wait, in order, until it is resumed, while time
+goes on. A dead one never runs another: no `finally`, no `except` of its tasks is executed, as under SIGKILL. Its tasks
+are kept until the loop ends, since collecting a coroutine would run its cleanup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from asyncio import events
+from collections.abc import Callable, Coroutine
+from contextvars import Context, ContextVar
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+CLOSE_ATTEMPTS: Final = 100  # a coroutine may await in its cleanup, again and again
+
+
+class Killed(BaseException):
+    """The process died within this call: unwind, and run nothing more. Not an Exception, so that nobody handles it."""
+
+
+class ProcessDied(RuntimeError):
+    """What the world waited for will never come: its process is dead."""
+
+
+class Process:
+    """One process. Args: name: for people."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dead = False
+        self.paused = False
+        self.parked: list[events.Handle] = []
+        self.tasks: dict[int, asyncio.Task[Any]] = {}  # that have not ended, by number
+        self._deaths: dict[int, asyncio.Future[None]] = {}
+        self._context = contextvars.copy_context()
+        self._context.run(PROCESS.set, self)
+
+    def context(self) -> Context:
+        """For callbacks and tasks that the world gives to this process."""
+        return self._context.copy()
+
+    def spawn(self, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        return asyncio.get_running_loop().create_task(coro, context=self.context())
+
+    async def call(self, coro: Coroutine[Any, Any, T]) -> T:
+        """Run it in the process and wait, from outside. Raises ProcessDied: then it has not ended, and never will."""
+        task = self.spawn(coro)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deaths[id(ended)] = ended
+        task.add_done_callback(lambda _: ended.done() or ended.set_result(None))
+        await ended
+        self._deaths.pop(id(ended), None)
+        if not task.done():
+            raise ProcessDied(self.name)
+        return task.result()
+
+    def kill(self) -> None:
+        """At once. May be called from within the process: raise Killed then."""
+        if self.dead:
+            return
+        self.dead = True
+        self.parked.clear()
+        for ended in self._deaths.values():
+            if not ended.done():
+                ended.set_result(None)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> list[events.Handle]:
+        """Returns what waits to run; the loop runs it (`SimLoop.resume`)."""
+        self.paused = False
+        parked, self.parked = self.parked, []
+        return parked
+
+
+PROCESS: ContextVar[Process | None] = ContextVar("process", default=None)
+
+
+def process_of(context: Context | None) -> Process | None:
+    """Whose a callback is that is scheduled with this context (None: the current one)."""
+    return PROCESS.get() if context is None else context.get(PROCESS)
+
+
+def outside(function: Callable[..., T], *args: Any) -> T:
+    """Call it as the world, from wherever."""
+    context = contextvars.copy_context()
+    context.run(PROCESS.set, None)
+    return context.run(function, *args)
+
+
+class ProcessHandle(events.Handle):
+    """A callback of a process."""
+
+    __slots__ = ("_process",)
+
+    def __init__(
+        self, process: Process, callback: Any, args: Any, loop: Any, context: Context | None
+    ) -> None:
+        super().__init__(callback, args, loop, context)
+        self._process = process
+
+    def _run(self) -> None:
+        process = self._process
+        if process.paused:
+            process.parked.append(self)
+        elif not process.dead:
+            super()._run()  # type: ignore[misc]  # asyncio's own, not in its stubs
+
+
+class ProcessTimerHandle(events.TimerHandle):
+    """A timer of a process."""
+
+    __slots__ = ("_process",)
+
+    def __init__(
+        self, process: Process, when: float, callback: Any, args: Any, loop: Any, context: Any
+    ) -> None:
+        super().__init__(when, callback, args, loop, context)
+        self._process = process
+
+    def _run(self) -> None:
+        process = self._process
+        if process.paused:
+            process.parked.append(self)
+        elif not process.dead:
+            super()._run()  # type: ignore[misc]  # asyncio's own, not in its stubs
+
+
+def bury(task: asyncio.Task[Any]) -> None:
+    """End a task of a dead process, when its world is over: whatever its cleanup does comes to nothing."""
+    if task.done():
+        return
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001  # the only way to say so
+    coro: Any = task.get_coro()
+    for _ in range(CLOSE_ATTEMPTS):
+        try:
+            coro.close()
+        except BaseException:  # noqa: BLE001, S112  # it goes on cleaning up
+            continue
+        return

@@ -1,0 +1,276 @@
+"""One seed: a cluster, clients, a nemesis, and afterwards peace, in which everything must come to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Final, TextIO
+
+import msgspec
+import structlog
+
+from kvstore.config import LogSection, NodeConfig, TxnSection
+from kvstore.errors import KVError
+from kvstore.sim import loop as simulated
+from kvstore.sim.cluster import Server, SimCluster, small_logs
+from kvstore.sim.faults import Nemesis
+from kvstore.sim.history import History
+from kvstore.sim.observers import Observers
+from kvstore.sim.trace import Trace
+from kvstore.sim.workloads import ACCOUNTS, CELLS, REGISTERS, Workload, read_markers
+from kvstore.snapshots import spans_of
+from txn.state import RangeRow
+
+PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
+LIMIT_S: Final = 600.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a seed does not draw. `plant`: sees every node's parts before they run (planted bugs)."""
+
+    seconds: float = 20.0
+    clients: int = 4
+    ops: int = 50  # of each client
+    faults: bool = True
+    nodes: int = 3
+    kinds: tuple[str, ...] = ()  # only these kinds of faults; all that the seed draws if empty
+    plant: Callable[[SimCluster, Server], None] | None = None
+
+
+@dataclass
+class Result:
+    """What a run found. `problems` empty: nothing is wrong so far; the histories are still to be judged."""
+
+    seed: int
+    problems: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    initial: dict[bytes, bytes | None] = field(default_factory=dict)
+    final: dict[bytes, bytes | None] | None = None
+    markers: dict[bytes, int] | None = None
+    seconds: float = 0.0
+    operations: int = 0
+    unknown: int = 0
+    failed: int = 0
+    entries: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -> Result:
+    """Play one seed. Never raises for what the product does: problems are in the result."""
+    chosen = options or Options()
+    result = Result(seed)
+
+    async def play(loop: simulated.SimLoop) -> None:
+        await _Scenario(loop, seed, chosen, result, sink).play()
+
+    with _silence():
+        try:
+            simulated.run(play, seed, time_limit_s=LIMIT_S)
+        except simulated.SimError as error:
+            result.problems.append(f"{type(error).__name__}: {error}")
+    return result
+
+
+class _Scenario:
+    def __init__(
+        self,
+        loop: simulated.SimLoop,
+        seed: int,
+        options: Options,
+        result: Result,
+        sink: TextIO | None,
+    ) -> None:
+        self._loop, self._options, self._result = loop, options, result
+        rng = self._rng = random.Random(f"{seed}/scenario")
+        self._trace = Trace(loop, sink)
+        self._cluster = cluster = SimCluster(
+            str(seed), nodes=options.nodes, config=draw_config(rng), trace=self._trace
+        )
+        network = cluster.network
+        network.delay_s = rng.choice(((0.000_1, 0.001), (0.000_5, 0.005), (0.005, 0.05)))
+        for server in cluster.servers.values():
+            server.machine.drift(1.0 + rng.uniform(-0.04, 0.04))
+        self._observers = Observers(cluster)
+        self._tail_bytes = rng.choice((2_000, 100_000, 16 << 20))
+        cluster.on_open.append(self._opened)
+        self._workload = Workload(
+            cluster,
+            rng,
+            clients=options.clients,
+            ops=options.ops,
+            pause_s=options.seconds / options.ops / 2,
+            timeout_s=rng.choice((1.0, 3.0, 5.0)),
+        )
+        self._nemesis = Nemesis(cluster, rng, self._workload.victims, self._workload.crashed)
+        if options.kinds:
+            self._nemesis.only(options.kinds)
+
+    def _opened(self, server: Server) -> None:
+        assert server.node is not None
+        assert server.node.host is not None
+        host = server.node.host
+        host.limits = replace(host.limits, log_tail_bytes_max=self._tail_bytes)
+        if self._options.plant is not None:
+            self._options.plant(self._cluster, server)
+
+    async def play(self) -> None:
+        result, cluster = self._result, self._cluster
+        began = self._loop.time()
+        with self._observers.watching_outcomes():
+            watch = self._loop.create_task(self._observers.watch())
+            try:
+                await cluster.start()
+                await self._workload.prepare()
+                self._workload.begin()
+                if self._options.faults:
+                    await self._nemesis.run(self._options.seconds)
+                await self._nemesis.heal()
+                await self._peace()
+            finally:
+                watch.cancel()
+                result.problems += cluster.problems
+                result.history, result.initial = self._workload.history, self._workload.initial
+                result.operations = self._workload.done
+                result.unknown, result.failed = self._workload.unknown, self._workload.failed
+                result.faults = self._nemesis.counts
+                result.seconds = self._loop.time() - began
+                result.entries = self._observers.entries
+                self._trace.note("end", cluster.network.fingerprint)
+                result.digest = self._trace.digest()
+
+    # -- peace
+
+    async def _peace(self) -> None:
+        """Liveness: every client ends, a new one reads all, nothing stays undecided, replicas are equal."""
+        if not await self._until(lambda: self._workload.finished, "the clients do not finish"):
+            return
+        reader = await self._cluster.client("reader", 20.0)
+
+        async def read_all() -> None:
+            database = reader.database
+            self._result.markers = await read_markers(database, self._workload.history)
+            keys = [*ACCOUNTS, *CELLS, *REGISTERS]
+            found = await database.get_many(keys, timeout=20.0)
+            self._result.final = {key: found.get(key) for key in (*ACCOUNTS, *CELLS)}
+
+        try:
+            await reader.process.call(read_all())
+        except KVError as error:
+            self._cluster.problem(f"in peace, a read fails: {error!r}", error)
+            return
+        if await self._until(self._decided, "transactions stay undecided"):
+            await self._until(self._level, "replicas do not reach one applied index")
+            self._compare()
+        self._count()
+
+    async def _until(self, holds: Callable[[], bool], what: str) -> bool:
+        until = self._loop.time() + PEACE_S
+        while not holds():
+            if self._loop.time() > until:
+                self._cluster.problem(f"after {PEACE_S:g} s of peace {what}: {self._picture()}")
+                return False
+            await asyncio.sleep(0.1)
+        return True
+
+    def _picture(self) -> str:
+        lines = []
+        for server in self._cluster.servers.values():
+            if server.node is None or not server.running:
+                lines.append(f"{server.name} is down")
+                continue
+            status = server.node.status()
+            ranges = [
+                (each["id"], each["role"], each["term"], each["commit"], each["applied"])
+                for each in status["ranges"]
+            ]
+            lines.append(f"{server.name} {status.get('transactions')} {ranges}")
+        return "; ".join(lines)
+
+    def _decided(self) -> bool:
+        for server in self._cluster.servers.values():
+            if not server.running or server.node is None or server.node.store is None:
+                return False
+            if any(server.node.status()["transactions"].values()):
+                return False
+        return True
+
+    def _level(self) -> bool:
+        applied: dict[int, tuple[int, int]] = {}
+        for server in self._cluster.servers.values():
+            assert server.node is not None
+            assert server.node.store is not None
+            for number, replica in server.node.store.replicas.items():
+                if applied.setdefault(number, replica.applied) != replica.applied:
+                    return False
+        return True
+
+    def _compare(self) -> None:
+        """All rows of a range are equal on all replicas."""
+        states: dict[int, tuple[str, list[tuple[bytes, bytes]]]] = {}
+        for server in self._cluster.servers.values():
+            assert server.node is not None
+            assert server.node.store is not None
+            for number, replica in server.node.store.replicas.items():
+                rows = rows_of(server, replica.state.row)
+                name, others = states.setdefault(number, (server.name, rows))
+                if rows != others:
+                    differing = sorted(set(rows) ^ set(others))[:4]
+                    self._cluster.problem(
+                        f"range {number} of {name} and {server.name} differ: {differing}"
+                    )
+
+    def _count(self) -> None:
+        """Figures that show whether a run went where it should."""
+        counters = self._result.counters
+        for server in self._cluster.servers.values():
+            if server.node is not None and server.node.host is not None:
+                for name, value in server.node.host.stats().items():
+                    if isinstance(value, (int, float)):
+                        counters[name] = counters.get(name, 0) + value
+
+
+def rows_of(server: Server, row: RangeRow) -> list[tuple[bytes, bytes]]:
+    assert server.node is not None
+    engine = server.node.engine
+    assert engine is not None
+    rows: list[tuple[bytes, bytes]] = []
+    for start, end in spans_of(row):
+        rows += list(engine.scan(start, end))
+    return rows
+
+
+def draw_config(rng: random.Random) -> NodeConfig:
+    config = small_logs(NodeConfig())
+    log: LogSection = msgspec.structs.replace(
+        config.log,
+        sync_mode=rng.choice(("inline", "thread", "auto")),
+        flush_interval_s=rng.choice((0.5, 2.0, 60.0)),
+        segment_bytes=rng.choice((64, 256, 1024)) * 1024,
+    )
+    txn: TxnSection = msgspec.structs.replace(
+        config.txn,
+        conflict_wait_s=rng.choice((0.0, 0.05, 0.5)),
+        anchor_timer_s=rng.choice((0.3, 1.0)),
+        orphan_timer_s=rng.choice((1.1, 2.0)),
+        oracle_window_s=rng.choice((0.3, 3.0)),
+    )
+    return msgspec.structs.replace(config, log=log, txn=txn)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nodes log to nobody."""
+    before = structlog.get_config()
+    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
+    structlog.configure(wrapper_class=quiet)
+    try:
+        yield
+    finally:
+        structlog.configure(**before)

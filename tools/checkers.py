@@ -1,0 +1,262 @@
+"""Judges of recorded histories. Each returns what is wrong, in words; an empty list means nothing was found.
+
+`linearizable` decides whether the operations on one register can be put into one order that respects real time (Wing
+and Gong 1993, with Lowe's memo of configurations, as Porcupine does). It needs no versions, and may take long.
+`check_versions` uses the commit versions that the store tells: quick and exact as far as it goes.
+`check_transactions` replays transactions in the order of their versions: every read must be what the replay has, and
+the order must respect real time (strict serializability; complete, O(n log n)).
+Unknown operations may have happened at any time after their begin, or never; failed ones never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from kvstore.sim.history import FOREVER, Outcome, RegisterOp, TxnOp
+
+CONFIGURATIONS_MAX: Final = 2_000_000
+MISTAKES_MAX: Final = 20
+
+
+class CheckTooLong(RuntimeError):
+    """The search was given up; nothing is known."""
+
+
+# ---------------------------------------------------------------- registers
+
+
+def check_registers(ops: Iterable[RegisterOp]) -> list[str]:
+    """Both checks, for every key."""
+    by_key: dict[bytes, list[RegisterOp]] = {}
+    every = list(ops)
+    for op in every:
+        by_key.setdefault(op.key, []).append(op)
+    wrong = check_write_order(every)
+    for key, mine in sorted(by_key.items()):
+        wrong += check_versions(mine)
+        if not linearizable(mine):
+            wrong.append(f"{key!r}: no order of its {len(mine)} operations explains them")
+    return wrong[:MISTAKES_MAX]
+
+
+def linearizable(ops: Sequence[RegisterOp], initial: bytes | None = None) -> bool:
+    """Whether one register explains these operations (all of one key). Raises: CheckTooLong."""
+    useful = [op for op in ops if _counts(op)]
+    useful.sort(key=lambda op: op.begin)
+    must = 0
+    for number, op in enumerate(useful):
+        if op.outcome is Outcome.OK:
+            must |= 1 << number
+    seen: set[tuple[int, bytes | None]] = set()
+    stack: list[tuple[int, bytes | None]] = [(0, initial)]
+    while stack:
+        done, value = stack.pop()
+        if done & must == must:
+            return True
+        if (done, value) in seen:
+            continue
+        seen.add((done, value))
+        if len(seen) > CONFIGURATIONS_MAX:
+            raise CheckTooLong(f"more than {CONFIGURATIONS_MAX} configurations")
+        stack.extend(_steps(useful, done, value))
+    return False
+
+
+def _counts(op: RegisterOp) -> bool:
+    if op.outcome is Outcome.FAILED:
+        return False
+    return op.kind != "get" or op.outcome is Outcome.OK
+
+
+def _steps(
+    ops: Sequence[RegisterOp], done: int, value: bytes | None
+) -> list[tuple[int, bytes | None]]:
+    """Every operation that may come next: begun before any other that is not done has ended."""
+    first_end = FOREVER + 1
+    steps = []
+    for number, op in enumerate(ops):
+        if done >> number & 1:
+            continue
+        if op.begin > first_end:
+            break
+        if op.outcome is Outcome.OK and op.end < first_end:
+            first_end = op.end
+    for number, op in enumerate(ops):
+        if op.begin > first_end:
+            break
+        if done >> number & 1:
+            continue
+        after = _apply(op, value)
+        if after is not None:
+            steps.append((done | 1 << number, after[0]))
+    steps.sort(key=lambda step: ops[(step[0] & ~done).bit_length() - 1].end, reverse=True)
+    return steps
+
+
+def _apply(op: RegisterOp, value: bytes | None) -> tuple[bytes | None] | None:
+    """The value afterwards; None if the operation cannot happen here."""
+    if op.kind == "get":
+        return (value,) if op.value == value else None
+    if op.kind == "cas":
+        if op.outcome is Outcome.UNKNOWN:
+            return (op.value,) if value == op.expected else None
+        if op.swapped != (value == op.expected):
+            return None
+        return (op.value,) if op.swapped else (value,)
+    return (op.value,)
+
+
+def check_versions(ops: Sequence[RegisterOp]) -> list[str]:
+    """Of one key, with written values that are unique: versions rise in real time, and belong to one value each."""
+    wrong: list[str] = []
+    writers = {op.value: op for op in ops if op.kind != "get" and op.value is not None}
+    value_at: dict[int, bytes | None] = {}
+    known = [op for op in ops if op.outcome is Outcome.OK and op.version]
+    for op in known:
+        if op.kind == "cas" and not op.swapped:
+            continue
+        before = value_at.setdefault(op.version, op.value)
+        if before != op.value:
+            wrong.append(f"{op.key!r}: version {op.version} is {before!r} and {op.value!r}")
+    for op in ops:
+        if op.kind == "get" and op.outcome is Outcome.OK and op.value is not None:
+            writer = writers.get(op.value)
+            if writer is None:
+                wrong.append(f"{op.key!r}: read {op.value!r}, which nobody wrote")
+            elif writer.outcome is Outcome.FAILED:
+                wrong.append(f"{op.key!r}: read {op.value!r}, whose write has failed")
+            elif writer.begin > op.end:
+                wrong.append(f"{op.key!r}: read {op.value!r} before it was written")
+            elif writer.version and writer.version != op.version:
+                wrong.append(f"{op.key!r}: {op.value!r} has versions {writer.version}, {op.version}")
+    wrong += _real_time(known)
+    return wrong
+
+
+def _real_time(ops: Sequence[RegisterOp]) -> list[str]:
+    """What ended with version v is followed by reads at v or above, and by writes above v."""
+    wrong: list[str] = []
+    events = [(op.begin, 0, number) for number, op in enumerate(ops)]
+    events += [(op.end, 1, number) for number, op in enumerate(ops)]
+    floor, floors = 0, [0] * len(ops)
+    for _, ended, number in sorted(events):
+        op = ops[number]
+        if not ended:
+            floors[number] = floor
+            continue
+        written = op.kind != "get" and op.swapped
+        if op.version < floors[number] or (written and op.version == floors[number]):
+            wrong.append(
+                f"{op.key!r}: {op.kind} of {op.client} at {op.begin}..{op.end} has version {op.version}, "
+                f"but {floors[number]} was seen before it began"
+            )
+        floor = max(floor, op.version)
+    return wrong
+
+
+def check_write_order(ops: Iterable[RegisterOp]) -> list[str]:
+    """Over all keys: a write's version is above that of every write acknowledged before it began."""
+    writes = [
+        op
+        for op in ops
+        if op.kind != "get" and op.swapped and op.outcome is Outcome.OK and op.version
+    ]
+    wrong = _real_time(writes)
+    by_version: dict[int, RegisterOp] = {}
+    for op in writes:
+        other = by_version.setdefault(op.version, op)
+        if other is not op:
+            wrong.append(f"{op.key!r} and {other.key!r} were committed at one version {op.version}")
+    return wrong
+
+
+# ---------------------------------------------------------------- transactions
+
+
+def check_transactions(
+    initial: Mapping[bytes, bytes | None],
+    ops: Sequence[TxnOp],
+    final: Mapping[bytes, bytes | None] | None = None,
+    markers: Mapping[bytes, int] | None = None,
+) -> list[str]:
+    """Replay by version.
+
+    Args: markers: name -> version of every transaction whose own row was found at the end (None: none was looked for);
+    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end.
+    """
+    wrong: list[str] = []
+    committed: list[TxnOp] = []
+    for op in ops:
+        version = _version_of(op, markers, wrong)
+        if version:
+            committed.append(op)
+            op.version = version
+    committed.sort(key=lambda op: (op.version, 0 if op.writes else 1))
+    state = dict(initial)
+    writer: dict[int, TxnOp] = {}
+    for op in committed:
+        if op.writes:
+            other = writer.setdefault(op.version, op)
+            if other is not op:
+                wrong.append(f"{op.name!r} and {other.name!r} have one version {op.version}")
+        for key, value in op.reads.items():
+            if state.get(key) != value:
+                wrong.append(
+                    f"{op.name!r} of {op.client} at version {op.version} read {key!r} = {value!r}, "
+                    f"but by the order of versions it was {state.get(key)!r}"
+                )
+        state.update(op.writes)
+    if final is not None:
+        for key, value in final.items():
+            if state.get(key) != value:
+                wrong.append(f"at the end {key!r} = {value!r}, but the replay has {state.get(key)!r}")
+    wrong += _in_real_time(committed)
+    return wrong[:MISTAKES_MAX]
+
+
+def _version_of(op: TxnOp, markers: Mapping[bytes, int] | None, wrong: list[str]) -> int:
+    """Its place in the order; 0: it did not happen, or nothing depends on it."""
+    if not op.writes:
+        return op.version if op.outcome is Outcome.OK else 0
+    if markers is None:
+        return op.version if op.outcome is Outcome.OK else 0
+    found = markers.get(op.name, 0)
+    if op.outcome is Outcome.OK and not found:
+        wrong.append(f"{op.name!r} was acknowledged at {op.version} and is lost")
+    elif op.outcome is Outcome.OK and found != op.version:
+        wrong.append(f"{op.name!r} was acknowledged at {op.version} and stands at {found}")
+    elif op.outcome is Outcome.FAILED and found:
+        wrong.append(f"{op.name!r} failed ({op.error}) and stands at {found}")
+    return found
+
+
+def _in_real_time(ops: Sequence[TxnOp]) -> list[str]:
+    """One that began after another ended has no lower version (a snapshot may have the same)."""
+    wrong: list[str] = []
+    events = [(op.begin, 0, number) for number, op in enumerate(ops)]
+    events += [(op.end, 1, number) for number, op in enumerate(ops) if op.outcome is Outcome.OK]
+    floor, floors = 0, [0] * len(ops)
+    for _, ended, number in sorted(events):
+        if not ended:
+            floors[number] = floor
+        else:
+            floor = max(floor, ops[number].version)
+    for number, op in enumerate(ops):
+        if op.version < floors[number]:
+            wrong.append(
+                f"{op.name!r} of {op.client} began after version {floors[number]} was acknowledged, and has {op.version}"
+            )
+    return wrong
+
+
+def check_totals(ops: Iterable[TxnOp], accounts: Sequence[bytes], total: int) -> list[str]:
+    """Every snapshot of all accounts adds up."""
+    wrong = []
+    for op in ops:
+        if op.writes or op.outcome is not Outcome.OK:
+            continue
+        found = sum(int(op.reads.get(key) or 0) for key in accounts)
+        if found != total:
+            wrong.append(f"{op.name!r} of {op.client} at version {op.version} saw a total of {found}")
+    return wrong[:MISTAKES_MAX]
