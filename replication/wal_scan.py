@@ -179,6 +179,7 @@ class _Group:
         self.state = GroupState()
         self.slots: dict[int, Entry | Fault] = {}  # no slot: the entry is missing
         self.sure = 0  # entries up to here are committed: never replaced
+        self.commit = 0  # of the last hard state; entries staged behind it may be meant
         self.hard_round = (
             0  # rounds of damage that the hard state, and the log, are known to be past
         )
@@ -189,7 +190,7 @@ class _Group:
     def restart(self, index: int, term: int) -> None:
         self.state.restart(index, term)
         self.slots.clear()
-        self.sure = index
+        self.sure = self.commit = index
 
     def settle(self, index: int, term: int, place: tuple[int, int]) -> None:
         """A record says that the log ends at (index, term) here: make it so, and believe only what that proves."""
@@ -345,6 +346,8 @@ class _Replay:
         group.compact(start_index, start_term)
         state.tombstone = max(state.tombstone, tombstone)
         state.hard_state = HardState(record.term, vote, commit)
-        group.sure = max(group.sure, min(commit, state.last_index))
+        sure = commit if record.type == RecordType.HEAD else group.commit
+        group.sure = max(group.sure, min(sure, state.last_index))
+        group.commit = commit
         group.suspect = bool(record.flags & FLAG_SUSPECT)
         group.hard_round = len(self.damage)

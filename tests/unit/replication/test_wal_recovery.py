@@ -203,6 +203,7 @@ def test_a_lost_overwrite_is_not_taken_for_what_it_replaced():
     node = Node()
     node.append(1, *(entry(i) for i in range(1, 4)))
     node.hard(1, 1, commit=1)
+    node.hard(1, 1, commit=1)
     node.commit()
     node.append(1, entry(2, 2), entry(3, 3))
     lost = node.commit()
@@ -216,6 +217,24 @@ def test_a_lost_overwrite_is_not_taken_for_what_it_replaced():
     assert [(f.index, f.term) for f in log.faulty] == [(2, 0), (3, 3)]
     assert [e.index for e in log.entries] == [1, 2, 3, 4]
     assert log.entries[0] == entry(1)
+
+
+def test_a_commit_staged_before_its_entries_proves_nothing_of_what_they_replace():
+    node = Node()
+    node.append(1, *(entry(i) for i in range(1, 6)))
+    node.commit()
+    node.hard(1, 2, commit=4)
+    node.append(1, entry(3, 2), entry(4, 2))
+    batch = node.commit()
+    node.append(1, entry(5, 2))
+    node.commit()
+    node.mark()
+    for record in (1, 2):
+        at = BATCH_HEADER_BYTES + record * RECORD_HEADER_BYTES
+        node.disk.flip(batch.segment, batch.offset + at)
+    log = Wal.recover(node.disk)[1][1]
+    assert {3, 4} <= {fault.index for fault in log.faulty}
+    assert log.entries[-1] == entry(5, 2)
 
 
 def test_suspicion_survives_further_restarts_and_ends_by_trust():
