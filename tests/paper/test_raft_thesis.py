@@ -251,6 +251,17 @@ def test_a_server_that_hears_a_leader_neither_grants_its_vote_nor_updates_its_te
     assert answer.granted
 
 
+def test_the_promise_to_a_leader_outlives_its_term():
+    """The term rose by a stray answer; the old leader's lease is as long as it was."""
+    replica = Replica()
+    replica.append(1, (0, 0))
+    replica.step(VoteResponse(GROUP, 1, 3, 2, False, True))
+    assert replica.raft.term == 2
+    assert not replica.vote(2)
+    replica.now = TIMEOUT_S
+    assert replica.vote(2)
+
+
 def test_a_lost_pre_vote_makes_a_follower_again():
     replica = Replica()
     replica.raft.campaign(0.0)
