@@ -471,17 +471,17 @@ class Router:
                 self.ask_for_directory(now)
                 self._again(call, self._backoff(call.tries))
             else:
-                at_once = call.tries < 2
-                self._again(call, 0.0 if at_once else self._backoff(call.tries), rotate=False)
+                wait_s = 0.0 if call.tries < 2 else self._backoff(call.tries)
+                self._again(call, wait_s, rotate=False)
             return
         if code not in _AGAIN:
             self._finish(call, from_wire(code, failure.message, details))
             return
         call.failure = from_wire(code, failure.message, details)
         if code == "throttled":
-            wait = max(number(details, "retry_after_s"), number(details, "retry_after"))
-            delay_s = max(min(wait, BACKOFF.max_s), self._backoff(call.tries))
-            self._again(call, delay_s, rotate=False)
+            told_s = max(number(details, "retry_after_s"), number(details, "retry_after"))
+            wait_s = max(min(told_s, BACKOFF.max_s), self._backoff(call.tries))
+            self._again(call, wait_s, rotate=False)
             return
         hinted = self.links.hinted(details) if code == "not_leader" else None
         route = self.ranges.find(call.key)
@@ -572,8 +572,7 @@ class Router:
         if now >= self._expiry:
             self._sweep(now)
         soonest = min(self._parked.soonest(), self._expiry)
-        if soonest < float("inf"):
-            self._arm(soonest)
+        self._arm(soonest)
 
     def _sweep(self, now: float) -> None:
         """Look at every pending call: silent ones go to another replica, late ones end."""

@@ -292,10 +292,7 @@ class Transaction:
         guarded = None if self._options.read_only else self._spans
 
         def begin() -> Pages:
-            bare = keys_only and not buffer.overlays(
-                low, high
-            )  # an increment needs the value below it
-            below = view.pages(low, high, reverse=reverse, keys_only=bare)
+            below = view.pages(low, high, reverse=reverse, keys_only=keys_only)
             return _OwnPages(below, buffer, guarded, self._require_open, limit, reverse, keys_only)
 
         return RowScan(begin, limit)
@@ -508,13 +505,15 @@ class _OwnPages:
             if start < page.end and page.start < end:
                 rows = {key: value for key, value in rows.items() if not start <= key < end}
         for key, point in buffer.points_in(page.start, page.end):
-            value = value_over(point, rows.get(key))
+            if self._keys_only:
+                value = None if point.kind == WriteKind.DELETE else b""
+            else:
+                value = value_over(point, rows.get(key))
             if value is None:
                 rows.pop(key, None)
             else:
                 rows[key] = value
-        merged = sorted(rows.items(), reverse=self._reverse)
-        return [(key, b"") for key, _value in merged] if self._keys_only else merged
+        return sorted(rows.items(), reverse=self._reverse)
 
 
 # --- small things shared with the client ----------------------------------------------------------

@@ -18,6 +18,7 @@ import msgspec
 from kvstore.client import Database
 from kvstore.errors import PipeClosed
 from kvstore.link import Hello
+from kvstore.ports import Clock
 from kvstore.ranges import META_END, META_KEY
 from kvstore.sim import loop as sim
 from kvstore.streams import Stream, accept
@@ -275,11 +276,12 @@ class FakeCluster:
             self.data.setdefault(key.encode(), []).append(Version(self.ts, b"seed", value))
         return self.ts
 
-    def database(self, timeout_s: float = 5.0, *, seed: int = 7, **options: Any) -> Database:
+    def database(
+        self, timeout_s: float = 5.0, *, clock: Clock | None = None, **options: Any
+    ) -> Database:
         addresses = [f"n{node}:1" for node in self.nodes]
-        return Database(
-            self.network, addresses, LoopClock(), random.Random(seed), timeout_s, **options
-        )
+        clock = clock or LoopClock()
+        return Database(self.network, addresses, clock, random.Random(7), timeout_s, **options)
 
     async def start(self) -> None:
         for node in self.nodes:

@@ -132,7 +132,9 @@ def test_a_fence_aborts_at_once_and_tells_all():
     assert one.state is State.ABORTED
     assert one.refusal is FENCED
     assert [type(effect) for effect in effects] == [Finalize, Resolve, Resolve]
-    assert all(effect.commit_ts == 0 for effect in effects if isinstance(effect, Finalize | Resolve))
+    assert all(
+        effect.commit_ts == 0 for effect in effects if isinstance(effect, Finalize | Resolve)
+    )
     assert one.on_prepare(0, prepared(905)) == []  # late
 
 
@@ -190,7 +192,9 @@ def test_time_out_tells_nobody_anything():
     one.on_prepare(0, prepared(905))
     assert one.on_time_out() == []
     assert one.state is State.UNKNOWN
-    assert one.on_prepare(1, prepared(906)) == []  # recovery commits it: nothing may be decided here
+    assert (
+        one.on_prepare(1, prepared(906)) == []
+    )  # recovery commits it: nothing may be decided here
 
 
 def test_while_the_anchor_is_asked_the_last_part_may_still_decide():
@@ -229,13 +233,18 @@ def test_any_order_of_a_consistent_history_gives_its_outcome(data: st.DataObject
     commits = data.draw(st.booleans())
     stamps = [900 + 7 * number for number in range(parts)]
     answers: list[tuple[int, PrepareReply | TxnReply | None]] = [
-        (number, answer(PartStatus.COMMITTED, stamps[0]) if parts == 1 else prepared(stamps[number]))
+        (
+            number,
+            answer(PartStatus.COMMITTED, stamps[0]) if parts == 1 else prepared(stamps[number]),
+        )
         for number in range(parts)
     ]
     if not commits:
         answers[data.draw(st.integers(0, parts - 1))] = (0, FENCED)
         answers = [(n if a is not FENCED else i, a) for i, (n, a) in enumerate(answers)]
-    final = TxnReply(0, TxnStatus.COMMITTED, max(stamps)) if commits else TxnReply(0, TxnStatus.ABORTED)
+    final = (
+        TxnReply(0, TxnStatus.COMMITTED, max(stamps)) if commits else TxnReply(0, TxnStatus.ABORTED)
+    )
     extra = data.draw(st.lists(st.sampled_from([*answers, (0, None)]), max_size=4))
     one = coordinator(parts)
     one.start()
@@ -248,7 +257,9 @@ def test_any_order_of_a_consistent_history_gives_its_outcome(data: st.DataObject
                 told += one.on_outcome(final)
         else:
             assert isinstance(reply, PrepareReply)
-            told += [each for each in one.on_prepare(number, reply) if not isinstance(each, Outcome)]
+            told += [
+                each for each in one.on_prepare(number, reply) if not isinstance(each, Outcome)
+            ]
     assert one.state is (State.COMMITTED if commits else State.ABORTED)
     assert one.commit_ts == (max(stamps) if commits else 0)
     assert len(told) == (0 if parts == 1 else parts)

@@ -1,0 +1,321 @@
+"""Claims of the blocking client: the same names and errors from a thread of its own, beside a running loop too, closed
+within a bounded time; and that programs written against the package pass mypy --strict."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from kvstore.adapters.system import SystemClock
+from kvstore.api import parse_addresses
+from kvstore.client import Database
+from kvstore.errors import ClientClosed, CompareFailed, Conflict, InvalidArgument, Unavailable
+from kvstore.sync import BlockingTransaction, Client
+from kvstore.transactions import Committed
+from tests.unit.kvstore.fake_cluster import FakeCluster
+from txn.messages import Prepare
+from txn.types import FenceReason
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster(b"m")
+
+
+@pytest.fixture
+def db(cluster: FakeCluster) -> Iterator[Client]:
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    with Client.over(make) as client:
+        yield client
+
+
+def test_every_call_of_the_database_is_there(db: Client, cluster: FakeCluster):
+    version = db.put(b"a", b"1")
+    assert db.get(b"a") == b"1"
+    assert db.get(b"q", b"none") == b"none"
+    assert db.get_entry(b"a") == (b"a", b"1", version)
+    db.put(b"z", b"2", if_absent=True)
+    with pytest.raises(CompareFailed):
+        db.put(b"z", b"3", if_absent=True)
+    assert db.get_many([b"a", b"z", b"q"]) == {b"a": b"1", b"z": b"2"}
+    assert db.increment(b"n", 5) == 5
+    assert db.cas(b"n", b"5", b"6")
+    assert list(db.scan()) == [(b"a", b"1"), (b"n", b"6"), (b"z", b"2")]
+    assert db.scan(reverse=True, limit=1).to_list() == [(b"z", b"2")]
+    with db.snapshot(at=version) as view:
+        assert list(view.scan()) == [(b"a", b"1")]
+        assert view.version() == version
+    with db.batch() as batch:
+        batch.put(b"b", b"1")
+        batch.delete(b"z")
+    assert batch.version
+    assert db.get(b"z") is None
+    assert db.delete(b"a")
+    assert db.delete_range(b"a", b"c")
+    assert db.clear_range() == 1
+    assert list(db.scan()) == []
+
+
+def test_transactions_commit_on_a_clean_exit_and_roll_back_on_an_exception(db: Client):
+    with db.transaction() as tx:
+        tx.put(b"a", b"1")
+        tx.increment(b"n", 2)
+        assert tx.get(b"a") == b"1"
+        assert tx.get_many([b"n"]) == {b"n": b"2"}
+        assert list(tx.scan()) == [(b"a", b"1"), (b"n", b"2")]
+        token = tx.id
+    assert db.outcome(token) == Committed(tx.commit_version or 0)
+    with pytest.raises(ZeroDivisionError), db.transaction() as tx:  # noqa: PT012 - the end of the block is what raises
+        tx.delete(b"a")
+        raise ZeroDivisionError
+    assert db.get(b"a") == b"1"
+
+
+def test_run_tries_again_and_keeps_results(db: Client, cluster: FakeCluster):
+    runs = 0
+
+    def fn(tx: BlockingTransaction) -> int:
+        nonlocal runs
+        runs += 1
+        tx.increment(b"n")
+        return runs
+
+    cluster.refuse(FenceReason.CONFLICT, times=2)
+    assert db.run(fn) == 3
+    assert db.run(fn, idempotency_key="once") == 4
+    assert db.run(fn, idempotency_key="once") == 4
+    assert db.get(b"n") == b"2"
+    cluster.refuse(FenceReason.CONFLICT)
+    with pytest.raises(Conflict), db.transaction() as tx:
+        tx.put(b"a", b"1")
+
+
+def test_transactional_takes_a_blocking_client_and_its_transactions(db: Client):
+    @kvstore.transactional
+    def bump(tx: BlockingTransaction, key: bytes) -> bytes | None:
+        tx.increment(key)
+        return tx.get(key)
+
+    assert bump(db, b"n") == b"1"
+    with db.transaction() as tx:
+        assert bump(tx, b"n") == b"2"
+        assert bump(tx, b"n") == b"3"
+    with pytest.raises(InvalidArgument):
+        bump("db", b"n")  # type: ignore[arg-type]
+
+
+async def test_it_works_where_a_loop_is_running(cluster: FakeCluster):
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    with Client.over(make) as db:  # as in a notebook
+        assert db.put(b"a", b"1")
+        assert db.get(b"a") == b"1"
+
+
+def test_several_threads_share_a_client(db: Client, cluster: FakeCluster):
+    def work(number: int) -> None:
+        for round_ in range(20):
+            db.put(b"%d/%d" % (number, round_), b"v")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(db.scan(keys_only=True).to_list()) == 80
+
+
+def test_it_connects_at_the_first_call_and_closes_twice(cluster: FakeCluster):
+    made = 0
+
+    async def make() -> Database:
+        nonlocal made
+        made += 1
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    client = Client.over(make)
+    assert made == 0
+    client.put(b"a", b"1")
+    client.get(b"a")
+    assert made == 1
+    client.close()
+    client.close()
+    with pytest.raises(ClientClosed):
+        client.get(b"a")
+    assert not any(thread.name == "kvstore-client" for thread in threading.enumerate())
+
+
+def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
+    async def make() -> Database:
+        database = cluster.database(0.05)
+        await database.start()
+        return database
+
+    with pytest.raises(Unavailable), Client.over(make):
+        pass
+    assert not any(thread.name == "kvstore-client" for thread in threading.enumerate())
+
+
+def test_prepares_of_threads_are_whole(db: Client, cluster: FakeCluster):
+    db.put(b"k", bytes(500_000))
+    assert len(cluster.of(Prepare)) == 1
+    assert cluster.value(b"k") == bytes(500_000)
+
+
+def test_the_two_clients_have_the_same_names():
+    def names(of: type) -> dict[str, list[str]]:
+        ignored = {"router", "begin", "attempts", "commit_batch", "stats", "open", "over"}
+        return {
+            name: list(inspect.signature(member).parameters)
+            for name, member in inspect.getmembers(of, inspect.isroutine)
+            if not name.startswith("_") and name not in ignored
+        }
+
+    assert names(Client) == names(Database)
+    ignored = {"recall", "remember"}
+    wanted = {name for name in dir(kvstore.Transaction) if not name.startswith("_")} - ignored
+    assert wanted - {"age"} == {name for name in dir(BlockingTransaction) if name[0] != "_"}
+
+
+@pytest.mark.parametrize("text", ["", ",", "host", "host:", ":1", "host:x", "host:0", "host:70000"])
+def test_addresses_are_checked_before_anything_is_dialled(text: str):
+    with pytest.raises(InvalidArgument):
+        _ = kvstore.connect(text)
+    with pytest.raises(InvalidArgument):
+        kvstore.Client(text)
+
+
+def test_addresses_may_be_text_or_several():
+    assert parse_addresses("a:1, b:2,") == parse_addresses(["a:1", "b:2"]) == ["a:1", "b:2"]
+    assert parse_addresses("[::1]:7400") == ["[::1]:7400"]
+
+
+async def test_connect_can_be_awaited_or_entered_and_says_that_nobody_is_there():
+    with pytest.raises(Unavailable):
+        await kvstore.connect("127.0.0.1:1", timeout=0.1)
+    with pytest.raises(Unavailable):
+        async with kvstore.connect("127.0.0.1:1", timeout=0.1):
+            pass
+    await asyncio.sleep(0)
+
+
+PROGRAM = """
+import asyncio
+import kvstore
+from kvstore import errors
+
+
+@kvstore.transactional
+async def transfer(tx: kvstore.Transaction, a: bytes, b: bytes, n: int) -> int:
+    left = int(await tx.get(a, b"0")) - n
+    tx.put(a, b"%d" % left)
+    tx.increment(b, n)
+    return left
+
+
+@kvstore.transactional
+def bump(tx: kvstore.BlockingTransaction, key: bytes) -> bytes:
+    tx.increment(key, by=2)
+    return tx.get(key, b"")
+
+
+async def main() -> None:
+    async with kvstore.connect("127.0.0.1:7400,127.0.0.1:7401", timeout=5.0) as db:
+        version: int = await db.put(b"k", b"v", if_absent=True)
+        value: bytes | None = await db.get(b"k")
+        sure: bytes = await db.get(b"k", b"")
+        entry = await db.get_entry(b"k")
+        if entry is not None:
+            version = await db.put(entry.key, entry.value, if_version=entry.version)
+        many: dict[bytes, bytes] = await db.get_many([b"k", b"l"])
+        async for key, row in db.scan(prefix=b"a", limit=10, reverse=True, keys_only=True):
+            print(key + row)
+        rows: list[tuple[bytes, bytes]] = await db.scan(b"a", b"b", at=version).to_list()
+        async with db.batch() as batch:
+            batch.put(b"a", b"1")
+            batch.delete(b"b")
+        view = db.snapshot(at=version)
+        print(value, sure, many, rows, await view.get(b"k"), await view.get_many([b"k"]))
+        async with db.transaction(read_only=True, timeout=1.0, priority=1) as tx:
+            first, second = await asyncio.gather(tx.get(b"a"), tx.get(b"b"))
+            print(first, second, tx.read_version, tx.commit_version)
+        left: int = await transfer(db, b"a", b"b", 5)
+
+        async def fn(tx: kvstore.Transaction) -> str:
+            await transfer(tx, b"a", b"b", left)
+            return tx.id
+
+        token: str = await db.run(fn, idempotency_key="x")
+        outcome = await db.outcome(token)
+        if isinstance(outcome, kvstore.Committed):
+            print(outcome.version)
+        try:
+            done: bool = await db.cas(b"k", None, b"v")
+            print(done, await db.increment(b"n", 3, format="int64"))
+        except errors.Conflict as error:
+            print(error.key, error.code, error.retryable)
+    async with kvstore.open("./data") as db:
+        await db.delete_range(b"a", b"b")
+
+
+def blocking() -> None:
+    with kvstore.Client("127.0.0.1:7400") as db:
+        number: bytes = bump(db, b"n")
+        print(number, db.get(b"k", default=b""))
+        for key, value in db.scan(start=b"a"):
+            print(key, value)
+        with db.transaction() as tx:
+            bump(tx, b"n")
+    with kvstore.Client.open("./data") as db:
+        db.put(b"k", b"v", if_version=kvstore.ANY)
+
+
+asyncio.run(main())
+"""
+
+MISTAKES = """
+import kvstore
+
+async def main(db: kvstore.Database) -> None:
+    number: int = await db.get(b"k")
+    await db.put("k", b"v")
+    async with db.transaction() as tx:
+        await tx.put(b"k", b"v")
+"""
+
+
+@pytest.mark.slow
+def test_programs_that_use_it_pass_mypy_strict_and_mistakes_do_not(tmp_path: Path):
+    def check(text: str) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "program.py"
+        program.write_text(text)
+        command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(program)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    good = check(PROGRAM)
+    assert good.returncode == 0, good.stdout
+    bad = check(MISTAKES)
+    lines = {line.split(":")[1] for line in bad.stdout.splitlines()}
+    assert lines == {"5", "6", "8"}, bad.stdout
