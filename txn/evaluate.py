@@ -110,7 +110,7 @@ class Evaluator:
         self._waiting = 0
         self.recovery = Recovery(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
-            Prepare: lambda request, origin, now: self._prepare(request, origin, now, now),
+            Prepare: self._prepare_new,
             Read: self._read,
             Scan: self._read,
             Finalize: self.recovery.finalize,
@@ -288,18 +288,22 @@ class Evaluator:
     def applied(self, pendings: Sequence[Pending], answers: Sequence[Answer], now: float) -> None:
         """An own entry of this term was applied; `answers` are the commands' in order."""
         self.now = now
-        release = self.latches.release
+        release, reply = self.latches.release, self.out.reply
         for pending, answer in zip(pendings, answers, strict=True):
             if pending.txn_id:
                 release(pending)
             if pending.waiters:
                 self.runnable += pending.waiters
+            command = pending.command
+            if type(command) is Commit:  # it was never undecided here: nobody waits for its end
+                results = pending.results if answer.status == PartStatus.COMMITTED else None
+                reply(pending.origin, PrepareReply(pending.request.id, *answer, results), False)
+                continue
             self._wake(pending)
             if pending.then is not None:
                 pending.then(answer)
             elif pending.origin is not None:
-                self.out.reply(pending.origin, self._reply_to(pending, answer), False)
-            command = pending.command
+                reply(pending.origin, self._reply_to(pending, answer), False)
             if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
                 self.recovery.prepared(command, now)
 
@@ -340,6 +344,40 @@ class Evaluator:
         return TxnReply(request.id, status, answer.ts)
 
     # -- Prepare (protocol.md section 4)
+
+    def _prepare_new(self, request: Prepare, origin: Any, now: float) -> None:
+        """The hot path of `_prepare`: one key put or deleted, with nothing in the way. All else goes the long way."""
+        state, latches, txn_id, key = self.state, self.latches, request.txn_id, request.locus
+        writes = request.writes
+        if (
+            request.one_range
+            and len(writes) == 1
+            and writes[0].kind <= WriteKind.DELETE
+            and writes[0].key == key
+            and not request.expects
+            and not request.guards
+            and latches.is_free(key)
+            and txn_id not in latches.txns
+            and key not in state.intents
+            and not state.point_guards
+            and not state.span_guards
+            and txn_id not in state.parts
+            and self._wrong_prepare(request) is None
+            and self.rows.get(keycode.part_row(keycode.DECIDED, key, txn_id)) is None
+        ):
+            begin_ts = begin_ts_of(txn_id)
+            latest = self.rows.get(b"L" + key)
+            if begin_ts > state.row.outcome_horizon and (
+                latest is None or latest_ts(latest) <= begin_ts
+            ):
+                write = writes[0]
+                pending = Pending(txn_id, request, origin)
+                pending.keys.append(key)
+                pending.values.append(write.value if write.kind == WriteKind.PUT else None)
+                latches.acquire(pending)
+                self.await_fresh.append(pending)
+                return
+        self._prepare(request, origin, now, now)
 
     def _prepare(self, request: Prepare, origin: Any, now: float, since: float) -> None:
         txn_id = request.txn_id
@@ -403,7 +441,7 @@ class Evaluator:
             if write.kind == WriteKind.DELETE_RANGE:
                 if not state.owns_span(write.key, write.value) or write.key >= write.value:
                     return "epoch_mismatch", ""
-            elif not state.owns(write.key):
+            elif write.key != request.locus and not state.owns(write.key):
                 return "epoch_mismatch", ""
         for guard in request.guards:
             if not state.owns_span(guard.start, guard.end):
@@ -815,16 +853,7 @@ class Evaluator:
 
 
 def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) -> PrepareReply:
-    return PrepareReply(
-        request_id,
-        answer.status,
-        answer.ts,
-        answer.reason,
-        answer.key,
-        answer.other_txn,
-        answer.other_version,
-        results,
-    )
+    return PrepareReply(request_id, *answer, results)
 
 
 def hold(start: bytes, end: bytes) -> Guard:

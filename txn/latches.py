@@ -77,6 +77,12 @@ class LatchTable:
         self._span_guards: list[tuple[bytes, bytes, Pending]] = []
         self._write_spans: list[tuple[bytes, bytes, Pending]] = []
 
+    def is_free(self, key: bytes) -> bool:
+        """Whether a writer of the key surely meets nobody; False only means: look closer."""
+        return not (
+            key in self.writes or self._point_guards or self._span_guards or self._write_spans
+        )
+
     def blocker_of_write(self, key: bytes) -> Pending | None:
         found = self.writes.get(key)
         if found is not None:

@@ -258,9 +258,10 @@ class RangeState:
 
     def answer_of(self, get: Rows, txn_id: bytes, locus: bytes) -> Answer:
         """What this range knows of a part: all but ABSENT are stable."""
-        part = self.part(txn_id, locus)
-        if part is not None:
-            return Answer(PartStatus.PREPARED, part.row.min_ts)
+        if txn_id in self.parts:
+            part = self.part(txn_id, locus)
+            if part is not None:
+                return Answer(PartStatus.PREPARED, part.row.min_ts)
         data = get.get(keycode.part_row(keycode.DECIDED, locus, txn_id))
         if data is None:
             return ABSENT
