@@ -139,6 +139,10 @@ class SimDisk:
         """The write after `after` more good ones fails, with some of it done."""
         self._fail_writes_after = after
 
+    def mend(self) -> None:
+        """No write and no sync is made to fail any more; what has failed already stays so."""
+        self._fail_syncs_after = self._fail_writes_after = None
+
     def flip(self, segment: int, offset: int, bit: int = 0) -> None:
         """Rot: one bit is not what was written any more, on the disk and in the cache."""
         file = self._segments[segment]

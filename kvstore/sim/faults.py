@@ -101,6 +101,7 @@ class Nemesis:
             cluster.resume(name)
         for server in cluster.servers.values():
             server.machine.call_s = QUICK_S
+            server.machine.disk.mend()
             await cluster.restart(server.name)
 
     # -- helpers

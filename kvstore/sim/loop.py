@@ -16,6 +16,7 @@ import heapq
 import random
 import threading
 from asyncio import events
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
@@ -51,17 +52,6 @@ class SimTimeout(SimError):
     """The main coroutine has not ended by the virtual time limit."""
 
 
-class _NoSelector:
-    """Stands where the selector would wait for sockets: it moves the clock instead."""
-
-    def __init__(self, loop: SimLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> list[Any]:
-        self._loop.advance(timeout)
-        return []
-
-
 def _refuse(*_: Any, **__: Any) -> Any:
     raise SimError("there are no sockets, pipes, processes or signals in a simulation")
 
@@ -78,7 +68,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._rng = rng
         self._now = EPOCH_S
         self._end = EPOCH_S + time_limit_s
-        self._selector = _NoSelector(self)
+        self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
+        self._timers_made = 0
         self._clock_resolution = 1e-9
         self._created = 0
         self._running: dict[
@@ -90,18 +81,33 @@ class SimLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
-    def advance(self, timeout: float | None) -> None:
-        """One step: with nothing ready (`timeout` is not 0), go to the next timer."""
+    def _run_once(self) -> None:
+        """One step: with nothing ready, go to the next timer; then run what is ready now."""
         self.steps += 1
         if self.steps % COLLECT_STEPS == 0:
             gc.collect()
-        if timeout == 0:
-            return
-        if timeout is None:
-            names = ", ".join(task.get_name() for task in self._running.values())
+        ready: deque[events.Handle] = self._ready  # type: ignore[attr-defined]
+        timers = self._timers
+        if not ready:
+            while timers and timers[0][2].cancelled():
+                heapq.heappop(timers)
+            self._jump()
+        now = self._now + self._clock_resolution
+        while timers and timers[0][0] <= now:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle.cancelled():
+                handle._run()  # noqa: SLF001  # as asyncio does
+
+    def _jump(self) -> None:
+        if not self._timers:
+            tasks = [*self._running.values()]
+            for process in self._processes.values():
+                tasks += process.tasks.values()
+            names = ", ".join(task.get_name() for task in tasks)
             raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        self._now = max(self._now, scheduled[0].when())
+        self._now = max(self._now, self._timers[0][0])
         if self._now > self._end:
             raise SimTimeout(f"not done at {self._now:.3f}, after {self.steps} steps")
 
@@ -151,8 +157,8 @@ class SimLoop(asyncio.BaseEventLoop):
             timer = ProcessTimerHandle(process, when, callback, args, self, context)
             if process.dead:
                 return timer
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001  # as asyncio does
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, timer))
         return timer
 
     def resume(self, process: Process) -> None:
