@@ -294,6 +294,12 @@ _DEFINITE: Final = (
 )  # refused unread
 
 
+def _failure(answer: Answer) -> KVError:
+    if isinstance(answer, KVError):
+        return answer
+    return CorruptionError(f"an answer of the wrong kind: {type(answer).__name__}")
+
+
 def _error_of(refusal: PrepareReply) -> KVError:
     """The typed error of a part's durable refusal."""
     reason = refusal.reason
@@ -416,8 +422,7 @@ class _Drive:
             if isinstance(answer, PrepareReply):
                 self._run(coordinator.on_prepare(number, answer))
                 return
-            assert isinstance(answer, KVError)
-            self._failure = self._failure or answer
+            self._failure = self._failure or _failure(answer)
             self._regroup = self._regroup or isinstance(answer, EpochMismatch)
             sent = any(call.sent for call in self._calls)
             definite = coordinator.one_range and isinstance(answer, _DEFINITE)
@@ -433,8 +438,7 @@ class _Drive:
             if isinstance(answer, TxnReply):
                 self._run(self.coordinator.on_outcome(answer))
             else:
-                assert isinstance(answer, KVError)
-                self._failure = self._failure or answer
+                self._failure = self._failure or _failure(answer)
                 self._run(self.coordinator.on_time_out())
         except ContradictoryAnswers as error:
             self._contradicted(error)

@@ -70,8 +70,9 @@ REPLIES: Final = 3  # the first byte of a message of replies
 TRY_TIMEOUT_S: Final = 1.0  # silence for so long, and another replica is asked; doubled each time
 CALLS_MAX: Final = 65_536
 PAYLOAD_BYTES: Final = 1 << 20  # a message is cut when it has grown to this
-BACKOFF: Final = Backoff(first_s=0.005, max_s=0.5)
+BACKOFF: Final = Backoff(first_s=0.005, max_s=0.25)
 REFRESH_INTERVAL_S: Final = 0.05  # between two questions for the directory
+THROTTLED_S_MAX: Final = 1.0  # a longer wait is not taken from a server
 HOLE_RETRY_S: Final = 0.02  # between two looks at a hole in the ranges
 BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
 
@@ -480,7 +481,7 @@ class Router:
         call.failure = from_wire(code, failure.message, details)
         if code == "throttled":
             told_s = max(number(details, "retry_after_s"), number(details, "retry_after"))
-            wait_s = max(min(told_s, BACKOFF.max_s), self._backoff(call.tries))
+            wait_s = max(min(told_s, THROTTLED_S_MAX), self._backoff(call.tries))
             self._again(call, wait_s, rotate=False)
             return
         hinted = self.links.hinted(details) if code == "not_leader" else None
@@ -571,8 +572,7 @@ class Router:
             self._place(call, now)
         if now >= self._expiry:
             self._sweep(now)
-        soonest = min(self._parked.soonest(), self._expiry)
-        self._arm(soonest)
+        self._arm(min(self._parked.soonest(), self._expiry))
 
     def _sweep(self, now: float) -> None:
         """Look at every pending call: silent ones go to another replica, late ones end."""

@@ -211,7 +211,8 @@ class Coordinator:
             if known != reply.ts:
                 raise ContradictoryAnswers(f"min_ts of a part moved from {known} to {reply.ts}")
             return []
-        assert reply.ts > 0
+        if reply.ts <= 0:
+            raise ContradictoryAnswers("a part is prepared without a timestamp")
         self._prepared_ts[part] = reply.ts
         self.results[part] = reply.results
         self._missing -= 1
@@ -222,6 +223,8 @@ class Coordinator:
     def _step(self, event: Event, ts: int = 0) -> list[Request]:
         before = self.state
         after = NEXT.get((before, event))
+        if event in (Event.COMMITTED, Event.ALL_PREPARED) and ts <= 0:
+            raise ContradictoryAnswers("a commit without a timestamp")
         if after is None or (before is after is State.COMMITTED and ts and ts != self.commit_ts):
             raise ContradictoryAnswers(
                 f"{event.value} at {ts} after {before.value} at {self.commit_ts}"
@@ -232,7 +235,6 @@ class Coordinator:
         if after is State.ASKING:
             return [self._ask()]
         if after is State.COMMITTED:
-            assert ts > 0
             self.commit_ts = ts
         if after is State.UNKNOWN or self.one_range:
             return []

@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 CLUSTER = "c1"
 FIRST_TS = 1_000 << 18
-MESSAGE_BYTES = 4 << 20  # of replies
+ORPHAN_S = 1.0
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Request])
@@ -160,6 +160,7 @@ class PreparedPart(NamedTuple):
     request: Prepare
     min_ts: int
     end: tuple[bytes, bytes]
+    since: float
 
 
 class Fault(NamedTuple):
@@ -433,6 +434,8 @@ class FakeCluster:
             known = (PartStatus.COMMITTED, mine[0]) if mine else None
         if place in self.parts:
             known = (PartStatus.PREPARED, self.parts[place].min_ts)
+        if known is None and self.records.get(request.txn_id, (0, 0))[0] == TxnStatus.ABORTED:
+            known = (PartStatus.FENCED, 0)
         if known is not None:
             return PrepareReply(request.id, *known)
         assert self.ts >= begin_ts_of(request.txn_id) > 0, "begin_ts was never issued"
@@ -451,7 +454,8 @@ class FakeCluster:
                 )
             self.part_done[place] = (PartStatus.COMMITTED, self.ts)
             return PrepareReply(request.id, PartStatus.COMMITTED, self.ts, results=results or None)
-        self.parts[place] = PreparedPart(request, self.ts, _span(request))
+        since = asyncio.get_running_loop().time()
+        self.parts[place] = PreparedPart(request, self.ts, _span(request), since)
         if request.participants:
             assert request.locus == request.anchor_key
             self.staged[request.txn_id] = request
@@ -530,6 +534,11 @@ class FakeCluster:
             self._resolve(txn_id, participant.locus, ts)
 
     def _recover(self, txn_id: bytes, anchor: Prepare, *, fence: bool) -> None:
+        for each in anchor.participants:
+            status, ts = self.part_done.get((txn_id, each.locus), (0, 0))
+            if status == PartStatus.COMMITTED:  # a hint has been there first
+                self._finish(txn_id, anchor.anchor_key, TxnStatus.COMMITTED, ts)
+                return
         parts = [self.parts.get((txn_id, each.locus)) for each in anchor.participants]
         prepared = [part.min_ts for part in parts if part is not None]
         if len(prepared) == len(parts):

@@ -13,6 +13,7 @@ from kvstore.client import Database
 from kvstore.errors import (
     CommitUnknown,
     CompareFailed,
+    CorruptionError,
     DeadlineExceeded,
     InvalidArgument,
     KeyTooLarge,
@@ -24,6 +25,7 @@ from kvstore.errors import (
 )
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
+    Ack,
     GetTimestamps,
     Outcome,
     Prepare,
@@ -363,3 +365,31 @@ def test_refusals_for_a_reason_are_typed_and_not_repeated(
         assert len(cluster.of(Prepare)) == 1
 
     simulate(test)
+
+
+@pytest.mark.parametrize("status", [PartStatus.PREPARED, PartStatus.COMMITTED])
+def test_answers_that_contradict_each_other_are_corruption_and_nobody_hangs(status: PartStatus):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.fault(Prepare, lambda node, request: PrepareReply(request.id, status, 0))
+        with pytest.raises(CorruptionError) as caught:
+            await _write_two(db)
+        assert caught.value.maybe_committed
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_an_answer_of_the_wrong_kind_says_nothing_and_the_anchor_is_asked():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.fault(Prepare, lambda node, request: Ack(request.id))
+        with pytest.raises(CorruptionError):
+            await _write_two(db)
+        assert len(cluster.of(Outcome)) == 1
+        assert cluster.data == {}
+
+    simulate(test, FakeCluster(b"m"))
+
+
+async def _write_two(db: Database) -> None:
+    async with db.batch() as batch:
+        batch.put(b"a", b"1")
+        batch.put(b"z", b"1")

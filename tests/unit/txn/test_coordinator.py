@@ -216,6 +216,10 @@ def test_a_participant_that_was_resolved_already_tells_the_outcome():
 def test_contradictions_are_loud():
     one = coordinator(2)
     one.start()
+    with pytest.raises(ContradictoryAnswers):
+        one.on_prepare(0, prepared(0))
+    with pytest.raises(ContradictoryAnswers):
+        one.on_prepare(0, answer(PartStatus.COMMITTED, 0))
     one.on_prepare(0, prepared(905))
     with pytest.raises(ContradictoryAnswers):
         one.on_prepare(0, prepared(906))
