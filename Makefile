@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage check fmt bench sim chaos bank clean
+.PHONY: help venv demo test test-slow coverage check fmt bench sim bank realdata clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -54,11 +54,11 @@ bench: venv  ## measure throughput and latency on this machine
 sim: venv  ## whole clusters under simulated faults, SEEDS of them
 	$(BIN)/python -m tools.simulate --seeds $(SEEDS) $(ARGS)
 
-chaos: venv  ## real processes, killed and paused under load
-	$(BIN)/python -m tools.chaos $(ARGS)
-
 bank: venv  ## transfers between accounts while nodes die; no money may be lost
 	$(BIN)/python -m tools.bank $(ARGS)
+
+realdata: venv  ## the Unicode character database through three nodes that die; every row compared
+	$(BIN)/python -m tools.realdata $(ARGS)
 
 clean:  ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* htmlcov

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from replication.messages import Message
-from replication.types import Entry, Membership, SnapshotMeta
+from replication.types import Entry, SnapshotMeta
 
 
 class LogFiles(Protocol):

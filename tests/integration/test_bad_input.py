@@ -59,8 +59,13 @@ async def ask(node, payload):
     """The node's answer to one message, or what ended the stream."""
     stream = await stream_of(node)
     answer = asyncio.get_running_loop().create_future()
-    stream.on_close = lambda error: answer.done() or answer.set_result(error)
-    stream.on_message = lambda data: answer.done() or answer.set_result(data)
+
+    def tell(found):
+        if not answer.done():
+            answer.set_result(found)
+
+    stream.on_close = tell
+    stream.on_message = tell
     stream.send(payload)
     async with asyncio.timeout(5):
         found = await answer
