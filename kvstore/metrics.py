@@ -163,6 +163,7 @@ _GROUPS: Final[
     "peers": "Of the connections to other nodes",
     "requests": "Of the requests of clients",
     "transactions": "Of the transactions in progress",
+    "outcomes": "Of what ranges led here decided",
     "oracle": "Of the timestamp oracle",
     "channel": "Of the replicated message channel",
     "connections": "Of the connections of clients",

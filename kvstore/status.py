@@ -39,6 +39,7 @@ def node_status(node: Node) -> dict[str, Any]:
         },
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
+        "outcomes": dict(store.transaction_counters),
         "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
     }
     if node.peers is not None:

@@ -23,7 +23,7 @@ from replication.turns import Deadlines
 from replication.types import Entry, SnapshotMeta
 from txn.apply import Overlay
 from txn.commands import encode_batch
-from txn.evaluate import Evaluator, Limits
+from txn.evaluate import COUNTERS, Evaluator, Limits
 from txn.messages import (
     Directory,
     Failure,
@@ -114,6 +114,7 @@ class Store:
             "read_index_rounds": 0,
             "oracle_rounds": 0,
         }
+        self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
         self.on_turn_end: Callable[[], None] = lambda: None
         self.oracle = Oracle(window_ms=oracle_window_ms)
@@ -385,6 +386,7 @@ class Store:
             replica.evaluator = Evaluator(
                 replica.state, self.engine, replica.output, self.limits, term
             )
+            replica.evaluator.counters = self.transaction_counters
         self.on_turn_end()
 
     def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from txn import keycode
-from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
+from txn.commands import Command, Commit, Decide, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.latches import LatchTable, Pending, Waiter
 from txn.messages import (
     Ack,
@@ -64,10 +64,30 @@ from txn.types import (
 
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
+READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
 SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 WAITERS_MAX = 20_000
 INT64 = 1 << 63
+
+
+COUNTERS = (
+    "aborts_cross_range_total",
+    "commits_cross_range_total",
+    "commits_one_range_total",
+    "fences_by_compare_total",
+    "fences_by_conflict_total",
+    "fences_by_recovery_total",
+    "fences_by_request_total",
+    "parts_prepared_total",
+    "waits_for_parts_total",
+)
+_FENCES = {
+    FenceReason.CONFLICT: "fences_by_conflict_total",
+    FenceReason.COMPARE_FAILED: "fences_by_compare_total",
+    FenceReason.TOO_LARGE: "fences_by_request_total",
+    FenceReason.BAD_VALUE: "fences_by_request_total",
+}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -108,6 +128,9 @@ class Evaluator:
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_number = 0
         self._waiting = 0
+        self.counters = dict.fromkeys(
+            COUNTERS, 0
+        )  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
@@ -288,7 +311,7 @@ class Evaluator:
     def applied(self, pendings: Sequence[Pending], answers: Sequence[Answer], now: float) -> None:
         """An own entry of this term was applied; `answers` are the commands' in order."""
         self.now = now
-        release, reply = self.latches.release, self.out.reply
+        release, reply, counters = self.latches.release, self.out.reply, self.counters
         for pending, answer in zip(pendings, answers, strict=True):
             if pending.txn_id:
                 release(pending)
@@ -296,6 +319,7 @@ class Evaluator:
                 self.runnable += pending.waiters
             command = pending.command
             if type(command) is Commit:  # it was never undecided here: nobody waits for its end
+                counters["commits_one_range_total"] += 1
                 results = pending.results if answer.status == PartStatus.COMMITTED else None
                 reply(pending.origin, PrepareReply(pending.request.id, *answer, results), False)
                 continue
@@ -304,8 +328,21 @@ class Evaluator:
                 pending.then(answer)
             elif pending.origin is not None:
                 reply(pending.origin, self._reply_to(pending, answer), False)
+            self._count(command, answer)
             if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
                 self.recovery.prepared(command, now)
+
+    def _count(self, command: Command | None, answer: Answer) -> None:
+        if isinstance(command, FencePart):
+            name = _FENCES.get(FenceReason(command.reason), "fences_by_recovery_total")
+        elif isinstance(command, Decide):
+            committed = answer.status == PartStatus.COMMITTED
+            name = "commits_cross_range_total" if committed else "aborts_cross_range_total"
+        elif isinstance(command, PreparePart):
+            name = "parts_prepared_total"
+        else:
+            return
+        self.counters[name] += 1
 
     def _wake(self, pending: Pending) -> None:
         """Whoever waits for a part's end goes on once its transaction left this range."""
@@ -530,6 +567,7 @@ class Evaluator:
         until = since + self.limits.conflict_wait_s
         if now < until and (request.one_range or mine < (part.row.age, part.txn_id)):
             waiter = Waiter(request, origin, since)
+            self.counters["waits_for_parts_total"] += 1
             self.blocked.setdefault(part.txn_id, []).append(waiter)
             self.at(until, lambda time: self._give_up_waiting(waiter, part, time))
             return
@@ -713,7 +751,10 @@ class Evaluator:
         versions: list[int] = []
         values: list[bytes | None] = []
         get = self.rows.get
+        size = 0
         for key in request.keys:
+            if size > READ_BYTES_MAX:
+                break  # the reader asks for the rest at the same timestamp
             row = get(b"L" + key)
             if row is None:
                 version = None
@@ -727,6 +768,7 @@ class Evaluator:
             else:
                 versions.append(version.commit_ts)
                 values.append(version.value)
+                size += len(version.value)
         return ReadReply(request.id, at, versions, values)
 
     def _copy(self, waiter: Waiter) -> Waiter:

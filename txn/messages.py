@@ -168,6 +168,8 @@ Request = (
 
 
 class ReadReply(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
+    """In the order of the keys; shorter than asked when the values are large: ask for the rest at the same `at`."""
+
     id: int
     at: int
     versions: list[int]  # 0: no value

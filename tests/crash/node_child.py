@@ -13,7 +13,8 @@ import signal
 import sys
 from typing import Any
 
-import kvstore.embedded
+import kvstore
+from kvstore import embedded
 from kvstore.node import Node
 
 POINTS = ("before_flush", "after_flush", "after_cut", "in_next_writes")
@@ -39,7 +40,7 @@ async def write(db: Any, first: int) -> None:
 
 
 async def main(directory: str, point: str) -> None:
-    kvstore.embedded.Node = Watched  # type: ignore[misc]
+    setattr(embedded, "Node", Watched)  # noqa: B010  # not an attribute that the module offers
     async with kvstore.open(directory) as db:
         node = nodes[0]
         assert node.host is not None

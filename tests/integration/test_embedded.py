@@ -113,3 +113,12 @@ def test_the_blocking_client_has_the_same_store(tmp_path):
 
 def test_the_default_configuration_is_valid():
     assert NodeConfig().raft.heartbeat_s * 2 <= NodeConfig().raft.election_timeout_s
+
+
+async def test_many_large_values_are_read_in_several_answers(tmp_path):
+    async with kvstore.open(tmp_path) as db:
+        keys = [b"%02d" % number for number in range(12)]
+        for key in keys:
+            await db.put(key, key * 500_000)
+        found = await db.get_many(keys)
+        assert found == {key: key * 500_000 for key in keys}
