@@ -129,7 +129,9 @@ def check_versions(ops: Sequence[RegisterOp]) -> list[str]:
             elif writer.begin > op.end:
                 wrong.append(f"{op.key!r}: read {op.value!r} before it was written")
             elif writer.version and writer.version != op.version:
-                wrong.append(f"{op.key!r}: {op.value!r} has versions {writer.version}, {op.version}")
+                wrong.append(
+                    f"{op.key!r}: {op.value!r} has versions {writer.version}, {op.version}"
+                )
     wrong += _real_time(known)
     return wrong
 
@@ -210,7 +212,9 @@ def check_transactions(
     if final is not None:
         for key, value in final.items():
             if state.get(key) != value:
-                wrong.append(f"at the end {key!r} = {value!r}, but the replay has {state.get(key)!r}")
+                wrong.append(
+                    f"at the end {key!r} = {value!r}, but the replay has {state.get(key)!r}"
+                )
     wrong += _in_real_time(committed)
     return wrong[:MISTAKES_MAX]
 
@@ -258,5 +262,7 @@ def check_totals(ops: Iterable[TxnOp], accounts: Sequence[bytes], total: int) ->
             continue
         found = sum(int(op.reads.get(key) or 0) for key in accounts)
         if found != total:
-            wrong.append(f"{op.name!r} of {op.client} at version {op.version} saw a total of {found}")
+            wrong.append(
+                f"{op.name!r} of {op.client} at version {op.version} saw a total of {found}"
+            )
     return wrong[:MISTAKES_MAX]

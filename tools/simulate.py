@@ -1,7 +1,7 @@
 """Simulated clusters under faults, seed by seed. A seed that fails prints how to replay it.
 
-    python -m tools.simulate --seed 17 [--hash] [--trace]     one seed
-    python -m tools.simulate --seeds 200 --start 1 --jobs 2   many; exits with 1 if any fails
+python -m tools.simulate --seed 17 [--hash] [--trace]     one seed
+python -m tools.simulate --seeds 200 --start 1 --jobs 2   many; exits with 1 if any fails
 """
 
 from __future__ import annotations
@@ -124,10 +124,9 @@ def _line(verdict: Verdict) -> str:
 def _many(given: argparse.Namespace) -> int:
     began = time.monotonic()
     failed: list[int] = []
-    seconds, operations, unknown, count = 0.0, 0, 0, 0
+    seconds, operations, unknown = 0.0, 0, 0
     faults: dict[str, int] = {}
-    for verdict in _verdicts(given):
-        count += 1
+    for count, verdict in enumerate(_verdicts(given), 1):
         seconds += verdict.seconds
         operations += verdict.operations
         unknown += verdict.unknown

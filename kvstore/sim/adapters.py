@@ -27,7 +27,9 @@ T = TypeVar("T")
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 
 WALL_EPOCH_S: Final = 1_700_000_000.0
-DRIFT_MAX: Final = 0.04  # of a monotonic clock; two may differ by 0.08, below RaftConfig.lease_drift
+DRIFT_MAX: Final = (
+    0.04  # of a monotonic clock; two may differ by 0.08, below RaftConfig.lease_drift
+)
 QUICK_S: Final = (0.000_1, 0.003)  # how long a blocking call takes, when nothing is wrong
 
 

@@ -67,6 +67,7 @@ class Server:
         self.address = f"{machine.name}:{PORT}"
         self.process: Process | None = None
         self.node: SimNode | None = None
+        self.broken = False  # it cannot start any more
         self.failures_expected = 0  # of the disk, told by the faults
 
     @property
@@ -166,13 +167,15 @@ class SimCluster:
     async def restart(self, name: str) -> None:
         """Boot a machine whose process is dead."""
         server = self.servers[name]
-        if server.running:
+        if server.running or server.broken:
             return
         self.trace.note("restart", name)
         try:
             await self._boot(server)
         except Exception as error:  # noqa: BLE001 - whatever it is, a restart must not fail
             self.problem(f"{name} does not start: {error!r}", error)
+            server.broken = True
+            self.crash(name, power=False)
 
     # -- faults
 

@@ -35,6 +35,7 @@ class Nemesis:
         self._rng = rng
         self._victims, self._on_client_crash = victims, on_client_crash
         self._tasks: list[asyncio.Task[None]] = []
+        self._flushes: list[asyncio.Task[None]] = []
         self._traps: dict[str, int] = {}
         self._over = False
         kinds: dict[str, Callable[[], None]] = {
@@ -292,4 +293,4 @@ class Nemesis:
         if server is not None and server.process is not None and server.node is not None:
             node = server.node
             if node.host is not None and not node.fatal.done():
-                server.process.spawn(node.flush())
+                self._flushes.append(server.process.spawn(node.flush()))

@@ -476,9 +476,7 @@ class _Direction:
             blocked = self._network.blocked_until(self.source, self.target)
             at = max(self._flight[0][0], blocked)
             if at != FOREVER:
-                self._timer = self._loop.call_at(
-                    at, self._arrive, context=self._network.context
-                )
+                self._timer = self._loop.call_at(at, self._arrive, context=self._network.context)
 
     def _arrive(self) -> None:
         self._timer = None

@@ -38,7 +38,9 @@ class Observers:
         self._applied: dict[tuple[int, int], tuple[int, int]] = {}  # (range, index) -> (term, crc)
         self._seen: dict[tuple[str, int], tuple[int, int, int]] = {}
         self._issued_upto = 0
-        self._issued: dict[int, int] = {}  # first of a batch -> highest handed out when it was issued
+        self._issued: dict[
+            int, int
+        ] = {}  # first of a batch -> highest handed out when it was issued
         self._handed_out = 0
         self._outcomes: dict[bytes, tuple[int, int]] = {}
         self._mistakes = 0

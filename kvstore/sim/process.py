@@ -53,7 +53,7 @@ class Process:
         task = self.spawn(coro)
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._deaths[id(ended)] = ended
-        task.add_done_callback(lambda _: ended.done() or ended.set_result(None))
+        task.add_done_callback(lambda _: _set(ended))
         await ended
         self._deaths.pop(id(ended), None)
         if not task.done():
@@ -67,8 +67,7 @@ class Process:
         self.dead = True
         self.parked.clear()
         for ended in self._deaths.values():
-            if not ended.done():
-                ended.set_result(None)
+            _set(ended)
 
     def pause(self) -> None:
         self.paused = True
@@ -81,6 +80,11 @@ class Process:
 
 
 PROCESS: ContextVar[Process | None] = ContextVar("process", default=None)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def process_of(context: Context | None) -> Process | None:
@@ -111,7 +115,7 @@ class ProcessHandle(events.Handle):
         if process.paused:
             process.parked.append(self)
         elif not process.dead:
-            super()._run()  # type: ignore[misc]  # asyncio's own, not in its stubs
+            super()._run()
 
 
 class ProcessTimerHandle(events.TimerHandle):
@@ -130,7 +134,7 @@ class ProcessTimerHandle(events.TimerHandle):
         if process.paused:
             process.parked.append(self)
         elif not process.dead:
-            super()._run()  # type: ignore[misc]  # asyncio's own, not in its stubs
+            super()._run()
 
 
 def bury(task: asyncio.Task[Any]) -> None:

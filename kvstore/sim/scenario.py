@@ -132,7 +132,9 @@ class _Scenario:
                 if self._options.faults:
                     await self._nemesis.run(self._options.seconds)
                 await self._nemesis.heal()
+                supervisor = self._loop.create_task(self._supervise())
                 await self._peace()
+                supervisor.cancel()
             finally:
                 watch.cancel()
                 result.problems += cluster.problems
@@ -169,6 +171,13 @@ class _Scenario:
             await self._until(self._level, "replicas do not reach one applied index")
             self._compare()
         self._count()
+
+    async def _supervise(self) -> None:
+        """A disk that failed just before peace ends its node a little later: boot it again, as an init system would."""
+        while True:
+            await asyncio.sleep(0.5)
+            for name in self._cluster.servers:
+                await self._cluster.restart(name)
 
     async def _until(self, holds: Callable[[], bool], what: str) -> bool:
         until = self._loop.time() + PEACE_S

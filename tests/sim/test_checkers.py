@@ -1,0 +1,264 @@
+"""Claims of the judges (tools/checkers.py): good histories pass, and each kind of bad one is caught."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from kvstore.sim.history import FOREVER, Outcome, RegisterOp, TxnOp
+from tools.checkers import (
+    check_registers,
+    check_totals,
+    check_transactions,
+    check_versions,
+    check_write_order,
+    linearizable,
+)
+
+KEY = b"k"
+UNKNOWN = Outcome.UNKNOWN
+
+
+def put(begin: int, end: int, value: bytes | None, version: int = 0) -> RegisterOp:
+    return RegisterOp("c", "put", KEY, begin, value, version=version, end=end, outcome=Outcome.OK)
+
+
+def get(begin: int, end: int, value: bytes | None, version: int = 0) -> RegisterOp:
+    return RegisterOp("c", "get", KEY, begin, value, version=version, end=end, outcome=Outcome.OK)
+
+
+def cas(begin: int, end: int, old: bytes | None, new: bytes, swapped: bool = True) -> RegisterOp:
+    return RegisterOp("c", "cas", KEY, begin, new, old, swapped, end=end, outcome=Outcome.OK)
+
+
+def unknown(op: RegisterOp) -> RegisterOp:
+    op.end, op.outcome, op.version = FOREVER, UNKNOWN, 0
+    return op
+
+
+def failed(op: RegisterOp) -> RegisterOp:
+    op.outcome = Outcome.FAILED
+    return op
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [get(1, 2, None)],
+        [put(1, 2, b"a"), get(3, 4, b"a")],
+        [put(1, 4, b"a"), get(2, 3, b"a")],
+        [put(1, 4, b"a"), get(2, 3, None)],
+        [put(1, 6, b"a"), put(2, 5, b"b"), get(7, 8, b"a")],
+        [put(1, 2, b"a"), put(3, 4, None), get(5, 6, None)],
+        [put(1, 2, b"a"), cas(3, 4, b"a", b"b"), get(5, 6, b"b")],
+        [put(1, 2, b"a"), cas(3, 4, b"x", b"b", swapped=False), get(5, 6, b"a")],
+        [unknown(put(1, 2, b"a")), get(3, 4, None), get(5, 6, b"a")],
+        [unknown(put(1, 2, b"a")), get(3, 4, b"a"), get(5, 6, b"a")],
+        [unknown(cas(1, 2, None, b"a")), put(3, 4, b"b"), get(5, 6, b"b")],
+        [failed(put(1, 2, b"a")), get(3, 4, None)],
+    ],
+)
+def test_a_history_that_one_register_explains_passes(history: list[RegisterOp]) -> None:
+    assert linearizable(history)
+    assert check_registers(history) == []
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([put(1, 2, b"a"), get(3, 4, None)], id="stale read"),
+        pytest.param([put(1, 2, b"a"), put(3, 4, b"b"), get(5, 6, b"a")], id="old value"),
+        pytest.param([put(1, 6, b"a"), get(2, 3, b"a"), get(4, 5, None)], id="new, then old"),
+        pytest.param([get(1, 2, b"a"), put(3, 4, b"a")], id="read of the future"),
+        pytest.param([get(1, 2, b"a")], id="read of nothing"),
+        pytest.param([failed(put(1, 2, b"a")), get(3, 4, b"a")], id="aborted read"),
+        pytest.param(
+            [put(1, 2, b"a"), cas(3, 6, b"a", b"b"), cas(4, 5, b"a", b"c")], id="lost update"
+        ),
+        pytest.param(
+            [put(1, 2, b"a"), cas(3, 4, b"a", b"b", swapped=False)], id="refused for nothing"
+        ),
+        pytest.param(
+            [unknown(put(1, 2, b"a")), get(3, 4, b"a"), get(5, 6, None)], id="unknown, then undone"
+        ),
+    ],
+)
+def test_a_history_that_no_register_explains_is_caught(history: list[RegisterOp]) -> None:
+    assert not linearizable(history)
+    assert check_registers(history)
+
+
+@pytest.mark.parametrize(
+    ("history", "what"),
+    [
+        ([put(1, 2, b"a", 9), put(3, 4, b"b", 8)], "but 9 was seen"),
+        ([put(1, 2, b"a", 9), put(3, 4, b"b", 9)], "but 9 was seen"),
+        ([put(1, 2, b"a", 9), get(3, 4, b"z", 8)], "nobody wrote"),
+        ([put(1, 2, b"a", 9), get(3, 4, b"a", 8)], "has versions"),
+        ([put(1, 6, b"a", 9), put(2, 3, b"b", 5), get(4, 5, b"a", 5)], "has versions"),
+        ([get(1, 2, b"a", 9), get(3, 4, b"b", 8), put(0, 5, b"a"), put(0, 5, b"b")], "was seen"),
+    ],
+)
+def test_versions_that_do_not_fit_are_caught(history: list[RegisterOp], what: str) -> None:
+    assert what in "; ".join(check_versions(history))
+
+
+def test_a_write_of_another_key_with_a_lower_version_is_caught() -> None:
+    first, second = put(1, 2, b"a", 9), put(3, 4, b"b", 8)
+    second.key = b"other"
+    assert check_write_order([first, second])
+
+
+def test_the_search_agrees_with_trying_every_order() -> None:
+    """Hundreds of tiny random histories, against a judge that tries all permutations."""
+    rng = random.Random(4)
+    verdicts = {True: 0, False: 0}
+    for _ in range(400):
+        history = random_history(rng)
+        expected = by_permutation(history)
+        assert linearizable(history) == expected
+        verdicts[expected] += 1
+    assert min(verdicts.values()) > 50
+
+
+def random_history(rng: random.Random) -> list[RegisterOp]:
+    instants = list(range(10))
+    rng.shuffle(instants)
+    history = []
+    for _ in range(5):
+        begin, end = sorted((instants.pop(), instants.pop()))
+        kind, value = rng.choice("pgc"), rng.choice((b"a", b"b"))
+        if kind == "p":
+            op = put(begin, end, value)
+        elif kind == "g":
+            op = get(begin, end, rng.choice((None, b"a", b"b")))
+        else:
+            op = cas(begin, end, rng.choice((None, b"a")), value, rng.random() < 0.5)
+        if kind != "g" and rng.random() < 0.3:
+            op = unknown(op)
+        history.append(op)
+    return history
+
+
+def by_permutation(history: list[RegisterOp]) -> bool:
+    sure = [op for op in history if op.outcome is Outcome.OK]
+    unsure = [op for op in history if op.outcome is not Outcome.OK]
+    for size in range(len(unsure) + 1):
+        for more in itertools.combinations(unsure, size):
+            for order in itertools.permutations([*sure, *more]):
+                if in_time(order) and explained(order):
+                    return True
+    return False
+
+
+def in_time(order: tuple[RegisterOp, ...]) -> bool:
+    return all(b.end > a.begin for a, b in itertools.combinations(order, 2))
+
+
+def explained(order: tuple[RegisterOp, ...]) -> bool:
+    value: bytes | None = None
+    for op in order:
+        if op.kind == "get":
+            if op.value != value:
+                return False
+        elif op.kind == "cas":
+            swapped = op.swapped if op.outcome is Outcome.OK else True
+            if swapped != (value == op.expected):
+                return False
+            value = op.value if swapped else value
+        else:
+            value = op.value
+    return True
+
+
+# ---------------------------------------------------------------- transactions
+
+
+def txn(
+    begin: int,
+    end: int,
+    version: int,
+    reads: dict[bytes, bytes | None],
+    writes: dict[bytes, bytes | None] | None = None,
+    outcome: Outcome = Outcome.OK,
+) -> TxnOp:
+    name = f"t{begin}".encode()
+    return TxnOp("c", name, begin, reads, writes or {}, version, end, outcome)
+
+
+ZERO: dict[bytes, bytes | None] = {b"x": b"0", b"y": b"0"}
+
+
+def test_a_serial_history_passes() -> None:
+    history = [
+        txn(1, 2, 5, {b"x": b"0"}, {b"x": b"1"}),
+        txn(3, 4, 7, {b"x": b"1", b"y": b"0"}, {b"y": b"2"}),
+        txn(5, 6, 7, {b"x": b"1", b"y": b"2"}),
+    ]
+    assert check_transactions(ZERO, history, {b"x": b"1", b"y": b"2"}) == []
+
+
+def test_an_unknown_transaction_counts_exactly_if_its_marker_stands() -> None:
+    there = txn(1, FOREVER, 0, {}, {b"x": b"1"}, Outcome.UNKNOWN)
+    assert check_transactions(ZERO, [there], {b"x": b"1"}, {b"t1": 5}) == []
+    assert check_transactions(ZERO, [there], {b"x": b"0"}, {}) == []
+    assert check_transactions(ZERO, [there], {b"x": b"1"}, {})
+
+
+@pytest.mark.parametrize(
+    ("history", "what"),
+    [
+        pytest.param(
+            [txn(1, 4, 5, {b"x": b"0"}, {b"x": b"1"}), txn(2, 3, 6, {b"x": b"0"}, {b"x": b"2"})],
+            "read b'x'",
+            id="lost update",
+        ),
+        pytest.param(
+            [txn(1, 4, 5, {b"x": b"0"}, {b"y": b"1"}), txn(2, 3, 6, {b"y": b"0"}, {b"x": b"1"})],
+            "read b'y'",
+            id="write skew",
+        ),
+        pytest.param(
+            [txn(1, 2, 5, {}, {b"x": b"1", b"y": b"1"}), txn(3, 4, 6, {b"x": b"1", b"y": b"0"})],
+            "read b'y'",
+            id="half a transaction",
+        ),
+        pytest.param(
+            [txn(1, 2, 5, {}, {b"x": b"1"}), txn(3, 4, 4, {b"x": b"0"})],
+            "began after version 5",
+            id="stale snapshot",
+        ),
+        pytest.param(
+            [txn(1, 2, 9, {}, {b"x": b"1"}), txn(3, 4, 8, {}, {b"y": b"1"})],
+            "began after version 9",
+            id="causal reverse",
+        ),
+        pytest.param(
+            [txn(1, 2, 9, {}, {b"x": b"1"}), txn(1, 2, 9, {}, {b"y": b"1"})],
+            "have one version",
+            id="one version twice",
+        ),
+    ],
+)
+def test_a_history_that_is_not_strictly_serializable_is_caught(
+    history: list[TxnOp], what: str
+) -> None:
+    assert what in "; ".join(check_transactions(ZERO, history))
+
+
+def test_an_acknowledged_transaction_that_is_lost_is_caught() -> None:
+    history = [txn(1, 2, 5, {}, {b"x": b"1"})]
+    assert "is lost" in check_transactions(ZERO, history, {b"x": b"0"}, {})[0]
+
+
+def test_a_failed_transaction_that_took_effect_is_caught() -> None:
+    history = [txn(1, 2, 0, {}, {b"x": b"1"}, Outcome.FAILED)]
+    assert "stands at 5" in check_transactions(ZERO, history, {b"x": b"1"}, {b"t1": 5})[0]
+
+
+def test_a_total_that_does_not_add_up_is_caught() -> None:
+    assert check_totals([txn(1, 2, 5, {b"x": b"3", b"y": b"4"})], [b"x", b"y"], 7) == []
+    assert check_totals([txn(1, 2, 5, {b"x": b"3", b"y": b"5"})], [b"x", b"y"], 7)
