@@ -10,6 +10,7 @@ absence leaves before leadership was confirmed after the look. N3 requests that 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -132,6 +133,8 @@ class Store:
             int, tuple[Replica, list[tuple[Any, Reply]]]
         ] = {}  # read-index context -> answers
         self._context = 0
+        self._by_start: list[Replica] = []
+        self._starts: list[bytes] = []
         self._oracle_client = OracleClient(self)
 
     def attach(self, host: Host, remote: RemoteCalls) -> None:
@@ -140,6 +143,8 @@ class Store:
     def add(self, row: RangeRow, config: ReplicaConfig) -> Replica:
         """Serve a replica whose rows are in the engine."""
         replica = self.replicas[row.range_id] = Replica(row, config)
+        self._by_start = sorted(self.replicas.values(), key=lambda each: each.state.row.start)
+        self._starts = [each.state.row.start for each in self._by_start]
         if not row.installing:
             replica.state.load(self.engine)
         if row.range_id == META_RANGE_ID:
@@ -216,10 +221,11 @@ class Store:
 
     def find(self, key: bytes) -> Replica | None:
         """The replica here whose range holds a key."""
-        for replica in self.replicas.values():
-            if replica.state.owns(key):
-                return replica
-        return None
+        place = bisect_right(self._starts, key) - 1
+        if place < 0:
+            return None
+        replica = self._by_start[place]
+        return replica if replica.state.owns(key) else None
 
     def _carry_out(self, now: float) -> None:
         """Everything the touched evaluators want: calls, proposals, answers, their deadlines."""
