@@ -90,6 +90,13 @@ def test_append_3_entries_that_match_are_not_deleted_by_a_shorter_append():
     assert replica.terms == [1, 1, 2, 2]
 
 
+def test_append_3_a_late_append_of_several_entries_deletes_nothing():
+    replica = Replica((1, 1, 2, 2))
+    replica.append(3, (0, 0), 1, 1)
+    assert replica.terms == [1, 1, 2, 2]
+    assert replica.raft.durable_index == 4
+
+
 def test_append_4_new_entries_not_already_in_the_log_are_appended():
     replica = Replica((1, 1))
     replica.append(3, (1, 1), 1, 3, 3)

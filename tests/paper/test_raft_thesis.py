@@ -342,6 +342,13 @@ def test_read_1_waits_until_an_entry_of_the_leaders_term_is_committed():
     assert of(Heartbeat, replica.acknowledge(2, 2))
 
 
+def test_read_1_also_when_there_is_other_work_to_do():
+    replica = Replica((1,))
+    replica.lead()
+    replica.raft.read_index(7, 0.0)
+    assert not of(Heartbeat, replica.propose())
+
+
 def test_read_2_saves_the_commit_index_as_read_index():
     replica = Replica()
     replica.lead()
@@ -443,6 +450,21 @@ def test_a_leader_sends_appends_while_its_own_disk_still_writes():
     assert all(outgoing.token is None for outgoing in appends)
 
 
+def test_the_leaders_own_disk_counts_as_far_as_it_has_come():
+    replica = Replica()
+    replica.lead()
+    replica.acknowledge(2, 1)
+    tokens = []
+    for data in (b"x", b"y"):
+        replica.raft.propose(1, data, 0.0)
+        tokens.append(replica.raft.ready().token)
+    replica.raft.step(AppendResponse(GROUP, 1, 2, 1, True, 3, 0), 0.0)
+    assert replica.raft.commit_index == 1
+    assert tokens[0] is not None
+    replica.raft.persisted(tokens[0])
+    assert replica.raft.commit_index == 2
+
+
 def test_a_leader_may_commit_before_its_own_disk_has_it_but_applies_only_then():
     replica = Replica()
     replica.lead()
@@ -496,6 +518,17 @@ def test_install_7_otherwise_the_whole_log_is_discarded():
     )
     assert isinstance(answer, AppendResponse)
     assert (answer.success, answer.match_index) == (True, 9)
+
+
+def test_install_appends_are_neither_taken_nor_answered_meanwhile():
+    replica = Replica((1, 1))
+    meta = SnapshotMeta(9, 3, plain([1, 2, 3]))
+    replica.step(InstallSnapshot(GROUP, 1, 2, 3, meta))
+    assert replica.append(3, (2, 1), 3, commit=3) == []
+    assert (replica.terms, replica.raft.commit_index) == ([1, 1], 0)
+    [answer] = replica.step(Heartbeat(GROUP, 1, 2, 3, 9, 4))
+    assert isinstance(answer, HeartbeatResponse)
+    assert replica.raft.deadline() is None  # it does not campaign
 
 
 def test_install_8_the_membership_of_the_snapshot_is_taken():
