@@ -67,7 +67,7 @@ class Progress:
         )
         self.beat_due = False  # a heartbeat leaves with the next ready
         self.check_due = False  # if the follower answers a heartbeat, check its log by an append
-        self.check_now = True  # an append leaves even if it is empty: where does the follower stand?
+        self.check_now = True  # send an append even if empty: where does the follower stand?
         self.append_since_beat = False
         self.heard_since_beat = False
         self.snapshot_due = False  # the host has not been asked for the snapshot yet
