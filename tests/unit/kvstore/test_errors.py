@@ -41,7 +41,10 @@ FILLED: dict[type[KVError], dict[str, Any]] = {
     NotLeader: {"range_id": 7, "node": 3, "address": "127.0.0.1:7400"},
     EpochMismatch: {"range_id": 7, "ranges": (b"one", [2, b"two"])},
 }
-EVERY = sorted(CODES.values(), key=lambda cls: cls.code)
+# Other modules add errors of their own to the registry when they are imported; each is tested where it is defined.
+EVERY = sorted(
+    (cls for cls in CODES.values() if cls.__module__ == errors.__name__), key=lambda cls: cls.code
+)
 
 
 def filled(cls: type[KVError]) -> KVError:
@@ -58,7 +61,7 @@ def test_a_code_is_the_snake_case_of_the_class_name(cls: type[KVError]):
 
 def test_every_error_of_the_module_is_in_the_registry():
     defined = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, KVError)]
-    assert sorted(CODES.values(), key=repr) == sorted(defined, key=repr)
+    assert sorted(EVERY, key=repr) == sorted(defined, key=repr)
 
 
 @pytest.mark.parametrize("cls", EVERY)
