@@ -1,0 +1,227 @@
+"""Planted bugs: each breaks one rule of the protocol, to prove that the checker would notice.
+
+A plant replaces methods of the product while a seed runs, or sets a switch that the harness reads. Every one is written as
+the mistake would be: the rule left out, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+from unittest.mock import patch
+
+from txn import apply, evaluate, keycode, recovery
+from txn.commands import AbortUnstaged, OutboxDone
+from txn.evaluate import Evaluator, prepare_reply
+from txn.latches import LatchTable, Pending
+from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
+from txn.recovery import Recovery
+from txn.state import ABSENT, Answer, Outbox, RangeState, Staged, TerminalRow, encode_row
+from txn.types import Guard, PartStatus, TxnStatus
+
+Patches = list[tuple[Any, str, Any]]
+
+
+def _guards_not_held() -> Patches:
+    """What a transaction read is validated, but not protected until it ends."""
+    compute = Evaluator._compute
+
+    def without(self: Evaluator, request: Prepare, pending: Pending) -> Answer | None:
+        refusal = compute(self, request, pending)
+        pending.guards = []
+        return refusal
+
+    return [(Evaluator, "_compute", without)]
+
+
+def _guards_not_validated() -> Patches:
+    return [(Evaluator, "_newer_than", lambda *_: None)]
+
+
+def _conditions_not_held() -> Patches:
+    """Conditions and deleted spans are looked at, but not protected until the transaction ends."""
+    return [(evaluate, "hold", lambda start, end: Guard(start, start, 0))]
+
+
+def _reads_pass_latches() -> Patches:
+    return [
+        (LatchTable, "blocker_of_read", lambda *_: None),
+        (LatchTable, "blocker_of_scan", lambda *_: None),
+    ]
+
+
+def _reads_pass_intents() -> Patches:
+    return [(Evaluator, "_undecided", lambda *_: False)]
+
+
+def _volatile_refusal() -> Patches:
+    """CONFLICT is told, and not written down."""
+
+    def refuse(self: Evaluator, request: Prepare, origin: Any, refusal: Answer) -> None:
+        self.out.reply(origin, prepare_reply(request.id, refusal, None), False)
+
+    return [(Evaluator, "_refuse", refuse)]
+
+
+def _volatile_fence() -> Patches:
+    """FENCED is told to whoever recovers, and not written down."""
+
+    def fence(self: Evaluator, request: Fence, origin: Any, now: float) -> None:
+        answer = self.state.answer_of(self.rows, request.txn_id, request.locus)
+        status = PartStatus.FENCED if answer is ABSENT else answer.status
+        self.out.reply(origin, PartReply(request.id, status, answer.ts), False)
+
+    return [(Evaluator, "_fence_request", fence)]
+
+
+def _abort_without_fence() -> Patches:
+    """The anchor's timer aborts, instead of asking."""
+
+    def recover(self: Recovery, txn_id: bytes, staged: Staged) -> None:
+        if txn_id not in self._deciding:
+            self._propose_decision(txn_id, staged.anchor_key, 0)
+
+    return [(Recovery, "_recover", recover)]
+
+
+def _abort_record_without_fence() -> Patches:
+    """Nothing known: ABORTED is written, but the anchor does not fence itself."""
+
+    def abort(state: RangeState, overlay: apply.Overlay, command: AbortUnstaged) -> Answer:
+        row = keycode.part_row(keycode.TERMINAL, command.anchor_key, command.txn_id)
+        if overlay.get(row) is None and command.txn_id not in state.staged:
+            overlay.put(row, encode_row(TerminalRow(0)))
+        return Answer(PartStatus.ABORTED)
+
+    table: dict[type, Callable[..., Answer]] = {**apply._APPLY, AbortUnstaged: abort}
+    return [(apply, "_APPLY", table)]
+
+
+def _evaluated_twice() -> Patches:
+    """Neither evaluation nor apply looks for what stands already (I1)."""
+    return [
+        (Evaluator, "_known_outcome", lambda *_: None),
+        (apply, "_known", lambda *_: ABSENT),
+    ]
+
+
+def _versions_forgotten() -> Patches:
+    """A late duplicate of a one-range commit does not find its versions."""
+    return [
+        (evaluate, "find_txn", lambda *_: 0),
+        (apply, "find_txn", lambda *_: 0),
+        (recovery, "find_txn", lambda *_: 0),
+    ]
+
+
+def _decided_with_min() -> Patches:
+    """Recovery commits at the smallest min_ts."""
+
+    def conclude(
+        self: Recovery, txn_id: bytes, staged: Staged, known: dict[bytes, tuple[int, int]]
+    ) -> None:
+        answers = [known.get(part.locus, (PartStatus.ABSENT, 0)) for part in staged.participants]
+        if any(status in (PartStatus.FENCED, PartStatus.ABORTED) for status, _ in answers):
+            self._propose_decision(txn_id, staged.anchor_key, 0)
+        elif all(status in (PartStatus.PREPARED, PartStatus.COMMITTED) for status, _ in answers):
+            self._propose_decision(txn_id, staged.anchor_key, min(ts for _, ts in answers))
+
+    return [(Recovery, "_conclude", conclude)]
+
+
+def _any_prepared_is_committed() -> Patches:
+    """A reader is told COMMITTED as soon as one part is prepared."""
+    learn = recovery._Visibility._learn
+
+    def hasty(self: Any, participant: Any, reply: Any) -> None:
+        if isinstance(reply, PartReply) and reply.status == PartStatus.PREPARED:
+            self.missing = {participant.locus: participant}
+        learn(self, participant, reply)
+
+    return [(recovery._Visibility, "_learn", hasty)]
+
+
+def _invisible_while_latched() -> Patches:
+    """Readers are told that a part is absent, though its entry is in flight."""
+    waits = Recovery._waits_or_misses
+    query_part = Evaluator._query_part
+
+    def hasty(self: Recovery, request: Any, origin: Any, now: float) -> bool:
+        if isinstance(request, QueryTxn) and request.mode == QueryMode.READ:
+            return False
+        return waits(self, request, origin, now)
+
+    def hasty_part(self: Evaluator, request: QueryPart, origin: Any, now: float) -> None:
+        latched = self.latches.txns.pop(request.txn_id, None)
+        query_part(self, request, origin, now)
+        if latched is not None:
+            self.latches.txns[request.txn_id] = latched
+
+    return [(Recovery, "_waits_or_misses", hasty), (Evaluator, "_query_part", hasty_part)]
+
+
+def _invisible_for_ever() -> Patches:
+    """INVISIBLE at one reader's timestamp is taken for INVISIBLE at all."""
+    learn = Recovery._on_visibility
+
+    def forever(self: Recovery, part: Any, reply: Any) -> None:
+        learn(self, part, reply)
+        if getattr(reply, "status", None) == TxnStatus.INVISIBLE:
+            part.invisible_to = 1 << 62
+
+    return [(Recovery, "_on_visibility", forever)]
+
+
+def _outbox_dropped_early() -> Patches:
+    """An outbox row goes when its Resolve is sent, not when it is acknowledged."""
+    send = Recovery._send_outbox
+
+    def hasty(self: Recovery, key: tuple[bytes, bytes], row: Outbox) -> None:
+        send(self, key, row)
+        pending = Pending(b"", None, None)
+        pending.command = OutboxDone(row.txn_id, row.anchor_key, row.participant.locus)
+        self.ev.propose(pending)
+
+    return [(Recovery, "_send_outbox", hasty)]
+
+
+def _switch() -> Patches:
+    """The harness does it."""
+    return []
+
+
+# Each with the number of seeds, from 0 on, within which it must be found.
+PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
+    "stale_min_ts": (_switch, 30),  # timestamps fetched in advance
+    "unconfirmed_answers": (_switch, 60),  # a deposed leader's reads are believed
+    "proposed_again": (_switch, 60),  # what a term lost is proposed in the next one
+    "guards_not_held": (_guards_not_held, 30),
+    "guards_not_validated": (_guards_not_validated, 30),
+    "conditions_not_held": (_conditions_not_held, 60),
+    "reads_pass_latches": (_reads_pass_latches, 30),
+    "reads_pass_intents": (_reads_pass_intents, 30),
+    "volatile_refusal": (_volatile_refusal, 30),
+    "volatile_fence": (_volatile_fence, 30),
+    "abort_without_fence": (_abort_without_fence, 30),
+    "abort_record_without_fence": (_abort_record_without_fence, 60),
+    "evaluated_twice": (_evaluated_twice, 30),
+    "versions_forgotten": (_versions_forgotten, 60),
+    "decided_with_min": (_decided_with_min, 60),
+    "any_prepared_is_committed": (_any_prepared_is_committed, 60),
+    "invisible_while_latched": (_invisible_while_latched, 60),
+    "invisible_for_ever": (_invisible_for_ever, 60),
+    "outbox_dropped_early": (_outbox_dropped_early, 30),
+}
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[frozenset[str]]:
+    """Plant one bug for the duration; yields the harness's switches."""
+    if name is None:
+        yield frozenset()
+        return
+    with ExitStack() as stack:
+        for owner, attribute, replacement in PLANTS[name][0]():
+            stack.enter_context(patch.object(owner, attribute, replacement))
+        yield frozenset({name})
