@@ -194,6 +194,10 @@ def _switch() -> Patches:
 # Each with the number of seeds, from 0 on, within which it must be found.
 PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stale_min_ts": (_switch, 30),  # timestamps fetched in advance
+    "joins_a_sent_batch": (
+        _switch,
+        30,
+    ),  # a part gets a timestamp that was asked for before its latches
     "unconfirmed_answers": (_switch, 60),  # a deposed leader's reads are believed
     "proposed_again": (_switch, 60),  # what a term lost is proposed in the next one
     "guards_not_held": (_guards_not_held, 30),

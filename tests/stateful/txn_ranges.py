@@ -275,6 +275,7 @@ class Replica:
         pendings, evaluator.await_fresh = evaluator.await_fresh, []
         readers, evaluator.await_read = evaluator.await_read, []
         self._asking = True
+        late = 2 if "joins_a_sent_batch" in self.world.switches else 0
 
         def answered(first: int, read_ts: int) -> None:
             if self.evaluator is evaluator:
@@ -283,10 +284,13 @@ class Replica:
                     evaluator.await_fresh[:0] = pendings
                     evaluator.await_read[:0] = readers
                 else:
+                    if late:  # latched after the timestamps were issued
+                        pendings.extend(evaluator.await_fresh[:late])
+                        del evaluator.await_fresh[:late]
                     evaluator.give_timestamps(pendings, first, readers, read_ts, self.world.now)
                 self.turn()
 
-        self.world.ask_oracle(len(pendings), answered)
+        self.world.ask_oracle(len(pendings) + late, answered)
 
 
 class Group:
