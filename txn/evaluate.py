@@ -52,6 +52,7 @@ from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
     TIMESTAMP_MAX,
+    TXN_ID_BYTES,
     ExpectKind,
     FenceReason,
     Guard,
@@ -68,6 +69,7 @@ READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
 SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 WAITERS_MAX = 20_000
+UNDECIDED_MAX = 20_000  # parts and outbox rows: every replica keeps them in memory
 INT64 = 1 << 63
 
 
@@ -127,7 +129,6 @@ class Evaluator:
         self._untimed: dict[Waiter, None] = {}  # reads that wait for the oracle, asked or not
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_number = 0
-        self._waiting = 0
         self.counters = dict.fromkeys(
             COUNTERS, 0
         )  # the store puts its own here, one for all ranges
@@ -151,7 +152,7 @@ class Evaluator:
         self.ready = True
         for loci in self.state.parts.values():
             for part in loci.values():
-                part.forget_volatile(now)
+                part.forget_volatile()
         self.recovery.start(now)
         early, self._early = self._early, []
         for request, origin in early:
@@ -190,7 +191,7 @@ class Evaluator:
         self.blocked, self._timers, self.latches, self._untimed = {}, [], LatchTable(), {}
         for loci in self.state.parts.values():
             for part in loci.values():
-                part.forget_volatile(0.0)
+                part.forget_volatile()
 
     def step(self, request: Request, origin: Any, now: float) -> None:
         """One request. The answer goes out through `out.reply`, now or later, at most once."""
@@ -399,6 +400,7 @@ class Evaluator:
             and not state.point_guards
             and not state.span_guards
             and txn_id not in state.parts
+            and _well_formed(request)
             and self._wrong_prepare(request) is None
             and self.rows.get(keycode.part_row(keycode.DECIDED, key, txn_id)) is None
         ):
@@ -421,6 +423,10 @@ class Evaluator:
         latched = self.latches.txns.get(txn_id)
         if latched is not None:
             self.wait_for(latched, request, origin, since)
+            return
+        if not _well_formed(request):
+            failure = Failure(request.id, "invalid_argument", "malformed transaction")
+            self.out.reply(origin, failure, False)
             return
         known = self._known_outcome(request)
         if known is not None:
@@ -468,10 +474,8 @@ class Evaluator:
             return "epoch_mismatch", ""
         if not state.owns(request.locus):
             return "epoch_mismatch", ""
-        if len(request.txn_id) != 16 or (
-            not request.one_range and request.participants and request.locus != request.anchor_key
-        ):
-            return "invalid_argument", "malformed transaction"
+        if not request.one_range and len(state.parts) + len(state.outbox) >= UNDECIDED_MAX:
+            return "throttled", "too many undecided transactions in the range"
         size = 0
         for write in request.writes:
             size += len(write.key) + len(write.value)
@@ -482,6 +486,9 @@ class Evaluator:
                 return "epoch_mismatch", ""
         for guard in request.guards:
             if not state.owns_span(guard.start, guard.end):
+                return "epoch_mismatch", ""
+        for expect in request.expects:
+            if not state.owns(expect.key):
                 return "epoch_mismatch", ""
         if size > RANGE_BYTES_MAX or len(request.writes) > RANGE_ROWS_MAX:
             return (
@@ -563,6 +570,9 @@ class Evaluator:
         self, request: Prepare, origin: Any, now: float, since: float, part: Part, key: bytes
     ) -> None:
         """The older waits, the younger is refused; a transaction of one range holds nothing elsewhere and always waits."""
+        if part.resolving is not None:  # it is decided: only an entry in flight is in the way
+            self.wait_for(part.resolving, request, origin, since)
+            return
         mine = (request.age or begin_ts_of(request.txn_id), request.txn_id)
         until = since + self.limits.conflict_wait_s
         if now < until and (request.one_range or mine < (part.row.age, part.txn_id)):
@@ -892,6 +902,14 @@ class Evaluator:
         pending.command = OracleBound(hi)
         pending.lost = lost
         self.proposals.append(pending)
+
+
+def _well_formed(request: Prepare) -> bool:
+    """The anchor's part, and only that, lists participants; a transaction of one range has none."""
+    if len(request.txn_id) != TXN_ID_BYTES:
+        return False
+    is_anchor = not request.one_range and request.locus == request.anchor_key
+    return bool(request.participants) == is_anchor
 
 
 def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) -> PrepareReply:

@@ -56,6 +56,7 @@ class Recovery:
         self._anchor_due: deque[tuple[float, bytes]] = deque()
         self._orphan_due: deque[tuple[float, bytes, bytes]] = deque()
         self._outbox_due: deque[tuple[float, tuple[bytes, bytes]]] = deque()
+        self._outbox_again: deque[tuple[float, tuple[bytes, bytes]]] = deque()
         self._outbox_out: dict[tuple[bytes, bytes], None] = {}  # sent, not acknowledged
         self._recovering: dict[
             bytes, dict[bytes, tuple[int, int]]
@@ -66,8 +67,12 @@ class Recovery:
             bytes, tuple[int, list[Waiter]]
         ] = {}  # txn_id -> (read_ts asked, who waits)
         self._rest_number = 0
-        self._resting: dict[int, list[Waiter]] = {}  # readers who got no answer, until they ask again
-        self._looking: dict[Waiter, None] = {}  # readers' questions that are asked on to participants
+        self._resting: dict[
+            int, list[Waiter]
+        ] = {}  # readers who got no answer, until they ask again
+        self._looking: dict[
+            Waiter, None
+        ] = {}  # readers' questions that are asked on to participants
         self._kicks: dict[bytes, None] = {}  # blocked-by questions on their way
 
     # -- life and time
@@ -99,14 +104,17 @@ class Recovery:
             self._anchor_due.popleft()
         while self._orphan_due and state.part(*self._orphan_due[0][1:]) is None:
             self._orphan_due.popleft()
-        while self._outbox_due and self._outbox_due[0][1] not in state.outbox:
-            self._outbox_due.popleft()
+        for queue in (self._outbox_due, self._outbox_again):
+            while queue and queue[0][1] not in state.outbox:
+                queue.popleft()
         if self._anchor_due:
             due = self._anchor_due[0][0]
         if self._orphan_due and (due is None or self._orphan_due[0][0] < due):
             due = self._orphan_due[0][0]
-        if self._outbox_due and (due is None or self._outbox_due[0][0] < due):
-            due = self._outbox_due[0][0]
+        if len(self._outbox_out) < OUTBOX_IN_FLIGHT_MAX:
+            for queue in (self._outbox_due, self._outbox_again):
+                if queue and (due is None or queue[0][0] < due):
+                    due = queue[0][0]
         return due
 
     def tick(self, now: float) -> None:
@@ -122,16 +130,12 @@ class Recovery:
             if part is not None:
                 self._ask_orphan(part)
                 self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
-        while self._outbox_due and self._outbox_due[0][0] <= now:
-            if len(self._outbox_out) >= OUTBOX_IN_FLIGHT_MAX:
-                self._outbox_due.appendleft(
-                    (now + limits.outbox_delay_s, self._outbox_due.popleft()[1])
-                )
-                break
-            key = self._outbox_due.popleft()[1]
-            row = state.outbox.get(key)
-            if row is not None and key not in self._outbox_out:
-                self._send_outbox(key, row)
+        for queue in (self._outbox_due, self._outbox_again):
+            while queue and queue[0][0] <= now and len(self._outbox_out) < OUTBOX_IN_FLIGHT_MAX:
+                key = queue.popleft()[1]
+                row = state.outbox.get(key)
+                if row is not None and key not in self._outbox_out:
+                    self._send_outbox(key, row)
 
     def prepared(self, command: PreparePart, now: float) -> None:
         """A part became PREPARED under this leader."""
@@ -141,9 +145,6 @@ class Recovery:
             self._orphan_due.append(
                 (now + self.ev.limits.orphan_timer_s, command.txn_id, command.locus)
             )
-        part = self.ev.state.part(command.txn_id, command.locus)
-        if part is not None:
-            part.first_seen = now
 
     def dropped(self, pending: Pending) -> None:
         """A proposal of ours was refused by Raft: the timers bring it again."""
@@ -366,7 +367,7 @@ class Recovery:
                 pending = Pending(b"", None, None)
                 pending.command = OutboxDone(row.txn_id, row.anchor_key, part.locus)
                 self.ev.propose(pending)
-            self._outbox_due.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
+            self._outbox_again.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
 
         self.call(part.locus, request, on_reply)
 

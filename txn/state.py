@@ -72,7 +72,7 @@ class OutboxRow(msgspec.Struct, array_like=True, frozen=True):
 class Part:
     """An undecided part, in memory."""
 
-    __slots__ = ("first_seen", "invisible_to", "locus", "resolving", "row", "txn_id")
+    __slots__ = ("invisible_to", "locus", "resolving", "row", "txn_id")
 
     def __init__(self, locus: bytes, txn_id: bytes, row: PreparedRow) -> None:
         self.locus = locus
@@ -80,12 +80,11 @@ class Part:
         self.row = row
         # Volatile, of this leader's term:
         self.invisible_to = 0  # the anchor promised: it commits above this timestamp, or not at all
-        self.first_seen = -1.0  # monotonic seconds
         self.resolving: Any = None  # the latch of its Resolve, once that is proposed
 
-    def forget_volatile(self, now: float) -> None:
+    def forget_volatile(self) -> None:
         """A new term: what an earlier leader was promised or had proposed does not count."""
-        self.invisible_to, self.first_seen, self.resolving = 0, now, None
+        self.invisible_to, self.resolving = 0, None
 
 
 class Staged(NamedTuple):

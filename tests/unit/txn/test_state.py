@@ -134,5 +134,5 @@ def test_what_is_loaded_is_what_was_kept(seed):
 def test_a_part_forgets_what_an_earlier_leader_was_promised():
     held = part(1, [b"a"], [])
     held.invisible_to, held.resolving = 99, object()
-    held.forget_volatile(5.0)
-    assert (held.invisible_to, held.first_seen, held.resolving) == (0, 5.0, None)
+    held.forget_volatile()
+    assert (held.invisible_to, held.resolving) == (0, None)

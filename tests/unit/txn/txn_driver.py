@@ -63,6 +63,7 @@ class Range:
         self.term = 0
         self.calls: list[tuple[bytes, Any, int]] = []
         self.log: list[Command] = []
+        self.evaluator: Evaluator
         self.lead()
 
     # -- output of the evaluator
