@@ -32,6 +32,7 @@ from replication.errors import FrameError, NotLeader, ProposalDropped
 from replication.host import Host
 from replication.ports import LogFiles
 from replication.raft import RaftConfig
+from replication.turns import HostLimits
 from replication.wal import Wal
 from txn import keycode
 from txn.evaluate import Limits
@@ -240,6 +241,9 @@ class Node:
             sync_mode=config.log.sync_mode,
             run_in_thread=adapters.executor.run,
             on_fatal=self._on_fatal,
+            limits=HostLimits(
+                flush_hops=0
+            ),  # uvloop writes at once: nothing to wait for before a sync
         )
         self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)

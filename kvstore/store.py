@@ -11,6 +11,7 @@ absence leaves before leadership was confirmed after the look. N3 requests that 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ META_RANGE_ID = 1
 META_START = b"\xff\x00"
 WRITE_BATCH_BYTES_MAX = 1 << 20
 WRITE_BATCH_ROWS_MAX = 2_000
+REQUESTS_PER_TURN = 256  # evaluated before what was decided goes out
 
 
 class Asker(Protocol):
@@ -124,7 +126,7 @@ class Store:
         self._host: Host
         self._remote: RemoteCalls
         self._overlay = Overlay(engine)
-        self._inbox: list[tuple[Asker, Request]] = []
+        self._inbox: deque[tuple[Asker, Request]] = deque()
         self._local: list[tuple[Evaluator, int, Reply]] = []
         self._touched: dict[int, Replica] = {}  # evaluators that something happened to, this turn
         self._staged: dict[int, Replica] = {}  # whose rows are in the overlay
@@ -165,7 +167,11 @@ class Store:
             requests = requests[: max(0, room)]
         self.open_requests += len(requests)
         self.counters["requests"] += len(requests)
-        self._inbox += [(asker, request) for request in requests]
+        for request in requests:
+            if isinstance(request, GetTimestamps):  # others' turns wait for it: it does not queue
+                self._oracle_client.asked(asker, request)
+            else:
+                self._inbox.append((asker, request))
         self._host.wake()
 
     def local_answer(self, evaluator: Evaluator, call_id: int, reply: Reply) -> None:
@@ -183,10 +189,12 @@ class Store:
             if replica is not None and replica.evaluator is not None:
                 self._touched[number] = replica
                 replica.evaluator.tick(now)
-        if self._inbox:
-            inbox, self._inbox = self._inbox, []
-            for asker, request in inbox:
-                self._dispatch(asker, request, now)
+        inbox = self._inbox
+        for _ in range(min(len(inbox), REQUESTS_PER_TURN)):
+            asker, request = inbox.popleft()
+            self._dispatch(asker, request, now)
+        if inbox:
+            self._host.wake()  # the next turn goes on: this batch travels while that one is evaluated
         while self._local:
             local, self._local = self._local, []
             for evaluator, call_id, reply in local:
@@ -201,12 +209,10 @@ class Store:
         self._carry_out(now)
 
     def _dispatch(self, asker: Asker, request: Request, now: float) -> None:
-        if isinstance(request, GetTimestamps):
-            self._oracle_client.asked(asker, request)
-            return
         if isinstance(request, GetDirectory):
             self.answer(asker, self._directory(request.id))
             return
+        assert not isinstance(request, GetTimestamps)
         range_id = request.range_id
         replica = self.replicas.get(range_id) if range_id else self.find(key_of(request))
         if replica is None:

@@ -11,7 +11,11 @@ class NotLeader(ReplicationError):
     """This replica does not lead its group (any more); nothing was proposed. Ask `leader` (a replica id, 0 if unknown)."""
 
     def __init__(self, leader: int = 0) -> None:
-        super().__init__(f"not the leader; the leader is replica {leader}" if leader else "not the leader; no leader is known")
+        super().__init__(
+            f"not the leader; the leader is replica {leader}"
+            if leader
+            else "not the leader; no leader is known"
+        )
         self.leader = leader
 
 

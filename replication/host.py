@@ -486,15 +486,18 @@ class Host:
         if job is None:
             return
         if self._loop is None or not self.sync_policy.in_thread(job.batch.create_bytes > 0):
-            self._end_sync(job, self._lane.write(job))
+            self._end_sync(job, self._lane.write(job), threaded=False)
         else:
             self._deadlines.set(STALL, now + 2 * self._raft_config.election_timeout_s)
-            self._start(lambda: self._lane.write(job), lambda seconds: self._end_sync(job, seconds))
+            self._start(
+                lambda: self._lane.write(job),
+                lambda seconds: self._end_sync(job, seconds, threaded=True),
+            )
 
-    def _end_sync(self, job: Job, seconds: float) -> None:
+    def _end_sync(self, job: Job, seconds: float, *, threaded: bool) -> None:
         """A batch is durable: cores hear of it, what waited for it leaves."""
         now = self._clock.monotonic()
-        tokens, messages = self._lane.done(job, seconds)
+        tokens, messages = self._lane.done(job, seconds, threaded=threaded)
         for group, token in tokens:
             self._replicas[group].raft.persisted(token)
             self._dirty[group] = None

@@ -119,11 +119,11 @@ class LogLane:
         self._files.sync(batch.segment)
         return self._clock.monotonic() - began_s
 
-    def done(self, job: Job, seconds: float) -> Released:
+    def done(self, job: Job, seconds: float, *, threaded: bool) -> Released:
         """`write` has returned: the batch is durable. The caller passes on what is released, then calls who waited."""
         batch = job.batch
         self.syncing = False
-        self.policy.note(seconds)
+        self.policy.note(seconds, self._clock.monotonic() - self.began_s, threaded=threaded)
         self._counters["synced_bytes"] += len(batch.data)
         self._counters["segments_created"] += batch.create_bytes > 0
         self._wal.synced(batch.number)

@@ -106,5 +106,3 @@ class Peers(Protocol):
 
     def send_snapshot_chunk(self, node: int, payload: bytes) -> bool:
         """Over the node's second connection; False when its queue is full: try again after a pause."""
-
-

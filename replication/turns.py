@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -220,46 +220,78 @@ class ApplyQueue:
 
 
 class SyncPolicy:
-    """Inline or in a thread, by measurement: a thread's completion can wait many ms behind a busy loop, and an inline
-    sync stops the loop for as long as the disk takes. `auto` begins inline, goes to the thread when the p99 of the
-    last `WINDOW` syncs is above 1 ms, and comes back when it is below 0.7 ms. Decided every `EVERY` syncs.
+    """Inline or in a thread, by measurement of what counts: how long the loop waits for a batch to become durable.
+
+    An inline sync stops the loop for as long as the disk takes; a thread's completion waits for the interpreter's lock
+    behind a busy loop, often longer than the disk took. `auto` stays inline while the median inline sync is under
+    QUICK_S. On a slower disk it tries the thread for PROBE syncs, keeps the way whose median is the shorter, and tries
+    the other one again every AGAIN syncs. A disk whose inline p99 is above STALL_S gets the thread in any case: the loop
+    must not stand still for long.
     """
 
-    WINDOW: Final = 200
-    EVERY: Final = 25
-    SLOW_S: Final = 0.001
-    FAST_S: Final = 0.0007
+    WINDOW: Final = 64
+    PROBE: Final = 32
+    AGAIN: Final = 4_000
+    QUICK_S: Final = 0.001
+    STALL_S: Final = 0.050
 
     def __init__(self, mode: SyncMode) -> None:
         self.mode = mode
         self.threaded = mode == "thread"
         self.count = 0
         self.switches = 0
-        self.durations_s: deque[float] = deque(maxlen=self.WINDOW)
+        self.durations_s: deque[float] = deque(maxlen=200)  # in the disk's calls, either way
+        self._waits: tuple[deque[float], deque[float]] = (
+            deque(maxlen=self.WINDOW),
+            deque(maxlen=self.WINDOW),
+        )  # until the loop went on: inline, in the thread
+        self._left = self.PROBE  # syncs until the next decision
 
     def in_thread(self, creates_segment: bool) -> bool:
         """Whether the next sync goes to the thread; making a segment is slow on any disk."""
         return self.threaded or (creates_segment and self.mode == "auto")
 
-    def note(self, duration_s: float) -> None:
-        """One sync took this long (write included, creation of a segment not)."""
+    def note(self, duration_s: float, waited_s: float, *, threaded: bool) -> None:
+        """One sync: what the disk took (creation of a segment not included), and when the loop could go on."""
         self.durations_s.append(duration_s)
         self.count += 1
-        if self.mode != "auto" or self.count % self.EVERY:
+        if self.mode != "auto" or threaded != self.threaded:
             return
-        if len(self.durations_s) < self.WINDOW // 2:
-            return  # one outlier would be the p99
-        threaded = self.p99_s() > (self.FAST_S if self.threaded else self.SLOW_S)
+        self._waits[threaded].append(waited_s)
+        self._left -= 1
+        if self._left <= 0:
+            self._decide()
+
+    def _decide(self) -> None:
+        own, other = self._waits[self.threaded], self._waits[not self.threaded]
+        self._left = self.PROBE
+        if not self.threaded and _share(own, 0.5) <= self.QUICK_S:
+            other.clear()
+        elif len(other) < self.PROBE:
+            self._go(threaded=not self.threaded)
+        else:
+            inline, thread = self._waits
+            stalls = _share(inline, 0.99) > self.STALL_S
+            self._go(threaded=stalls or _share(thread, 0.5) < _share(inline, 0.5))
+            self._waits[not self.threaded].clear()  # to be measured anew
+            self._left = self.AGAIN
+
+    def _go(self, *, threaded: bool) -> None:
         if threaded != self.threaded:
             self.threaded = threaded
             self.switches += 1
 
     def p99_s(self) -> float:
-        """Of the window, 0.0 before the first sync."""
-        if not self.durations_s:
-            return 0.0
-        ordered = sorted(self.durations_s)
-        return ordered[min(len(ordered) - 1, (99 * len(ordered)) // 100)]
+        """Of the last syncs, 0.0 before the first one."""
+        return _share(self.durations_s, 0.99)
+
+
+def _share(values: Collection[float], share: float) -> float:
+    """The value that `share` of them do not exceed; 0.0 of none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def message_bytes(message: Message) -> int:

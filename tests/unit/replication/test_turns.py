@@ -154,27 +154,48 @@ def test_what_a_snapshot_brought_is_skipped_queued_or_not():
 # -- the sync policy
 
 
-def test_auto_goes_to_the_thread_when_the_disk_is_slow_and_comes_back():
+def run_syncs(policy, count, inline_s, thread_s):
+    """So many syncs that take as long as the way that the policy chose."""
+    for _ in range(count):
+        threaded = policy.in_thread(creates_segment=False)
+        policy.note(inline_s, thread_s if threaded else inline_s, threaded=threaded)
+
+
+def test_auto_stays_inline_while_the_disk_is_quick():
     policy = SyncPolicy("auto")
-    for _ in range(200):
-        policy.note(0.0003)
+    run_syncs(policy, 1_000, inline_s=0.0003, thread_s=0.0001)
     assert not policy.threaded
-    for _ in range(200):
-        policy.note(0.005)
+    assert policy.switches == 0
+
+
+def test_auto_keeps_the_way_that_lets_the_loop_go_on_sooner():
+    policy = SyncPolicy("auto")
+    run_syncs(policy, 3 * policy.PROBE, inline_s=0.005, thread_s=0.002)
     assert policy.threaded
-    for _ in range(200):
-        policy.note(0.0008)  # between the two bounds nothing changes
-    assert policy.threaded
-    for _ in range(200):
-        policy.note(0.0003)
+    policy = SyncPolicy("auto")
+    run_syncs(policy, 3 * policy.PROBE, inline_s=0.002, thread_s=0.008)
     assert not policy.threaded
     assert policy.switches == 2
 
 
-def test_a_few_slow_syncs_at_the_start_decide_nothing():
+def test_auto_comes_back_when_the_disk_is_quick_again():
     policy = SyncPolicy("auto")
-    for _ in range(policy.WINDOW // 2 - 1):
-        policy.note(0.1)
+    run_syncs(policy, 3 * policy.PROBE, inline_s=0.005, thread_s=0.002)
+    assert policy.threaded
+    run_syncs(policy, policy.AGAIN + 2 * policy.PROBE, inline_s=0.0003, thread_s=0.002)
+    assert not policy.threaded
+
+
+def test_a_disk_that_stalls_gets_the_thread_even_if_that_is_slower():
+    policy = SyncPolicy("auto")
+    run_syncs(policy, 3 * policy.PROBE, inline_s=0.06, thread_s=0.08)
+    assert policy.threaded
+
+
+def test_syncs_that_went_to_the_thread_for_another_reason_decide_nothing():
+    policy = SyncPolicy("auto")
+    for _ in range(1_000):
+        policy.note(0.1, 0.1, threaded=True)
     assert not policy.threaded
 
 
@@ -183,10 +204,10 @@ def test_a_chosen_mode_stays(mode, threaded):
     policy = SyncPolicy(mode)
     for seconds in (0.00001, 0.1):
         for _ in range(300):
-            policy.note(seconds)
+            policy.note(seconds, seconds, threaded=threaded)
     assert policy.threaded is threaded
     assert policy.in_thread(creates_segment=True) is threaded
-    assert len(policy.durations_s) == policy.WINDOW
+    assert policy.p99_s() == 0.1
 
 
 def test_a_segment_is_made_in_the_thread_unless_inline_was_chosen():
