@@ -361,7 +361,10 @@ class Evaluator:
                 self.latches.release(pending)
             if pending.part is not None:
                 pending.part.resolving = None
-            self.runnable += pending.waiters
+                if pending.waiters:  # now, they would find the part undecided, and propose the same
+                    self.recovery.rest(pending.waiters)
+            else:
+                self.runnable += pending.waiters
             if pending.origin is not None:
                 self.out.reply(pending.origin, Failure(pending.request.id, code), False)
             self.recovery.dropped(pending)

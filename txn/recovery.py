@@ -461,17 +461,24 @@ class Recovery:
 
     def _on_visibility(self, part: Part, reply: Reply) -> None:
         asked, waiters = self._asks.pop(part.txn_id)
-        ev = self.ev
         if isinstance(reply, TxnReply) and reply.status == TxnStatus.INVISIBLE:
             part.invisible_to = max(part.invisible_to, asked)
-        elif not self._on_outcome(part, reply):
-            # No answer: they ask again, until their own time is up.
-            self._rest_number += 1
-            number = self._rest_number
-            self._resting[number] = waiters
-            ev.at(ev.now + ASK_AGAIN_S, lambda _: self._rerun(self._resting.pop(number)))
+        elif not self._on_outcome(part, reply) or self._stands(part):
+            self.rest(waiters)  # no answer, or none that can be used now
             return
         self._rerun(waiters)
+
+    def _stands(self, part: Part) -> bool:
+        """Whether the part is still here with nothing on its way that ends it: whoever looks now meets it again."""
+        current = self.ev.state.part(part.txn_id, part.locus)
+        return current is not None and current.resolving is None
+
+    def rest(self, waiters: list[Waiter]) -> None:
+        """They look again a little later, until their own time is up; at once could be for ever (a busy loop)."""
+        self._rest_number += 1
+        number = self._rest_number
+        self._resting[number] = waiters
+        self.ev.at(self.ev.now + ASK_AGAIN_S, lambda _: self._rerun(self._resting.pop(number)))
 
     def _rerun(self, waiters: list[Waiter]) -> None:
         self.ev.runnable += waiters

@@ -431,3 +431,44 @@ def test_a_row_that_cannot_be_delivered_does_not_hold_up_the_others():
     settled(place, place.finalize(2, b"b", 150))
     place.pass_time(0.03)
     assert [key for key, _, _ in place.calls] == [b"z"]
+
+
+# ---------------------------------------------------------------- readers of decided parts never loop
+
+
+def met() -> tuple[Range, Asked]:
+    """A reader met the part of transaction 1 at b'x', and its anchor was asked."""
+    place = held()
+    reader = place.read(b"x")
+    place.stamp()
+    assert [(key, type(request).__name__) for key, request, _ in place.calls] == [
+        (b"zz", "QueryTxn")
+    ]
+    return place, reader
+
+
+def test_a_reader_rests_when_raft_refuses_the_resolution_of_what_it_met() -> None:
+    place, reader = met()
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, 101))
+    place.evaluator.dropped(place.take(), "throttled")
+    place.evaluator.run_again(place.now)
+    assert (place.calls, place.take()) == ([], [])  # else the two would go on for ever in no time
+    place.pass_time(0.1)
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, 101))
+    place.settle()
+    assert reader.reply.versions == [101]
+
+
+def test_a_reader_rests_while_its_answer_cannot_be_used() -> None:
+    """Another command of the same transaction is on its way, so the part cannot be resolved yet."""
+    place, reader = met()
+    place.fence(1, b"y")
+    fence = place.take()
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, 101))
+    place.evaluator.run_again(place.now)
+    assert (place.calls, place.take()) == ([], [])
+    place.commit(fence)
+    place.pass_time(0.1)
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, 101))
+    place.settle()
+    assert reader.reply.versions == [101]
