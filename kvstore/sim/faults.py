@@ -66,9 +66,12 @@ class Nemesis:
         for server in cluster.servers.values():
             server.machine.on_io = self._on_io
 
-    def only(self, names: Sequence[str]) -> None:
-        """Exactly these kinds, whatever was drawn."""
-        self.kinds = {name: self._all[name] for name in names}
+    def direct(self, names: Sequence[str], mean_s: float, hold_s: float) -> None:
+        """Instead of what was drawn; empty or 0: leave it."""
+        if names:
+            self.kinds = {name: self._all[name] for name in names}
+        self.mean_s = mean_s or self.mean_s
+        self._hold_s = hold_s or self._hold_s
 
     async def run(self, seconds: float) -> None:
         """Do harm for so long. What was begun may go on for a while; see `heal`."""

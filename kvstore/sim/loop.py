@@ -37,6 +37,7 @@ EPOCH_S: Final = (
     1000.0  # where virtual time begins: not 0, so that a forgotten 0.0 is seen as long ago
 )
 EXECUTOR_S: Final = (0.000_1, 0.005)  # how long a blocking call takes, drawn from between
+STEPS_MAX: Final = 50_000  # of the loop at one instant of virtual time
 COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections
 
 
@@ -46,6 +47,10 @@ class SimError(RuntimeError):
 
 class SimDeadlock(SimError):
     """Nothing is ready and no timer is left, but the main coroutine has not ended."""
+
+
+class SimLivelock(SimError):
+    """Callbacks go on and on without time passing: a busy loop, which would burn a processor in the real world."""
 
 
 class SimTimeout(SimError):
@@ -70,6 +75,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._end = EPOCH_S + time_limit_s
         self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
         self._timers_made = 0
+        self._here = 0  # steps since time went on
         self._clock_resolution = 1e-9
         self._created = 0
         self._running: dict[
@@ -92,6 +98,11 @@ class SimLoop(asyncio.BaseEventLoop):
             while timers and timers[0][2].cancelled():
                 heapq.heappop(timers)
             self._jump()
+            self._here = 0
+        self._here += 1
+        if self._here > STEPS_MAX:
+            names = sorted({repr(handle) for handle in ready})
+            raise SimLivelock(f"{STEPS_MAX} steps at {self._now:.3f}; now {names[:8]}")
         now = self._now + self._clock_resolution
         while timers and timers[0][0] <= now:
             ready.append(heapq.heappop(timers)[2])

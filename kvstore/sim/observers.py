@@ -2,14 +2,15 @@
 
 - V1 a term of a range has one leader. V2 at equal index, replicas apply equal entries. V3 within one process, commit and
   applied indexes never go back. V4 the oracle issues no timestamp twice, and never one below what was handed out before it
-  was issued. V5 no transaction has two outcomes. V6 what was acknowledged as durable is: a restarted log has it.
+  was issued. V5 no transaction has two outcomes. V6 applying an entry looks at rows of its own range and at no others: the
+  rows of a neighbour differ from node to node.
 What is broken becomes a problem of the cluster; the run goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from crc32c import crc32c
 import kvstore.replica
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.process import outside
+from kvstore.snapshots import spans_of
 from replication.types import Entry
 from txn.commands import Batch
 from txn.messages import Timestamps
@@ -26,6 +28,22 @@ from txn.types import PartStatus
 
 LOOK_S: Final = 0.05
 MISTAKES_MAX: Final = 10
+
+
+class OwnRows:
+    """An overlay that tells which rows are looked at."""
+
+    def __init__(self, overlay: Any, look: Callable[[bytes], None]) -> None:
+        self._overlay, self._look = overlay, look
+        self.put, self.delete = overlay.put, overlay.delete
+
+    def get(self, key: bytes) -> Any:
+        self._look(key)
+        return self._overlay.get(key)
+
+    def scan(self, start: bytes, end: bytes | None, *, reverse: bool = False) -> Any:
+        self._look(start)
+        return self._overlay.scan(start, end, reverse=reverse)
 
 
 class Observers:
@@ -166,6 +184,13 @@ class Observers:
                 self.mistake(f"V3: range {group} of {server.name} went back from {before} to {now}")
             self._seen[server.name, group] = now
 
+    # -- V6
+
+    def _owned(self, state: RangeState, key: bytes) -> None:
+        if not any(start <= key < end for start, end in spans_of(state.row)):
+            if key[1:] != state.row.range_id.to_bytes(8, "big"):
+                self.mistake(f"V6: range {state.row.range_id} looks at a row of another: {key!r}")
+
     @contextmanager
     def watching_outcomes(self) -> Iterator[None]:
         """V5 needs the answers of apply, which nobody else sees whole."""
@@ -173,7 +198,8 @@ class Observers:
         apply_batch = module.apply_batch
 
         def checked(state: RangeState, overlay: Any, batch: Batch) -> list[Answer]:
-            answers: list[Answer] = apply_batch(state, overlay, batch)
+            own = OwnRows(overlay, lambda key: self._owned(state, key))
+            answers: list[Answer] = apply_batch(state, own, batch)
             for command, answer in zip(batch.commands, answers, strict=True):
                 txn_id = getattr(command, "txn_id", None)
                 if txn_id is not None:

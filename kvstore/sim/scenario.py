@@ -38,7 +38,10 @@ class Options:
     ops: int = 50  # of each client
     faults: bool = True
     nodes: int = 3
-    kinds: tuple[str, ...] = ()  # only these kinds of faults; all that the seed draws if empty
+    kinds: tuple[str, ...] = ()  # exactly these kinds of faults; what the seed draws if empty
+    mean_s: float = 0.0  # between two faults; as the seed draws it if 0
+    hold_s: float = 0.0  # how long a fault lasts, about; as the seed draws it if 0
+    config: NodeConfig | None = None  # as the seed draws it if None
     plant: Callable[[SimCluster, Server], None] | None = None
 
 
@@ -90,8 +93,10 @@ class _Scenario:
         self._loop, self._options, self._result = loop, options, result
         rng = self._rng = random.Random(f"{seed}/scenario")
         self._trace = Trace(loop, sink)
+        drawn = draw_config(rng)
+        config = options.config or drawn
         self._cluster = cluster = SimCluster(
-            str(seed), nodes=options.nodes, config=draw_config(rng), trace=self._trace
+            str(seed), nodes=options.nodes, config=config, trace=self._trace
         )
         network = cluster.network
         network.delay_s = rng.choice(((0.000_1, 0.001), (0.000_5, 0.005), (0.005, 0.05)))
@@ -109,8 +114,7 @@ class _Scenario:
             timeout_s=rng.choice((1.0, 3.0, 5.0)),
         )
         self._nemesis = Nemesis(cluster, rng, self._workload.victims, self._workload.crashed)
-        if options.kinds:
-            self._nemesis.only(options.kinds)
+        self._nemesis.direct(options.kinds, options.mean_s, options.hold_s)
 
     def _opened(self, server: Server) -> None:
         assert server.node is not None
