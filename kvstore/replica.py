@@ -71,10 +71,13 @@ class Replica:
             own = self.inflight.pop(entry.index, None)
             self.term_started = True
         if entry.kind == EntryKind.COMMAND:
-            batch = own[0] if own is not None else decode_batch(entry.data)
-            answers = apply_batch(self.state, overlay, batch)
-            if own is not None:
-                self.applied_now.append(Applied(own[1], answers))
+            if own is None:
+                apply_batch(self.state, overlay, decode_batch(entry.data))
+            else:
+                batch, pendings = own
+                for pending in pendings:
+                    overlay.seen.update(pending.seen)
+                self.applied_now.append(Applied(pendings, apply_batch(self.state, overlay, batch)))
         elif entry.kind == EntryKind.CONFIG:
             self.membership = decode_membership(entry.data)
             self.config.membership = entry.data

@@ -405,17 +405,20 @@ class Evaluator:
             and txn_id not in state.parts
             and _well_formed(request)
             and self._wrong_prepare(request) is None
-            and self.rows.get(keycode.part_row(keycode.DECIDED, key, txn_id)) is None
         ):
             begin_ts = begin_ts_of(txn_id)
-            latest = self.rows.get(b"L" + key)
-            if begin_ts > state.row.outcome_horizon and (
-                latest is None or latest_ts(latest) <= begin_ts
+            latest_key, decided_key = b"L" + key, keycode.part_row(keycode.DECIDED, key, txn_id)
+            latest = self.rows.get(latest_key)
+            if (
+                begin_ts > state.row.outcome_horizon
+                and (latest is None or latest_ts(latest) <= begin_ts)
+                and self.rows.get(decided_key) is None
             ):
                 write = writes[0]
                 pending = Pending(txn_id, request, origin)
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
+                pending.seen = ((latest_key, latest), (decided_key, None))
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
                 return

@@ -30,6 +30,7 @@ class Pending:
         "part",
         "request",
         "results",
+        "seen",
         "sequence",
         "spans",
         "then",
@@ -48,6 +49,8 @@ class Pending:
         self.guards: list[Guard] = []
         self.spans: list[tuple[bytes, bytes]] = []  # written spans (delete_range)
         self.results: list[bytes] | None = None
+        # Rows read under the latch, which apply need not read again.
+        self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
         self.waiters: list[Waiter] = []
         self.sequence = 0
         self.part: Part | None = None  # what a Resolve resolves
