@@ -182,8 +182,9 @@ class Client:
     def _run(self) -> Script:
         rng, world = self.rng, self.world
         read_only = rng.random() < 0.25
-        spans = self._plan_reads(read_only)
-        writes = [] if read_only else self._plan_writes()
+        plain = not read_only and rng.random() < 0.2
+        spans = [] if plain else self._plan_reads(read_only)
+        writes = [] if read_only else self._plan_one() if plain else self._plan_writes()
         guarded = rng.random() < 0.85
         age = 0
         for _ in range(1 if read_only else rng.randint(1, ATTEMPTS_MAX)):
@@ -201,7 +202,7 @@ class Client:
             begin_ts = read_ts or max(1, seen_ts - rng.randint(0, 6))
             txn_id = make_txn_id(begin_ts, rng.getrandbits(64))
             age = age or begin_ts_of(txn_id)
-            expects = self._plan_expects(reads)
+            expects = [] if plain else self._plan_expects(reads)
             attempt = Attempt(txn_id, begun, read_ts, reads, guarded, writes, expects)
             reason = yield from self._commit(attempt, age)
             if attempt.acked != 0 or reason not in (FenceReason.CONFLICT, FenceReason.RECOVERY):
@@ -229,6 +230,17 @@ class Client:
                     continue
             requests.append(Read(0, 0, 1, 0, rng.sample(keys, rng.randint(1, 2))))
         return requests
+
+    def _plan_one(self) -> list[Write]:
+        """One key, blindly: what most writers want, and what has a path of its own."""
+        key = self.rng.choice(self.world.keys_of[self.rng.choice(self.world.groups).number][:-1])
+        self._values += 1
+        value = b"v%d.%d" % (self.number, self._values)
+        return [
+            Write(WriteKind.PUT, key, value)
+            if self.rng.random() < 0.8
+            else Write(WriteKind.DELETE, key)
+        ]
 
     def _plan_writes(self) -> list[Write]:
         rng, world = self.rng, self.world

@@ -193,29 +193,26 @@ def _switch() -> Patches:
 
 # Each with the number of seeds, from 0 on, within which it must be found.
 PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
-    "stale_min_ts": (_switch, 30),  # timestamps fetched in advance
-    "joins_a_sent_batch": (
-        _switch,
-        30,
-    ),  # a part gets a timestamp that was asked for before its latches
+    "stale_min_ts": (_switch, 5),  # timestamps fetched in advance
+    "joins_a_sent_batch": (_switch, 40),  # a timestamp that was asked for before the latches
     "unconfirmed_answers": (_switch, 60),  # a deposed leader's reads are believed
-    "proposed_again": (_switch, 60),  # what a term lost is proposed in the next one
-    "guards_not_held": (_guards_not_held, 30),
+    "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
+    "guards_not_held": (_guards_not_held, 60),
     "guards_not_validated": (_guards_not_validated, 30),
-    "conditions_not_held": (_conditions_not_held, 60),
-    "reads_pass_latches": (_reads_pass_latches, 30),
-    "reads_pass_intents": (_reads_pass_intents, 30),
-    "volatile_refusal": (_volatile_refusal, 30),
-    "volatile_fence": (_volatile_fence, 30),
-    "abort_without_fence": (_abort_without_fence, 30),
-    "abort_record_without_fence": (_abort_record_without_fence, 60),
-    "evaluated_twice": (_evaluated_twice, 30),
-    "versions_forgotten": (_versions_forgotten, 60),
-    "decided_with_min": (_decided_with_min, 60),
-    "any_prepared_is_committed": (_any_prepared_is_committed, 60),
-    "invisible_while_latched": (_invisible_while_latched, 60),
-    "invisible_for_ever": (_invisible_for_ever, 60),
-    "outbox_dropped_early": (_outbox_dropped_early, 30),
+    "conditions_not_held": (_conditions_not_held, 120),
+    "reads_pass_latches": (_reads_pass_latches, 15),
+    "reads_pass_intents": (_reads_pass_intents, 10),
+    "volatile_refusal": (_volatile_refusal, 10),
+    "volatile_fence": (_volatile_fence, 10),
+    "abort_without_fence": (_abort_without_fence, 10),
+    "abort_record_without_fence": (_abort_record_without_fence, 15),
+    "evaluated_twice": (_evaluated_twice, 5),
+    "versions_forgotten": (_versions_forgotten, 15),
+    "decided_with_min": (_decided_with_min, 15),
+    "any_prepared_is_committed": (_any_prepared_is_committed, 10),
+    "invisible_while_latched": (_invisible_while_latched, 15),
+    "invisible_for_ever": (_invisible_for_ever, 120),
+    "outbox_dropped_early": (_outbox_dropped_early, 10),
 }
 
 

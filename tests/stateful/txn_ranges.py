@@ -154,6 +154,12 @@ class Replica:
             evaluator.applied(entry.pendings, told, self.world.now)
         self.turn()
 
+    def restart(self) -> None:
+        """What is undecided is read anew from the rows."""
+        assert self.evaluator is None
+        self.state = RangeState(self.state.row)
+        self.state.load(self.rows)
+
     # -- leadership
 
     def lead(self, term: int) -> None:
@@ -393,6 +399,9 @@ class Group:
         old, new = self.leader, rng.choice(self.replicas)
         self.leader = None
         new.step_down()
+        if rng.random() < 0.3:
+            world.probe("a leader loads its state from its rows")
+            new.restart()
         if old is not None and old is not new:
             if rng.random() < 0.5:
                 old.step_down()
