@@ -23,7 +23,8 @@ from typing import Any
 import msgspec
 
 from txn import keycode
-from txn.commands import Command, Commit, Decide, FencePart, OracleBound, PreparePart, ResolvePart
+from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
+from txn.counters import COUNTERS, count
 from txn.latches import LatchTable, Pending, Waiter
 from txn.messages import (
     Ack,
@@ -53,7 +54,6 @@ from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
     TIMESTAMP_MAX,
     TXN_ID_BYTES,
-    ExpectKind,
     FenceReason,
     Guard,
     PartStatus,
@@ -62,6 +62,7 @@ from txn.types import (
     begin_ts_of,
     point_end,
 )
+from txn.values import add, failed_condition
 
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
@@ -70,26 +71,6 @@ SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 WAITERS_MAX = 20_000
 UNDECIDED_MAX = 20_000  # parts and outbox rows: every replica keeps them in memory
-INT64 = 1 << 63
-
-
-COUNTERS = (
-    "aborts_cross_range_total",
-    "commits_cross_range_total",
-    "commits_one_range_total",
-    "fences_by_compare_total",
-    "fences_by_conflict_total",
-    "fences_by_recovery_total",
-    "fences_by_request_total",
-    "parts_prepared_total",
-    "waits_for_parts_total",
-)
-_FENCES = {
-    FenceReason.CONFLICT: "fences_by_conflict_total",
-    FenceReason.COMPARE_FAILED: "fences_by_compare_total",
-    FenceReason.TOO_LARGE: "fences_by_request_total",
-    FenceReason.BAD_VALUE: "fences_by_request_total",
-}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -329,21 +310,9 @@ class Evaluator:
                 pending.then(answer)
             elif pending.origin is not None:
                 reply(pending.origin, self._reply_to(pending, answer), False)
-            self._count(command, answer)
+            count(counters, command, answer)
             if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
                 self.recovery.prepared(command, now)
-
-    def _count(self, command: Command | None, answer: Answer) -> None:
-        if isinstance(command, FencePart):
-            name = _FENCES.get(FenceReason(command.reason), "fences_by_recovery_total")
-        elif isinstance(command, Decide):
-            committed = answer.status == PartStatus.COMMITTED
-            name = "commits_cross_range_total" if committed else "aborts_cross_range_total"
-        elif isinstance(command, PreparePart):
-            name = "parts_prepared_total"
-        else:
-            return
-        self.counters[name] += 1
 
     def _wake(self, pending: Pending) -> None:
         """Whoever waits for a part's end goes on once its transaction left this range."""
@@ -639,21 +608,10 @@ class Evaluator:
 
     def _compute(self, request: Prepare, pending: Pending) -> Answer | None:
         """(d): conditions, then the final value of every key. Returns a refusal, or None."""
-        for expect in request.expects:
-            row = self.rows.get(b"L" + expect.key)
-            version = decode_latest(row) if row is not None else None
-            value = version.value if version is not None else None
-            current = version.commit_ts if version is not None and value is not None else 0
-            if expect.kind == ExpectKind.ABSENT:
-                holds = value is None
-            elif expect.kind == ExpectKind.VERSION:
-                holds = current == expect.version
-            else:
-                holds = value == expect.value
-            if not holds:
-                return Answer(
-                    PartStatus.FENCED, 0, FenceReason.COMPARE_FAILED, expect.key, b"", current
-                )
+        failed = failed_condition(request.expects, self.rows)
+        if failed is not None:
+            key, version = failed
+            return Answer(PartStatus.FENCED, 0, FenceReason.COMPARE_FAILED, key, b"", version)
         pending.guards = list(request.guards)
         writes = request.writes
         if len(writes) == 1 and writes[0].kind <= WriteKind.DELETE:
@@ -927,21 +885,4 @@ def hold(start: bytes, end: bytes) -> Guard:
     return Guard(start, end, TIMESTAMP_MAX)
 
 
-def add(kind: int, current: bytes | None, by: bytes) -> bytes | None:
-    """The sum as bytes in the row's format; None if the row is not of the format, or the sum does not fit."""
-    try:
-        amount = int(by)
-        if kind == WriteKind.ADD_INT64:
-            if current is not None and len(current) != 8:
-                return None
-            total = (int.from_bytes(current, "big", signed=True) if current else 0) + amount
-            return total.to_bytes(8, "big", signed=True) if -INT64 <= total < INT64 else None
-        if current is not None and (len(current) > 20 or not current.lstrip(b"-").isdigit()):
-            return None
-        total = (int(current) if current else 0) + amount
-        return b"%d" % total if -INT64 <= total < INT64 else None
-    except ValueError:
-        return None
-
-
-__all__ = ["Evaluator", "Limits", "QueryMode", "Waiter", "add"]
+__all__ = ["COUNTERS", "Evaluator", "Limits", "QueryMode", "Waiter", "add"]

@@ -1,4 +1,4 @@
-"""Claims E1 to E5 of the evaluator: who waits, who is refused, what is durable before it is told, what a reader sees.
+"""Claims E1 to E5 of the evaluator: who waits, who is refused, what is durable before it is told.
 
 One range, driven by hand (txn_driver): a transaction of one range is `prepare`, a part of a larger one `part`.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.txn.txn_driver import Asked, Range, put, txn_id
+from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn.commands import Commit, FencePart, PreparePart
-from txn.evaluate import RANGE_BYTES_MAX, RANGE_ROWS_MAX, add
+from txn.evaluate import RANGE_BYTES_MAX, RANGE_ROWS_MAX
 from txn.messages import Failure, Prepare, QueryMode, Read, TxnReply
 from txn.types import (
     Expect,
@@ -23,18 +23,6 @@ from txn.types import (
     WriteKind,
     point_end,
 )
-
-
-def settled(place: Range, asked: Asked) -> Asked:
-    place.settle()
-    return asked
-
-
-def stored(place: Range, key: bytes, value: bytes = b"old") -> int:
-    """Commit a value; returns its version."""
-    version: int = settled(place, place.prepare(9000 + place.clock, put(key, value))).reply.ts
-    return version
-
 
 # -- E2: timestamps
 
@@ -379,34 +367,6 @@ def test_increments_add_to_what_is_there_and_tell_the_sums():
     assert place.read(b"n", at=place.clock).reply.values == [b"-2"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "current", "by", "result"),
-    [
-        (WriteKind.ADD_ASCII, None, b"1", b"1"),
-        (WriteKind.ADD_ASCII, b"-5", b"5", b"0"),
-        (WriteKind.ADD_ASCII, b"007", b"1", b"8"),
-        (WriteKind.ADD_ASCII, b"", b"1", None),
-        (WriteKind.ADD_ASCII, b"-", b"1", None),
-        (WriteKind.ADD_ASCII, b"--5", b"1", None),
-        (WriteKind.ADD_ASCII, b"1.5", b"1", None),
-        (WriteKind.ADD_ASCII, b" 1", b"1", None),
-        (WriteKind.ADD_ASCII, b"1_0", b"1", None),
-        (WriteKind.ADD_ASCII, b"1", b"x", None),
-        (WriteKind.ADD_ASCII, b"%d" % (2**63 - 1), b"1", None),
-        (WriteKind.ADD_ASCII, b"%d" % -(2**63), b"-1", None),
-        (WriteKind.ADD_ASCII, b"9" * 21, b"1", None),
-        (WriteKind.ADD_INT64, None, b"-1", b"\xff" * 8),
-        (WriteKind.ADD_INT64, b"\xff" * 8, b"2", b"\x00" * 7 + b"\x01"),
-        (WriteKind.ADD_INT64, b"\x7f" + b"\xff" * 7, b"1", None),
-        (WriteKind.ADD_INT64, b"\x80" + b"\x00" * 7, b"-1", None),
-        (WriteKind.ADD_INT64, b"5", b"1", None),
-        (WriteKind.ADD_INT64, b"", b"1", None),
-    ],
-)
-def test_a_sum_is_of_the_rows_format_and_fits_or_is_refused(kind, current, by, result):
-    assert add(kind, current, by) == result
-
-
 def test_delete_range_deletes_what_is_there_and_a_later_write_of_the_same_transaction_wins():
     place = Range()
     for key in (b"a", b"b", b"c", b"d"):
@@ -517,169 +477,6 @@ def test_when_too_much_is_undecided_new_parts_are_throttled_and_decisions_are_no
     assert settled(place, place.part(3, put(b"c"))).reply.status == PartStatus.PREPARED
 
 
-# -- reads
-
-
-def test_a_read_without_a_timestamp_gets_the_last_one_issued():
-    place = Range()
-    version = stored(place, b"a")
-    place.clock = 200
-    asked = settled(place, place.read(b"a", b"b"))
-    assert (asked.reply.at, asked.reply.versions) == (200, [version, 0])
-    assert asked.reply.values == [b"old", None]
-    assert asked.confirm
-
-
-def test_a_reader_waits_for_the_latches_that_were_there_when_it_came():
-    place = Range()
-    place.prepare(1, put(b"a"))
-    place.stamp()
-    reader = place.read(b"a", at=101)
-    assert reader.open
-    place.commit()
-    assert reader.reply.versions == [101]
-
-
-def test_a_reader_does_not_wait_for_latches_taken_after_it_came():
-    place = Range()
-    place.prepare(1, put(b"a"))
-    place.stamp()
-    reader = place.read(b"a", b"b", at=101)
-    first = place.take()
-    later = place.prepare(2, put(b"b"))
-    place.commit(first)
-    assert reader.reply.versions == [101, 0]
-    place.settle()
-    assert later.reply.ts > 101
-
-
-def test_a_reader_without_a_timestamp_waits_for_latches_taken_until_it_got_one():
-    place = Range()
-    reader = place.read(b"a")
-    place.prepare(1, put(b"a"))
-    place.stamp()  # both at once: the read's timestamp is the write's
-    assert reader.open
-    place.commit()
-    assert (reader.reply.at, reader.reply.versions) == (101, [101])
-
-
-def test_a_read_before_the_collected_past_is_refused():
-    place = Range()
-    place.state.row.gc_threshold = 60
-    assert place.read(b"a", at=59).reply.code == "snapshot_too_old"
-    assert place.read(b"a", at=60).reply.versions == [0]
-
-
-def test_a_reader_below_an_undecided_min_ts_sees_past_it():
-    place = Range()
-    settled(place, place.part(1, put(b"a")))
-    assert place.read(b"a", at=100).reply.versions == [0]
-    assert place.calls == []
-
-
-def undecided() -> tuple[Range, Asked]:
-    """A reader at 101 met a part that is prepared at 101."""
-    place = Range()
-    settled(place, place.part(1, put(b"a")))
-    reader = place.read(b"a", at=101)
-    assert reader.open
-    ((key, question, _),) = place.calls
-    assert (key, question.mode, question.read_ts) == (b"zz", QueryMode.READ, 101)
-    return place, reader
-
-
-def test_a_reader_of_an_undecided_key_asks_the_anchor_and_waits_until_the_commit_is_applied():
-    place, reader = undecided()
-    place.answer(TxnReply(0, TxnStatus.COMMITTED, 101))
-    assert reader.open
-    place.settle()
-    assert reader.reply.versions == [101]
-
-
-def test_a_reader_sees_nothing_of_what_was_aborted():
-    place, reader = undecided()
-    place.answer(TxnReply(0, TxnStatus.ABORTED))
-    place.settle()
-    assert reader.reply.versions == [0]
-    assert place.state.parts == {}
-
-
-def test_what_is_invisible_to_a_reader_is_invisible_to_earlier_ones_and_asked_for_later_ones():
-    place, reader = undecided()
-    place.answer(TxnReply(0, TxnStatus.INVISIBLE))
-    assert reader.reply.versions == [0]
-    assert place.read(b"a", at=101).reply.versions == [0]
-    place.clock = 150
-    settled(place, later := place.read(b"a", at=150))
-    assert later.open
-    assert place.calls[0][1].read_ts == 150
-
-
-def test_readers_share_one_question():
-    place, _ = undecided()
-    second = place.read(b"a", at=101)
-    assert len(place.calls) == 1
-    place.answer(TxnReply(0, TxnStatus.INVISIBLE))
-    assert second.reply.versions == [0]
-
-
-def test_a_reader_that_got_no_answer_asks_again_until_its_time_is_up():
-    place, reader = undecided()
-    while reader.open:
-        while place.calls:
-            place.answer(Failure(0, "unavailable"))
-        place.pass_time(0.1)
-        assert place.now < 6.0
-    assert reader.reply.code == "unavailable"
-    assert place.now > 5.0
-
-
-def test_a_reader_above_every_known_timestamp_is_checked_before_it_asks():
-    place = Range()
-    settled(place, place.part(1, put(b"a")))
-    reader = place.read(b"a", at=5000)
-    assert place.calls == []
-    place.stamp()
-    assert reader.reply.code == "invalid_argument"
-
-
-# -- scans
-
-
-def test_a_scan_stops_at_its_limit_and_tells_how_far_it_came():
-    place = Range()
-    for key in (b"a", b"b", b"c"):
-        stored(place, key)
-    forward = place.scan(b"", b"z", 200, rows_max=2).reply
-    assert (forward.keys, forward.done, forward.covered_to) == ([b"a", b"b"], False, b"b\x00")
-    backward = place.scan(b"", b"z", 200, rows_max=2, reverse=True).reply
-    assert (backward.keys, backward.done, backward.covered_to) == ([b"c", b"b"], False, b"b")
-    whole = place.scan(b"", b"", 200, keys_only=True).reply
-    assert (whole.keys, whole.values, whole.done) == ([b"a", b"b", b"c"], [], True)
-
-
-def test_a_scan_asks_about_undecided_keys_within_what_it_covered_only():
-    place = Range()
-    for key in (b"a", b"c"):
-        stored(place, key)
-    settled(place, place.part(1, put(b"b")))
-    assert place.scan(b"", b"z", place.clock, rows_max=1).reply.keys == [b"a"]
-    assert place.calls == []
-    whole = place.scan(b"", b"z", place.clock)
-    assert whole.open
-    assert len(place.calls) == 1
-
-
-def test_a_scan_waits_for_a_key_in_flight_that_was_not_there_before():
-    place = Range()
-    place.prepare(1, put(b"b"))
-    place.stamp()
-    scan = place.scan(b"a", b"c", place.clock)
-    assert scan.open
-    place.settle()
-    assert scan.reply.keys == [b"b"]
-
-
 # -- the term's ends
 
 
@@ -710,14 +507,6 @@ def test_every_request_is_answered_once_when_the_leader_stops():
     assert readers, "the oracle was asked, and has not answered"
     place.lead()
     assert [one.reply.code for one in asked] == ["not_leader"] * len(asked)
-
-
-def test_a_read_that_rests_after_no_answer_is_answered_when_the_leader_stops():
-    place, reader = undecided()
-    place.answer(Failure(0, "unavailable"))
-    assert reader.open
-    place.lead()
-    assert reader.reply.code == "not_leader"
 
 
 def test_a_refused_proposal_frees_its_latches_and_its_asker_may_try_again():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.txn.txn_driver import Asked, Range, put, txn_id
+from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
 from txn.commands import AbortUnstaged, Decide, FencePart, OutboxDone, ResolvePart
 from txn.messages import Ack, Failure, Fence, PartReply, QueryMode, QueryPart, Resolve, TxnReply
 from txn.types import FenceReason, PartStatus, TxnStatus
@@ -52,11 +52,6 @@ def decisions(place: Range) -> list[int]:
 
 def record(place: Range) -> tuple[int, int]:
     return place.state.terminal_of(place.rows, txn_id(1), b"a")
-
-
-def settled(place: Range, asked: Asked) -> Asked:
-    place.settle()
-    return asked
 
 
 # -- the anchor's timer

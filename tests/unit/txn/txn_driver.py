@@ -198,3 +198,15 @@ class Range:
         _, _, call_id = self.calls.pop(number)
         self.evaluator.recovery.on_reply(call_id, reply, self.now)
         self.evaluator.run_again(self.now)
+
+
+def settled(place: Range, asked: Asked) -> Asked:
+    """Let everything happen that needs nobody else."""
+    place.settle()
+    return asked
+
+
+def stored(place: Range, key: bytes, value: bytes = b"old") -> int:
+    """Commit a value; returns its version."""
+    version: int = settled(place, place.prepare(9000 + place.clock, put(key, value))).reply.ts
+    return version
