@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
 from txn.messages import Failure, QueryMode, TxnReply
+from txn.types import TxnStatus
 
 
 def test_a_read_without_a_timestamp_gets_the_last_one_issued():
