@@ -12,7 +12,7 @@ from txn.types import Guard, Participant
 
 
 class Commit(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
-    """A transaction of one range, whole: its versions are its record (protocol.md section 4.7)."""
+    """A transaction of one range, whole: its versions are its record (DESIGN.md section 4.7)."""
 
     txn_id: bytes
     locus: bytes

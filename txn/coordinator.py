@@ -2,7 +2,7 @@
 
 An attempt is immutable: one txn_id, one write set, one list of participants. The coordinator holds nothing that a crash
 may not take away: what decides is in the ranges' logs, and recovery there finishes what it leaves behind
-(protocol.md sections 4 to 6 and 9).
+(DESIGN.md sections 4 to 6 and 9).
 
 Invariants
 C1  COMMITTED is told only when every part is PREPARED, or when the anchor or a part says so itself; the commit timestamp

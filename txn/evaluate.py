@@ -1,16 +1,16 @@
 """The leader's side of a range: evaluates requests against the state and decides what goes into the log.
 
-Story. A Prepare looks for its own outcome first, then latches, then looks for conflicts, then for conditions; then it waits
-for a fresh timestamp of the oracle; then it becomes one command. A Read gets its timestamp first, waits for the writers
+Story. A Prepare looks for its own outcome first, then for latches in its way, conflicts and conditions; then it latches and
+waits for a fresh timestamp of the oracle; then it becomes one command. A Read gets its timestamp first, waits for the writers
 that were latched when it came, and looks; an undecided intent at or below its timestamp is asked about at its anchor.
 
 E1 a part is evaluated only while nothing of its txn_id is latched: its outcome is answered from what is durable.
-E2 **every min_ts is a fresh oracle timestamp, asked for after the latches were taken** (protocol.md 4e offers L as a short
-cut; we never take it). Every read this or an earlier leader served had its timestamp issued before that, so the new
+E2 **every min_ts is a fresh oracle timestamp, asked for after the latches were taken** (DESIGN.md sections 12 and 13).
+Every read this or an earlier leader served had its timestamp issued before that, so the new
 version lies above it: no read watermark, no floor at a leader change and no barrier table is needed (I11, I12 hold by
 construction), and nothing volatile is left whose loss could hurt.
 E3 a reader's promise "invisible at r" needs no memory either: a part that is not latched yet will get a fresh min_ts > r.
-E4 a refusal is durable before it is told: a FENCE goes through the log (protocol.md 4g).
+E4 a refusal is durable before it is told: a FENCE goes through the log (DESIGN.md 4g).
 E5 nothing evaluated is carried over to another term: `stop` drops all of it.
 """
 
@@ -353,7 +353,7 @@ class Evaluator:
         status = TxnStatus.COMMITTED if answer.status == PartStatus.COMMITTED else TxnStatus.ABORTED
         return TxnReply(request.id, status, answer.ts)
 
-    # -- Prepare (protocol.md section 4)
+    # -- Prepare (DESIGN.md section 4)
 
     def _prepare_new(self, request: Prepare, origin: Any, now: float) -> None:
         """The hot path of `_prepare`: one key put or deleted, with nothing in the way. All else goes the long way."""
@@ -668,7 +668,7 @@ class Evaluator:
         row = self.rows.get(b"L" + key)
         return decode_latest(row).value if row is not None else None
 
-    # -- Read and Scan (protocol.md sections 4.2 and 7)
+    # -- Read and Scan (DESIGN.md sections 4.2 and 7)
 
     def _read(self, request: Any, origin: Any, now: float) -> None:
         waiter = Waiter(request, origin, now, self.latches.sequence)
@@ -881,7 +881,7 @@ def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) 
 
 
 def hold(start: bytes, end: bytes) -> Guard:
-    """Blocks later writers of the span until the transaction ends, and validates nothing (protocol.md 4.8)."""
+    """Blocks later writers of the span until the transaction ends, and validates nothing (DESIGN.md 4.8)."""
     return Guard(start, end, TIMESTAMP_MAX)
 
 

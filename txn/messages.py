@@ -1,4 +1,4 @@
-"""What clients and ranges ask of a range, and the answers (protocol.md section 3).
+"""What clients and ranges ask of a range, and the answers (DESIGN.md section 3).
 
 Array-like msgspec structs; fields are only appended, with defaults. `id` pairs an answer with its request on one stream.
 Every request names the range it was computed for: `range_id` (0: whoever holds the key) and `version` of the range's epoch

@@ -1,4 +1,4 @@
-"""What whoever meets an undecided transaction does, and what the anchor owes its participants (protocol.md sections 6, 7, 10).
+"""What whoever meets an undecided transaction does, and what the anchor owes its participants (DESIGN.md sections 6, 7, 10).
 
 Nobody but the log decides. A blocked writer or reader only asks the anchor; the anchor's timer fences what is missing; a
 participant's orphan timer lets the anchor fence itself when it has no record at all.
@@ -447,7 +447,7 @@ class Recovery:
                 ev.propose_resolve(current, ts, hinted=True)
         return True
 
-    # -- readers (protocol.md section 7)
+    # -- readers (DESIGN.md section 7)
 
     def ask_visibility(self, part: Part, at: int, waiter: Waiter) -> None:
         """A reader at `at` met an undecided intent at or below it: ask the anchor; it is woken by the answer."""

@@ -4,7 +4,7 @@ Invariants: S1 an undecided part, a staged record, an outbox row is in memory ex
 only when a replica starts; a queue in RocksDB slows with its own tombstones). S2 at most one intent per key (I10). S3 no
 intent under a guard of another transaction (I10). S4 nothing here changes but by txn/apply.py, or at `load`.
 
-Where we differ from protocol.md section 2: INTENT and GUARD have no rows of their own. A PREPARED row holds its writes and
+INTENT and GUARD have no rows of their own (DESIGN.md section 2). A PREPARED row holds its writes and
 guards whole, and intents and guards are derived from it; so they cannot disagree (I10), and a commit writes fewer rows.
 """
 
