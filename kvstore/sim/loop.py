@@ -76,7 +76,6 @@ class SimLoop(asyncio.BaseEventLoop):
         self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
         self._timers_made = 0
         self._here = 0  # steps since time went on
-        self._clock_resolution = 1e-9
         self._created = 0
         self._running: dict[
             int, asyncio.Task[Any]
@@ -103,8 +102,9 @@ class SimLoop(asyncio.BaseEventLoop):
         if self._here > STEPS_MAX:
             names = sorted({repr(handle) for handle in ready})
             raise SimLivelock(f"{STEPS_MAX} steps at {self._now:.3f}; now {names[:8]}")
-        now = self._now + self._clock_resolution
-        while timers and timers[0][0] <= now:
+        while (
+            timers and timers[0][0] <= self._now
+        ):  # never early, or it might be armed again for ever
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
@@ -178,6 +178,8 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def bury(self) -> None:
         """At the very end: kill every process and take its tasks away. Nothing of them runs."""
+        self._here = 0
+        self._end = float("inf")
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():

@@ -21,8 +21,10 @@ from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.process import outside
 from kvstore.snapshots import spans_of
 from replication.types import Entry
+from txn.apply import Overlay
 from txn.commands import Batch
 from txn.messages import Timestamps
+from txn.ports import Rows
 from txn.state import Answer, RangeState
 from txn.types import PartStatus
 
@@ -30,20 +32,23 @@ LOOK_S: Final = 0.05
 MISTAKES_MAX: Final = 10
 
 
-class OwnRows:
-    """An overlay that tells which rows are looked at."""
+class OwnRows(Overlay):
+    """An overlay that tells which rows are looked at. It shares the rows of the one that it stands for."""
 
-    def __init__(self, overlay: Any, look: Callable[[bytes], None]) -> None:
-        self._overlay, self._look = overlay, look
-        self.put, self.delete = overlay.put, overlay.delete
+    def __init__(self, overlay: Overlay, below: Rows, look: Callable[[bytes], None]) -> None:
+        super().__init__(below)
+        self.rows = overlay.rows
+        self._look = look
 
-    def get(self, key: bytes) -> Any:
+    def get(self, key: bytes, /) -> bytes | None:
         self._look(key)
-        return self._overlay.get(key)
+        return super().get(key)
 
-    def scan(self, start: bytes, end: bytes | None, *, reverse: bool = False) -> Any:
+    def scan(
+        self, start: bytes, end: bytes | None, *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
         self._look(start)
-        return self._overlay.scan(start, end, reverse=reverse)
+        return super().scan(start, end, reverse=reverse)
 
 
 class Observers:
@@ -198,8 +203,9 @@ class Observers:
         apply_batch = module.apply_batch
 
         def checked(state: RangeState, overlay: Any, batch: Batch) -> list[Answer]:
-            own = OwnRows(overlay, lambda key: self._owned(state, key))
+            own = OwnRows(overlay, overlay._below, lambda key: self._owned(state, key))  # noqa: SLF001
             answers: list[Answer] = apply_batch(state, own, batch)
+            overlay.bytes += own.bytes
             for command, answer in zip(batch.commands, answers, strict=True):
                 txn_id = getattr(command, "txn_id", None)
                 if txn_id is not None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest.mock import patch
 
+from msgspec import structs
+
 import kvstore.node
-import kvstore.store
 import txn.apply
-from kvstore.oracle_client import OracleClient
+from kvstore.config import NodeConfig
 from kvstore.sim.adapters import SimFiles
+from kvstore.sim.cluster import small_logs
+from kvstore.sim.scenario import Options
 from kvstore.snapshots import RangeSink
 from kvstore.store import Store
 from replication.durability import Gate
@@ -24,7 +27,6 @@ from replication.ready import RaftConfig
 from replication.types import HardState
 from replication.wal import Wal
 from txn import keycode
-from txn.messages import Timestamps
 from txn.oracle import Oracle
 from txn.state import encode_row
 
@@ -81,16 +83,16 @@ def _log_cut_before_flush() -> Patches:
     return [(kvstore.node.Node, "flush", flush)]
 
 
-def _applied_index_lags_its_rows() -> Patches:
-    """The range's row is written in a batch of its own, after the rows that it speaks of."""
+def _applied_index_leads_its_rows() -> Patches:
+    """The range's row is written in a batch of its own, before the rows that it speaks of."""
 
     def write(self: Store) -> None:
         overlay = self._overlay
-        self.engine.write(overlay.rows)
         for replica in self._staged.values():
             row = replica.state.row
             key = keycode.node_row(keycode.RANGE, row.range_id)
             self.engine.write({key: encode_row(row)})
+        self.engine.write(overlay.rows)
         self._overlay = txn.apply.Overlay(self.engine)
 
     return [(Store, "_write", write)]
@@ -156,41 +158,63 @@ def _outbox_lost() -> Patches:
     return [(txn.apply, "_post", lambda _state, _overlay, _row: None)]
 
 
-def _entries_applied_twice() -> Patches:
-    """A restarted replica begins two entries too early."""
-    load = Store.add
-
-    def add(self: Store, row: Any, config: Any) -> Any:
-        if row.applied_index > config.installed_index + 2:
-            row.applied_index -= 1
-        return load(self, row, config)
-
-    return [(Store, "add", add)]
+def _thread(sync_mode: str = "thread") -> NodeConfig:
+    config = small_logs(NodeConfig())
+    return structs.replace(config, log=structs.replace(config.log, sync_mode=sync_mode))
 
 
-PLANTS: Final[dict[str, Callable[[], Patches]]] = {
-    "fsync does nothing": _fsync_does_nothing,
-    "messages pass the gate": _messages_pass_the_gate,
-    "vote is forgotten": _vote_is_forgotten,
-    "term is forgotten": _term_is_forgotten,
-    "log cut before flush": _log_cut_before_flush,
-    "applied index lags its rows": _applied_index_lags_its_rows,
-    "snapshot not flushed": _snapshot_not_flushed,
-    "reads not confirmed": _reads_not_confirmed,
-    "lease too long": _lease_too_long,
-    "oracle not confirmed": _oracle_not_confirmed,
-    "oracle serves at once": _oracle_serves_at_once,
-    "oracle starts low": _oracle_starts_low,
-    "outbox lost": _outbox_lost,
-    "entries applied twice": _entries_applied_twice,
+LEADERS: Final = Options(
+    seconds=10.0,
+    ops=60,
+    kinds=("pause_leader", "partition", "crash_leader"),
+    mean_s=0.7,
+    hold_s=1.5,
+)
+CRASHES: Final = Options(
+    seconds=8.0, ops=40, kinds=("crash", "flush", "crash_at_io"), mean_s=0.4, hold_s=0.4
+)
+BLACKOUTS: Final = Options(
+    seconds=8.0,
+    ops=60,
+    kinds=("blackout", "slow_disk", "crash"),
+    mean_s=0.5,
+    hold_s=0.5,
+    config=_thread(),
+)
+SNAPSHOTS: Final = Options(
+    seconds=12.0, ops=60, kinds=("crash", "flush", "partition"), mean_s=0.4, hold_s=1.0
+)
+
+
+class Plant(NamedTuple):
+    """A bug, the faults under which it shows, and within how many seeds it must be seen."""
+
+    patches: Callable[[], Patches]
+    options: Options
+    seeds: int
+
+
+PLANTS: Final[dict[str, Plant]] = {
+    "fsync does nothing": Plant(_fsync_does_nothing, CRASHES, 2),
+    "messages pass the gate": Plant(_messages_pass_the_gate, BLACKOUTS, 4),
+    "log cut before flush": Plant(_log_cut_before_flush, CRASHES, 3),
+    "applied index leads its rows": Plant(_applied_index_leads_its_rows, CRASHES, 5),
+    "snapshot not flushed": Plant(_snapshot_not_flushed, SNAPSHOTS, 10),
+    "reads not confirmed": Plant(_reads_not_confirmed, LEADERS, 5),
+    "lease too long": Plant(_lease_too_long, LEADERS, 5),
+    "oracle not confirmed": Plant(_oracle_not_confirmed, LEADERS, 5),
+    "oracle serves at once": Plant(_oracle_serves_at_once, LEADERS, 5),
+    "oracle starts low": Plant(_oracle_starts_low, LEADERS, 5),
+    "outbox lost": Plant(_outbox_lost, CRASHES, 5),
+    "term is forgotten": Plant(_term_is_forgotten, LEADERS, 20),
+    "vote is forgotten": Plant(_vote_is_forgotten, LEADERS, 20),
 }
-UNUSED: Final = (OracleClient, Timestamps, kvstore.store)
 
 
 @contextmanager
 def planted(name: str) -> Iterator[None]:
     """The bug is in the product until the block ends."""
     with ExitStack() as stack:
-        for owner, attribute, value in PLANTS[name]():
+        for owner, attribute, value in PLANTS[name].patches():
             stack.enter_context(patch.object(owner, attribute, value))
         yield
