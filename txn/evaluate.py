@@ -232,9 +232,6 @@ class Evaluator:
 
     # -- timestamps
 
-    def fresh_wanted(self) -> int:
-        return len(self.await_fresh)
-
     def give_timestamps(
         self,
         pendings: Sequence[Pending],
