@@ -8,7 +8,7 @@ ask again. The host writes RESET to the log after the flush, and only then ackno
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -21,7 +21,6 @@ from txn.state import RangeRow, decode_range_row, encode_row
 
 if TYPE_CHECKING:
     from kvstore.replica import Replica
-    from kvstore.store import Store
 
 SLICE_ROWS_MAX = 256
 SLICE_BYTES_MAX = 192 << 10
@@ -70,10 +69,19 @@ class RangeSource:
         self._view.close()
 
 
+class SinkHome(Protocol):
+    """What a sink needs of the store."""
+
+    engine: Engine
+
+    def installed(self, replica: Replica) -> None:
+        """The rows are in: what is kept outside the replica follows."""
+
+
 class RangeSink:
     """Where a snapshot of one range arrives. See the module for the order of things."""
 
-    def __init__(self, store: Store, replica: Replica, meta: SnapshotMeta) -> None:
+    def __init__(self, store: SinkHome, replica: Replica, meta: SnapshotMeta) -> None:
         self._store, self._replica, self._meta = store, replica, meta
         self._row: RangeRow | None = None
         row = replica.state.row

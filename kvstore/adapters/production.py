@@ -79,7 +79,9 @@ class ProductionAdapters:
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         metrics = NodeMetrics(node.status, VERSION)
         app = web.Application(client_max_size=self._config.http.body_bytes_max)
-        add_routes(app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http)
+        add_routes(
+            app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http
+        )
         assert isinstance(self.network, WsNetwork)
         return await self.network.serve(address, on_pipe, app)
 

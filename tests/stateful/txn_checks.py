@@ -164,10 +164,11 @@ class Checker:
 
     def _decided(self, part: Part, row: DecidedRow) -> None:
         before = self.status.get(part)
-        legal = {
-            None: (PartStatus.FENCED, PartStatus.COMMITTED),
-            PartStatus.PREPARED: (PartStatus.COMMITTED, PartStatus.ABORTED),
-        }.get(before, ())
+        legal: tuple[int, ...] = ()
+        if before is None:
+            legal = (PartStatus.FENCED, PartStatus.COMMITTED)
+        elif before == PartStatus.PREPARED:
+            legal = (PartStatus.COMMITTED, PartStatus.ABORTED)
         if row.status not in legal:
             raise Violation(f"I1: a part goes from {before} to {row.status}")
         self.status[part] = row.status
@@ -305,7 +306,7 @@ class Checker:
         else:
             low, high = request.start, reply.covered_to
         self._read_spans[low, high] = max(self._read_spans.get((low, high), 0), reply.at)
-        values = reply.values or [None] * len(reply.keys)
+        values: list[bytes | None] = [*reply.values] or [None] * len(reply.keys)
         got = {
             key: (version, value)
             for key, version, value in zip(reply.keys, reply.versions, values, strict=True)

@@ -80,9 +80,9 @@ class Share:
         for write in self.writes:
             if write.kind != WriteKind.DELETE_RANGE:
                 return write.key
-        for item in (*self.writes, *self.expects):
-            return item.key
-        return self.guards[0].start
+        if self.writes:
+            return self.writes[0].key
+        return self.expects[0].key if self.expects else self.guards[0].start
 
     def participant(self, locus: bytes) -> Participant:
         low = [write.key for write in self.writes] + [guard.start for guard in self.guards]

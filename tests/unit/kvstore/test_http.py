@@ -27,7 +27,6 @@ from kvstore.errors import (
     Refused,
     Throttled,
 )
-from kvstore.metrics import NodeMetrics
 from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase, FakeNode
 
 
@@ -522,74 +521,6 @@ async def test_the_page_escapes_what_it_shows_and_runs_no_scripts(http):
     assert "&lt;script&gt;" in text
     assert "script-src" not in response.headers["Content-Security-Policy"]
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
-
-
-# --- metrics
-
-
-async def metrics_text(http, **headers):
-    await http.get("/v1/kv/a")
-    response = await http.get("/metrics", headers=headers)
-    assert response.status == 200
-    return await response.text()
-
-
-async def test_metrics_show_the_status(http):
-    lines = (await metrics_text(http)).splitlines()
-    assert "kvorum_uptime_seconds 12.5" in lines
-    assert 'kvorum_node_state{state="ready"} 1.0' in lines
-    assert 'kvorum_replicas{role="leader"} 1.0' in lines
-    assert "kvorum_apply_backlog_entries 2.0" in lines
-    assert "kvorum_wal_bytes_live 4096.0" in lines
-    assert "kvorum_wal_syncs_total 3.0" in lines
-    assert 'kvorum_refused_total{reason="throttled"} 2.0' in lines
-    assert 'kvorum_build_info{version="0.1.0"} 1.0' in lines
-
-
-def test_figures_that_only_grow_are_counters_and_the_others_gauges():
-    figures = {"turns": 7, "sync_p99_s": 0.002, "groups": 3, "note": "x", "on": {}}
-    status = {"host": figures, "requests": {"requests": 9, "requests_throttled": 1, "open": 2}}
-    read = NodeMetrics(lambda: status, "0.1.0").registry.get_sample_value
-    assert read("kvorum_host_turns_total") == 7
-    assert read("kvorum_host_sync_p99_seconds") == 0.002
-    assert read("kvorum_host_groups") == 3
-    assert read("kvorum_requests_total") == 9
-    assert read("kvorum_requests_throttled_total") == 1
-    assert read("kvorum_requests_open") == 2
-
-
-def test_an_instrument_that_nobody_uses_is_absent_not_zero():
-    metrics = NodeMetrics(dict, "0.1.0")
-    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") is None
-    metrics.turn_seconds.observe(0.001)
-    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") == 1.0
-
-
-def test_odd_names_do_not_become_labels():
-    metrics = NodeMetrics(dict, "0.1.0")
-    metrics.observe_request("../evil", "X" * 99, 0.002)
-    labels = {"operation": "other", "outcome": "other"}
-    assert metrics.registry.get_sample_value("kvorum_request_seconds_count", labels) == 1.0
-
-
-async def test_metrics_have_no_label_of_unbounded_values(http):
-    text = await metrics_text(http)
-    labels = set(re.findall(r"([a-z_]+)=\"", text))
-    assert labels <= {"operation", "outcome", "state", "role", "reason", "version", "le", "kind"}
-
-
-async def test_metrics_speak_openmetrics_when_asked(http):
-    text = await metrics_text(http, Accept="application/openmetrics-text; version=1.0.0")
-    assert text.endswith("# EOF\n")
-
-
-@pytest.mark.parametrize(
-    "status", [{}, {"ranges": None, "wal": 3, "refused": []}, {"uptime_s": "x"}]
-)
-def test_a_status_of_another_shape_breaks_no_scrape(status):
-    metrics = NodeMetrics(lambda: status, "0.1.0")
-    names = [family.name for family in metrics.registry.collect()]
-    assert "kvorum_build_info" in names
 
 
 # --- the document
