@@ -73,9 +73,13 @@ class Process:
         self.paused = True
 
     def resume(self) -> list[events.Handle]:
-        """Returns what waits to run; the loop runs it (`SimLoop.resume`)."""
+        """Returns what waits to run; the loop runs it (`SimLoop.resume`).
+
+        What arrived comes first, then the timers that are due: so do event loops when a stopped process goes on.
+        """
         self.paused = False
         parked, self.parked = self.parked, []
+        parked.sort(key=lambda handle: isinstance(handle, events.TimerHandle))
         return parked
 
 
