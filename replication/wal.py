@@ -6,7 +6,7 @@ The host stages what a turn changed, takes it as one batch, writes and syncs it,
     files.create / files.write / files.sync ...; wal.synced(batch.number)
 
 Batches may be several in flight, written in order; `synced(n)` says that all up to n are durable, in whatever
-segments they lie. The format is in wal_format.py, recovery in wal_scan.py, invariants W1.. in wal_DESIGN.md.
+segments they lie. The format is in wal_format.py, recovery in wal_scan.py, invariants W1.. in DESIGN.md, section 6.
 
 How old segments go. The first batch of a segment holds a HEAD record of every group. When a segment is begun, what
 no group needs any more is known (live logs start above it), and that batch records it. Once it is durable, and not

@@ -1,6 +1,6 @@
 """Torn tails are cut, rot is told: each claim of wal_scan.py, small logs damaged at every place.
 
-Invariants W4 to W8 of the log (replication/wal_DESIGN.md).
+Invariants W4 to W8 of the log (replication/DESIGN.md, section 6).
 """
 
 from __future__ import annotations
