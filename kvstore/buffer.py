@@ -14,8 +14,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
 
-from sortedcontainers import SortedDict
-
 from kvstore import limits
 from kvstore.errors import InvalidArgument, TransactionTooLarge
 from txn.types import Guard, Write, WriteKind, point_end
@@ -87,7 +85,10 @@ class WriteBuffer:
 
     def __init__(self) -> None:
         self.anchor_key = b""  # empty: nothing is written yet
-        self.points: SortedDict[bytes, Point] = SortedDict()
+        self.points: dict[bytes, Point] = {}
+        self._order: (
+            list[bytes] | None
+        ) = []  # the keys of `points`, sorted; None: to be sorted when it is asked for
         self.clears: list[tuple[bytes, bytes]] = []  # sorted, disjoint
         self._size_bytes = 0
 
@@ -124,8 +125,9 @@ class WriteBuffer:
         if not self.anchor_key:
             self.anchor_key = start
         anchored = self.anchor_key in self.points
-        for key in list(self.points.irange(start, end, inclusive=(True, False))):
+        for key in self._between(start, end):
             self._size_bytes -= len(key) + len(self.points.pop(key).value)
+            self._order = None
         self._clear(start, end)
         if anchored and start <= self.anchor_key < end:  # B2
             self._set(self.anchor_key, Point(WriteKind.DELETE))
@@ -136,7 +138,7 @@ class WriteBuffer:
 
     def overlays(self, start: bytes, end: bytes) -> bool:
         """Is there anything of ours in [start, end)?"""
-        if next(iter(self.points.irange(start, end, inclusive=(True, False))), None) is not None:
+        if self._between(start, end):
             return True
         at = bisect_left(self.clears, end, key=_start) - 1
         return at >= 0 and start < self.clears[at][1]
@@ -153,14 +155,25 @@ class WriteBuffer:
             raise TransactionTooLarge("the transaction deletes too many spans")
         self.clears[low:high] = [(start, end)]
 
+    def _sorted(self) -> list[bytes]:
+        if self._order is None:
+            self._order = sorted(self.points)
+        return self._order
+
+    def _between(self, start: bytes, end: bytes) -> list[bytes]:
+        """The written keys of [start, end), in order."""
+        order = self._sorted()
+        return order[bisect_left(order, start) : bisect_left(order, end)]
+
     def points_in(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Point]]:
-        for key in self.points.irange(start, end, inclusive=(True, False)):
+        for key in self._between(start, end):
             yield key, self.points[key]
 
     def writes(self) -> list[Write]:
         """The write set: clears first, then the points in key order."""
         result = [Write(WriteKind.DELETE_RANGE, start, end) for start, end in self.clears]
-        for key, point in self.points.items():
+        for key in self._sorted():
+            point = self.points[key]
             value = b"%d" % point.by if point.kind in _ADDS else point.value
             result.append(Write(point.kind, key, value))
         return result
@@ -172,6 +185,8 @@ class WriteBuffer:
             size -= len(key) + len(old.value)
         limits.validate_transaction_size(size, len(self.points) + (old is None))
         self._size_bytes = size
+        if old is None:
+            self._order = None
         self.points[key] = point
         if not self.anchor_key:
             self.anchor_key = key
