@@ -251,7 +251,9 @@ def test_every_key_can_be_set_by_flag_and_environment_with_what_is_printed():
         assert config.load(flags={key.name: value}) == NodeConfig()
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=20)
+# Spelt out: the table of all characters takes hypothesis many seconds to make in a fresh clone.
+ODD_CHARACTERS = "ab\"'\\#=[]{}, \t\n\r\x00\x1f\x7f\u0085\u2028\ufeff\u00e9\u4e2d\U0001f600"
+texts = st.text(st.sampled_from(ODD_CHARACTERS), max_size=20)
 
 
 @given(
