@@ -147,7 +147,11 @@ class Replica:
         assert evaluator is not None
         assert self.applied == len(self.group.log) - len(entries)
         overlay = Overlay(self.rows)
-        answers = [apply_batch(self.state, overlay, entry.batch) for entry in entries]
+        answers = []
+        for entry in entries:
+            for pending in entry.pendings:
+                overlay.seen.update(pending.seen)
+            answers.append(apply_batch(self.state, overlay, entry.batch))
         self.rows.write(overlay.rows)
         self.applied = len(self.group.log)
         for entry, told in zip(entries, answers, strict=True):
