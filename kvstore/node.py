@@ -18,7 +18,7 @@ from kvstore import identity as identities
 from kvstore.bootstrap import InitRequest, check
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
-from kvstore.errors import KVError, NotReady, WrongCluster
+from kvstore.errors import DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
 from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
@@ -141,6 +141,8 @@ class Node:
         self._files = self.adapters.open_directory(self._directory)
         stored = self._files.read_file(identities.FILE_NAME)
         found = identities.decode_identity(stored) if stored is not None else None
+        if found is not None:
+            self._check_address(found)
         self.address = await self.adapters.serve(self._listen, self._on_pipe, self)
         if self._advertise:
             self.address = self._advertise
@@ -149,6 +151,16 @@ class Node:
             log.info("waiting", address=self.address, message="run kvctl init")
         else:
             await self._open(found)
+
+    def _check_address(self, found: identities.Identity) -> None:
+        """The others look for this node at the address of init; elsewhere, this is the directory of another node."""
+        address = self._advertise or self._listen
+        known = {node.node_id: node.address for node in found.nodes}[found.node_id]
+        if address != known:
+            raise DataDirectoryError(
+                f"{self._directory} belongs to node {found.node_id}, which is at {known}, not at {address}:"
+                " name the right --dir, or start it with that --listen or --advertise"
+            )
 
     async def initialize(self, request: InitRequest) -> None:
         """Become a member of a new cluster. Again with the same request: nothing. Raises: WrongCluster, InvalidArgument."""

@@ -138,3 +138,14 @@ async def test_a_node_of_another_cluster_does_not_take_a_second_init(tmp_path):
         other = mint_cluster_id(1_700_000_000_000, 2, [ADDRESS], [])
         with pytest.raises(errors.WrongCluster):
             await node.initialize(plan(other, [ADDRESS])[0])
+
+
+async def test_the_directory_of_another_node_is_refused_and_left_alone(tmp_path):
+    async with one_node(tmp_path):
+        pass
+    config = NodeConfig()
+    for _ in range(2):
+        elsewhere = Node(str(tmp_path), "embedded:2", "", config, EmbeddedAdapters(config))
+        with pytest.raises(errors.DataDirectoryError, match="belongs to node 1"):
+            await elsewhere.start()
+        await elsewhere.stop(drain=False)
