@@ -37,7 +37,9 @@ EPOCH_S: Final = (
     1000.0  # where virtual time begins: not 0, so that a forgotten 0.0 is seen as long ago
 )
 EXECUTOR_S: Final = (0.000_1, 0.005)  # how long a blocking call takes, drawn from between
-STEPS_MAX: Final = 50_000  # of the loop at one instant of virtual time
+RESOLUTION_S: Final = 0.000_001  # time goes on by this at least, or a delay below the clock's last bit never ends
+INSTANT_S: Final = 0.001
+STEPS_MAX: Final = 50_000  # of the loop within one such instant of virtual time
 COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections
 
 
@@ -75,7 +77,8 @@ class SimLoop(asyncio.BaseEventLoop):
         self._end = EPOCH_S + time_limit_s
         self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
         self._timers_made = 0
-        self._here = 0  # steps since time went on
+        self._here = 0  # steps since `_here_s`
+        self._here_s = EPOCH_S
         self._created = 0
         self._running: dict[
             int, asyncio.Task[Any]
@@ -97,7 +100,6 @@ class SimLoop(asyncio.BaseEventLoop):
             while timers and timers[0][2].cancelled():
                 heapq.heappop(timers)
             self._jump()
-            self._here = 0
         self._here += 1
         if self._here > STEPS_MAX:
             names = sorted({repr(handle) for handle in ready})
@@ -118,7 +120,9 @@ class SimLoop(asyncio.BaseEventLoop):
                 tasks += process.tasks.values()
             names = ", ".join(task.get_name() for task in tasks)
             raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
-        self._now = max(self._now, self._timers[0][0])
+        self._now = max(self._now + RESOLUTION_S, self._timers[0][0])
+        if self._now > self._here_s + INSTANT_S:
+            self._here, self._here_s = 0, self._now
         if self._now > self._end:
             raise SimTimeout(f"not done at {self._now:.3f}, after {self.steps} steps")
 

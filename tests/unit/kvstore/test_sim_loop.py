@@ -4,6 +4,7 @@ seed gives one history in every process."""
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import subprocess
@@ -18,7 +19,7 @@ from crc32c import crc32c
 
 from kvstore.link import Hello
 from kvstore.sim import loop as sim
-from kvstore.sim.loop import EPOCH_S, SimDeadlock, SimError, SimLoop, SimTimeout
+from kvstore.sim.loop import EPOCH_S, SimDeadlock, SimError, SimLivelock, SimLoop, SimTimeout
 from kvstore.sim.network import SimNetwork
 from kvstore.streams import PeerLink, Stream, accept
 
@@ -112,6 +113,31 @@ def test_a_run_that_never_ends_is_ended_by_the_limit_of_virtual_time():
 
     with pytest.raises(SimTimeout):
         sim.run(main, 1, time_limit_s=100.0)
+
+
+def test_a_delay_below_the_last_bit_of_the_clock_ends():
+    """Found by a seed: at 1024 s the last bit is 2e-13 s; a timer for less was due now, again and again."""
+
+    async def main(loop: SimLoop) -> float:
+        await asyncio.sleep(1024.0 - EPOCH_S)
+        deadline = math.nextafter(loop.time() * 0.98, math.inf)  # by a clock that drifts
+        while (left := deadline - loop.time() * 0.98) > 0:
+            await asyncio.sleep(left)
+        return loop.time()
+
+    assert sim.run(main, 1) == pytest.approx(1024.0)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 1e-9])
+def test_a_loop_in_which_hardly_any_time_passes_is_a_failure(monkeypatch, delay_s):
+    monkeypatch.setattr(sim, "STEPS_MAX", 500)
+
+    async def main(loop: SimLoop) -> None:
+        while True:
+            await asyncio.sleep(delay_s)
+
+    with pytest.raises(SimLivelock):
+        sim.run(main, 1)
 
 
 @pytest.mark.parametrize(
