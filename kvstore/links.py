@@ -243,10 +243,14 @@ class Links:
             node = route.after(node)
         return None
 
-    def anyone(self, now: float) -> ClientLink | None:
-        """Some node: one to which there is a connection, if possible."""
-        links = [link for link in self if link.channel is not None]
-        links = links or [link for link in self if link.usable(now)]
+    def anyone(self, now: float, *, strangers: bool = False) -> ClientLink | None:
+        """Some node, each in its turn: one to which there is a connection, if possible.
+
+        strangers: any that can be dialled as well; who is connected may not know what we want to know.
+        """
+        usable = [link for link in self if link.channel is not None or link.usable(now)]
+        connected = [] if strangers else [link for link in usable if link.channel is not None]
+        links = connected or usable
         if not links:
             return None
         self._rotation += 1

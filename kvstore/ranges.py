@@ -71,6 +71,15 @@ class RangeCache:
     def __iter__(self) -> Iterator[Route]:
         return iter(self._routes)
 
+    def whole(self) -> bool:
+        """Whether there is no hole. A node tells of the ranges that it has replicas of, and of no others."""
+        at: bytes | None = b""
+        for route in self._routes:
+            if route.start != at:
+                return False
+            at = route.end or None
+        return at is None
+
     def find(self, key: bytes) -> Route | None:
         """The range of a key; None if nobody told us."""
         at = bisect_right(self._starts, key) - 1

@@ -126,8 +126,7 @@ class Router:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._refreshing = False
-        self._refreshed_at = float("-inf")
-        self._found_out_at = float("-inf")
+        self._refreshed_at = self._found_out_at = float("-inf")
         self._last_issued = LastIssued(self._ask_timestamps)
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._closed = False
@@ -244,6 +243,8 @@ class Router:
     ) -> Call:
         """`open` and `submit` of a request whose id and range are still to be filled in."""
         call = self.open(key, end, self.monotonic(), deadline, on_reply, silent=silent)
+        if request.__class__ is GetDirectory:
+            call.link = None  # any node may be asked, not only the leader of the first range
         self.submit(call, addressed(request, call), size_bytes)
         return call
 
@@ -349,7 +350,7 @@ class Router:
             call.range_id, call.version = route.range_id, route.version
             link = self.links.of_range(route, now)
         else:
-            link = self.links.anyone(now)
+            link = self.links.anyone(now, strangers=not self.ranges.whole())
         if link is None:
             self._unplaced(call, now)
             return
@@ -514,8 +515,7 @@ class Router:
         call.tries += 1
         if call.tries % 4 == 0:
             self.ask_for_directory(now)
-        if delay_s is None:
-            delay_s = self._backoff(call.tries)
+        delay_s = self._backoff(call.tries) if delay_s is None else delay_s
         if delay_s <= 0:
             self._place(call, now)
         else:

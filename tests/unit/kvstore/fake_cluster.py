@@ -337,7 +337,8 @@ class FakeCluster:
     def handle(self, node: int, request: Request) -> Reply:
         if isinstance(request, GetDirectory):
             addresses = [(other, f"n{other}:1") for other in self.nodes]
-            return Directory(request.id, CLUSTER, node, self.ranges, addresses)
+            known = [each for each in self.ranges if any(at == node for at, _ in each.replicas)]
+            return Directory(request.id, CLUSTER, node, known, addresses)
         if isinstance(request, GetTimestamps):
             first = self.ts + 1
             self.ts += request.fresh

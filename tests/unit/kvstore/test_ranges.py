@@ -39,6 +39,18 @@ def test_what_nobody_reported_is_a_hole():
     assert cache.before(b"z") is None
 
 
+def test_a_cache_without_a_hole_is_whole():
+    cache = RangeCache()
+    assert not cache.whole()
+    for each, whole in [
+        (info(1, b"", b"g"), False),
+        (info(3, b"p", b""), False),
+        (info(2, b"g", b"p"), True),
+    ]:
+        cache.update([each])
+        assert cache.whole() is whole
+
+
 def test_a_split_is_learned_from_either_child():
     cache = RangeCache()
     cache.update([info(1, b"", b"")])

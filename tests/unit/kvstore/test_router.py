@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from kvstore.client import Database
@@ -20,6 +21,7 @@ from kvstore.errors import (
 )
 from kvstore.ranges import META_KEY
 from kvstore.sim import loop as sim
+from kvstore.sim.loop import EPOCH_S
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     GetDirectory,
@@ -364,6 +366,21 @@ def test_starting_needs_only_one_node_of_the_list():
         assert now() - began < 1.0
 
     sim.run(main, 1, time_limit_s=60.0)
+
+
+def test_nodes_that_are_not_connected_are_asked_for_ranges_that_the_connected_do_not_know():
+    """A node tells of the ranges that it has replicas of: with more nodes than replicas, of some only."""
+    cluster = FakeCluster(b"g", b"p", nodes=3)
+    cluster.ranges = [
+        msgspec.structs.replace(each, replicas=[(node, 10 + node)], leader_node=node)
+        for node, each in zip((1, 2, 3, 1, 2), cluster.ranges, strict=True)
+    ]
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await asyncio.gather(*(db.put(key, b"v") for key in (b"a", b"h", b"q")))
+        assert now() < EPOCH_S + 1.0
+
+    simulate(test, cluster)
 
 
 def test_a_cluster_that_nobody_serves_is_unavailable():
