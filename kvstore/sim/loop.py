@@ -37,7 +37,9 @@ EPOCH_S: Final = (
     1000.0  # where virtual time begins: not 0, so that a forgotten 0.0 is seen as long ago
 )
 EXECUTOR_S: Final = (0.000_1, 0.005)  # how long a blocking call takes, drawn from between
-RESOLUTION_S: Final = 0.000_001  # time goes on by this at least, or a delay below the clock's last bit never ends
+RESOLUTION_S: Final = (
+    0.000_001  # time goes on by this at least, or a delay below the clock's last bit never ends
+)
 INSTANT_S: Final = 0.001
 STEPS_MAX: Final = 50_000  # of the loop within one such instant of virtual time
 COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections

@@ -121,8 +121,17 @@ def test_a_delay_below_the_last_bit_of_the_clock_ends():
     async def main(loop: SimLoop) -> float:
         await asyncio.sleep(1024.0 - EPOCH_S)
         deadline = math.nextafter(loop.time() * 0.98, math.inf)  # by a clock that drifts
-        while (left := deadline - loop.time() * 0.98) > 0:
-            await asyncio.sleep(left)
+        done = loop.create_future()
+
+        def on_timer() -> None:
+            left = deadline - loop.time() * 0.98
+            if left > 0:
+                loop.call_later(left, on_timer)
+            else:
+                done.set_result(None)
+
+        on_timer()
+        await done
         return loop.time()
 
     assert sim.run(main, 1) == pytest.approx(1024.0)
@@ -133,8 +142,11 @@ def test_a_loop_in_which_hardly_any_time_passes_is_a_failure(monkeypatch, delay_
     monkeypatch.setattr(sim, "STEPS_MAX", 500)
 
     async def main(loop: SimLoop) -> None:
-        while True:
-            await asyncio.sleep(delay_s)
+        def on_timer() -> None:
+            loop.call_later(delay_s, on_timer)
+
+        on_timer()
+        await loop.create_future()
 
     with pytest.raises(SimLivelock):
         sim.run(main, 1)
