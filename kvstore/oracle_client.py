@@ -102,9 +102,10 @@ class OracleClient:
 
     # -- the node's own wants
 
-    def want(self, replica: Replica) -> None:
-        """The next turn asks for this range."""
+    def want(self, replica: Replica) -> bool:
+        """The next turn asks for this range. False: that comes by itself, when what is under way is answered."""
         self._wanting[replica.range_id] = replica
+        return self._in_flight is None
 
     def turn(self, now: float, touched: dict[int, Replica]) -> None:
         """Once a turn: hand out what has arrived, ask for what is wanted, serve if the oracle is here."""

@@ -249,8 +249,8 @@ class Store:
                     if output.confirm:
                         self._confirm(replica)
                     if evaluator.await_fresh or evaluator.await_read:
-                        self._oracle_client.want(replica)
-                        self._host.wake()
+                        if self._oracle_client.want(replica):
+                            self._host.wake()
                     self._note_deadline(replica, evaluator, now)
                 if output.replies:
                     replies, output.replies = output.replies, []

@@ -150,7 +150,10 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
                 ("txn1", "transfer, 2 ranges, sequential", 1, loads.transfer, ""),
                 ("txn64", "transfer, 2 ranges", 64, loads.transfer, ">= 2,000/s"),
             ]
-            wanted = arguments.rows.split(",") if arguments.rows else [each[0] for each in plan]
+            names = [each[0] for each in plan]
+            wanted = arguments.rows.split(",") if arguments.rows else names
+            if unknown := [name for name in wanted if name not in names]:
+                raise SystemExit(f"no row {unknown[0]!r}; there are {', '.join(names)}")
             for short, name, callers, call, target in plan:
                 if short in wanted:
                     rows.append(await measure(name, callers, arguments.seconds, call, target))
