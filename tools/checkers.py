@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from kvstore.sim.history import FOREVER, Outcome, RegisterOp, TxnOp
+from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
 
 CONFIGURATIONS_MAX: Final = 2_000_000
 MISTAKES_MAX: Final = 20

@@ -18,11 +18,11 @@ from kvstore.errors import KVError
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import Server, SimCluster, small_logs
 from kvstore.sim.faults import Nemesis
-from kvstore.sim.history import History
 from kvstore.sim.observers import Observers
 from kvstore.sim.trace import Trace
 from kvstore.sim.workloads import ACCOUNTS, CELLS, REGISTERS, Workload, read_markers
 from kvstore.snapshots import spans_of
+from kvstore.testing.history import History
 from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more

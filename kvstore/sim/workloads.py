@@ -14,7 +14,7 @@ from typing import Final
 from kvstore.client import Database, Transaction
 from kvstore.errors import KVError
 from kvstore.sim.cluster import Client, SimCluster
-from kvstore.sim.history import History, Outcome, RegisterOp, TxnOp
+from kvstore.testing.history import History, Outcome, RegisterOp, TxnOp
 
 REGISTERS: Final = (b"a-reg", b"k-reg", b"z-reg", b"z-reh")
 ACCOUNTS: Final = (b"b-acct0", b"d-acct1", b"j-acct2", b"o-acct3", b"q-acct4", b"y-acct5")

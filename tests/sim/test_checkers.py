@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from kvstore.sim.history import FOREVER, Outcome, RegisterOp, TxnOp
+from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
 from tools.checkers import (
     check_registers,
     check_totals,

@@ -1,10 +1,10 @@
-"""What clients saw: operations with their order of beginning and end. Checkers judge it (tools/checkers.py)."""
+"""What clients saw: operations with their order of beginning and end, in simulations and on real clusters alike."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 FOREVER: Final = 1 << 62
 
@@ -40,6 +40,23 @@ class TxnOp:
     begin: int
     reads: dict[bytes, bytes | None] = field(default_factory=dict)
     writes: dict[bytes, bytes | None] = field(default_factory=dict)
+    version: int = 0  # of the commit; of the snapshot, for one that only reads; 0: not known
+    end: int = FOREVER
+    outcome: Outcome = Outcome.UNKNOWN
+    error: str = ""
+
+
+@dataclass
+class MicroTxn:
+    """One transaction as a list of small steps, in their order: what Elle's workloads are made of.
+
+    Steps are (what, key, value): ("append", key, an integer), ("w", key, an integer) or ("r", key, what was read): a list
+    of integers for list-append, an integer or None for rw-register; None for a read that has no answer yet.
+    """
+
+    client: str
+    begin: int
+    steps: list[tuple[str, bytes, Any]] = field(default_factory=list)
     version: int = 0  # of the commit; of the snapshot, for one that only reads; 0: not known
     end: int = FOREVER
     outcome: Outcome = Outcome.UNKNOWN
