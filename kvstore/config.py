@@ -229,6 +229,12 @@ class TxnSection(Section, frozen=True, kw_only=True):
             "After this long, a lock's range asks what became of its transaction; above anchor_timer."
         ),
     ] = 2.0
+    retention_s: Annotated[
+        Duration,
+        says(
+            "How long old versions, and outcomes of commits in one range, can be asked for; then they are collected."
+        ),
+    ] = 600.0
     oracle_window_s: Annotated[
         float,
         Meta(

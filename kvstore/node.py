@@ -36,7 +36,9 @@ from replication.turns import HostLimits
 from replication.wal import Wal
 from txn import keycode
 from txn.evaluate import Limits
+from txn.gc import SWEEPS_PER_RETENTION
 from txn.state import decode_range_row
+from txn.types import TIMESTAMP_SHIFT
 
 if TYPE_CHECKING:
     from kvstore.client import Database
@@ -227,6 +229,8 @@ class Node:
                 conflict_wait_s=config.txn.conflict_wait_s,
                 anchor_timer_s=config.txn.anchor_timer_s,
                 orphan_timer_s=config.txn.orphan_timer_s,
+                retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
+                sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
             ),
             requests_max=config.limits.requests_in_flight,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),

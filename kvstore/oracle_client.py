@@ -39,6 +39,7 @@ class _Want:
 
 class OracleClient:
     def __init__(self, store: Store) -> None:
+        self.issued = 0  # the largest timestamp that any range of this node was given
         self._store = store
         self._waiting: list[
             tuple[Asker, GetTimestamps]
@@ -166,6 +167,7 @@ class OracleClient:
 
     def _give(self, wants: list[_Want], reply: Timestamps, now: float) -> None:
         first = reply.first
+        self.issued = max(self.issued, reply.read_ts, first + reply.count - 1)
         for want in wants:
             if want.replica.evaluator is want.evaluator:
                 self._store.touch(want.replica.range_id)

@@ -188,7 +188,9 @@ class Store:
             replica = self.replicas.get(number)
             if replica is not None and replica.evaluator is not None:
                 self._touched[number] = replica
-                replica.evaluator.tick(now)
+                evaluator = replica.evaluator
+                evaluator.issued = max(evaluator.issued, self._oracle_client.issued)
+                evaluator.tick(now)
         inbox = self._inbox
         for _ in range(min(len(inbox), REQUESTS_PER_TURN)):
             asker, request = inbox.popleft()

@@ -14,6 +14,7 @@ from txn import keycode
 from txn.commands import (
     AbortUnstaged,
     Batch,
+    Collect,
     Commit,
     Decide,
     FencePart,
@@ -26,6 +27,7 @@ from txn.mvcc import encode_latest, find_txn, history_of, latest_ts
 from txn.ports import Rows
 from txn.state import (
     ABSENT,
+    EXPIRED,
     Answer,
     DecidedRow,
     Outbox,
@@ -126,6 +128,8 @@ def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
         found = find_txn(overlay, locus, txn_id, latest, begin_ts_of(txn_id))
         if found:
             return Answer(PartStatus.COMMITTED, found)
+    if begin_ts_of(txn_id) <= state.row.outcome_horizon:
+        return EXPIRED
     for key, value in zip(command.keys, command.values, strict=True):
         if key == locus:
             _overwrite(overlay, key, latest, commit_ts, txn_id, value)
@@ -144,6 +148,8 @@ def _commit_key(state: RangeState, overlay: Overlay, command: Commit) -> bool:
     """
     txn_id, key = command.txn_id, command.locus
     if command.keys[0] != key or txn_id in state.parts:
+        return False
+    if begin_ts_of(txn_id) <= state.row.outcome_horizon:
         return False
     escaped = keycode.escape(key)
     latest_key = b"L" + key
@@ -173,6 +179,8 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
     known = _known(state, overlay, txn_id, locus)
     if known is not ABSENT:
         return known
+    if begin_ts_of(txn_id) <= state.row.outcome_horizon:
+        return EXPIRED
     row = PreparedRow(
         command.anchor_key,
         command.min_ts,
@@ -201,6 +209,8 @@ def _fence(state: RangeState, overlay: Overlay, command: FencePart) -> Answer:
     found = find_txn(overlay, locus, txn_id, latest, begin_ts_of(txn_id))
     if found:
         return Answer(PartStatus.COMMITTED, found)
+    if begin_ts_of(txn_id) <= state.row.outcome_horizon:
+        return EXPIRED  # its versions may be gone: nothing may be said, nor written, about it
     answer = Answer(
         PartStatus.FENCED, 0, command.reason, command.key, command.other_txn, command.other_version
     )
@@ -309,6 +319,21 @@ def _oracle_bound(state: RangeState, overlay: Overlay, command: OracleBound) -> 
     return ABSENT
 
 
+def _collect(state: RangeState, overlay: Overlay, command: Collect) -> Answer:
+    """Only what is named goes, so it does not matter what has been written meanwhile (G1, G3)."""
+    row = state.row
+    row.gc_threshold = max(row.gc_threshold, command.threshold)
+    row.outcome_horizon = max(row.outcome_horizon, command.threshold)
+    for garbage in command.garbage:
+        for version_ts in garbage.versions:
+            overlay.delete(keycode.history_row(garbage.key, version_ts))
+        if garbage.tombstone:
+            latest = overlay.get(b"L" + garbage.key)
+            if latest is not None and latest_ts(latest) == garbage.tombstone:
+                overlay.delete(b"L" + garbage.key)
+    return ABSENT
+
+
 _APPLY: dict[type, Callable[[RangeState, Overlay, Any], Answer]] = {
     Commit: _commit,
     PreparePart: _prepare,
@@ -318,4 +343,5 @@ _APPLY: dict[type, Callable[[RangeState, Overlay, Any], Answer]] = {
     AbortUnstaged: _abort_unstaged,
     OutboxDone: _outbox_done,
     OracleBound: _oracle_bound,
+    Collect: _collect,
 }

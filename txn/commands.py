@@ -89,6 +89,21 @@ class OracleBound(msgspec.Struct, array_like=True, frozen=True, tag=8, gc=False)
     hi: int
 
 
+class Garbage(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Of one key: the HISTORY versions that go, and (0: none) the tombstone that goes from LATEST."""
+
+    key: bytes
+    versions: list[int]
+    tombstone: int = 0
+
+
+class Collect(msgspec.Struct, array_like=True, frozen=True, tag=9, gc=False):
+    """Reads below `threshold` are refused from here on, as is what began at or below it; these rows go (txn/gc.py)."""
+
+    threshold: int
+    garbage: list[Garbage]
+
+
 Command = (
     Commit
     | PreparePart
@@ -98,6 +113,7 @@ Command = (
     | AbortUnstaged
     | OutboxDone
     | OracleBound
+    | Collect
 )
 
 

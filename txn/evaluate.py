@@ -17,7 +17,7 @@ E5 nothing evaluated is carried over to another term: `stop` drops all of it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ import msgspec
 from txn import keycode
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
+from txn.gc import Collector
 from txn.latches import LatchTable, Pending, Waiter
 from txn.messages import (
     Ack,
@@ -71,6 +72,10 @@ SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 WAITERS_MAX = 20_000
 UNDECIDED_MAX = 20_000  # parts and outbox rows: every replica keeps them in memory
+TXN_STATUS: Mapping[int, TxnStatus] = {
+    PartStatus.COMMITTED: TxnStatus.COMMITTED,
+    PartStatus.EXPIRED: TxnStatus.EXPIRED,
+}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -82,6 +87,8 @@ class Limits(msgspec.Struct, frozen=True):
     read_wait_s: float = 5.0
     outbox_delay_s: float = 0.02
     outbox_retry_s: float = 0.5
+    retention: int = 0  # of versions, in units of timestamps; 0: for ever
+    sweep_s: float = 10.0  # between two sweeps for garbage
 
 
 class Evaluator:
@@ -114,6 +121,7 @@ class Evaluator:
             COUNTERS, 0
         )  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
+        self.collector = Collector(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self._read,
@@ -135,6 +143,7 @@ class Evaluator:
             for part in loci.values():
                 part.forget_volatile()
         self.recovery.start(now)
+        self.collector.start(now)
         early, self._early = self._early, []
         for request, origin in early:
             self.step(request, origin, now)
@@ -216,11 +225,11 @@ class Evaluator:
         heapq.heappush(self._timers, (when, self._timer_number, call))
 
     def deadline(self) -> float | None:
-        timer = self._timers[0][0] if self._timers else None
-        other = self.recovery.deadline()
-        if timer is None or (other is not None and other < timer):
-            return other
-        return timer
+        due = self.recovery.deadline()
+        for other in (self._timers[0][0] if self._timers else None, self.collector.due):
+            if due is None or (other is not None and other < due):
+                due = other
+        return due
 
     def tick(self, now: float) -> None:
         if not self.ready:
@@ -229,6 +238,7 @@ class Evaluator:
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2](now)
         self.recovery.tick(now)
+        self.collector.tick(now)
 
     # -- timestamps
 
@@ -347,8 +357,7 @@ class Evaluator:
             return PartReply(request.id, answer.status, answer.ts)
         if kind is Resolve:
             return Ack(request.id)
-        status = TxnStatus.COMMITTED if answer.status == PartStatus.COMMITTED else TxnStatus.ABORTED
-        return TxnReply(request.id, status, answer.ts)
+        return TxnReply(request.id, TXN_STATUS.get(answer.status, TxnStatus.ABORTED), answer.ts)
 
     # -- Prepare (DESIGN.md section 4)
 
@@ -498,8 +507,11 @@ class Evaluator:
             if found is not None:
                 self._wait_or_refuse(request, origin, now, since, *found)
                 return True
+        threshold = state.row.gc_threshold
         for guard in request.guards:
             newer = self._newer_than(guard.start, guard.end, guard.read_ts)
+            if newer is None and guard.read_ts < threshold:  # a tombstone may be gone
+                newer = guard.start, threshold, b""
             if newer is not None:
                 key, ts, other = newer
                 self._refuse(

@@ -30,6 +30,11 @@ def decode_latest(row: bytes) -> Version:
     return Version(int.from_bytes(row[:8], "big"), row[8:24], None if row[24] else row[25:])
 
 
+def is_tombstone(row: bytes) -> bool:
+    """Of a LATEST row."""
+    return row[24] != 0
+
+
 def latest_ts(row: bytes) -> int:
     return int.from_bytes(row[:8], "big")
 

@@ -218,7 +218,13 @@ class Recovery:
             return
         if self._reply_known(request, origin):
             return
-        if request.mode == QueryMode.ORPHAN:
+        below = begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon
+        if below and request.mode == QueryMode.ORPHAN:
+            # A part asks; no record is here, none can come any more, and none is forgotten before its parts are done.
+            ev.out.reply(origin, TxnReply(request.id, TxnStatus.ABORTED), True)
+        elif below:
+            ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
+        elif request.mode == QueryMode.ORPHAN:
             self._abort_unstaged(request, origin)
         else:
             status = TxnStatus.INVISIBLE if request.mode == QueryMode.READ else TxnStatus.ABSENT
@@ -326,7 +332,9 @@ class Recovery:
         commit_ts = 0
         for participant in staged.participants:
             status, ts = known.get(participant.locus, (PartStatus.ABSENT, 0))
-            if status in (PartStatus.FENCED, PartStatus.ABORTED):
+            if status in (PartStatus.FENCED, PartStatus.ABORTED, PartStatus.EXPIRED):
+                # EXPIRED is as good as a fence: nothing of this id will be prepared there, and while the record is
+                # STAGED here its parts' statuses are kept.
                 self._propose_decision(txn_id, staged.anchor_key, 0)
                 return
             if status not in (PartStatus.PREPARED, PartStatus.COMMITTED):
@@ -526,7 +534,8 @@ class _Visibility:
             )
             return
         status = reply.status
-        request_id = self.waiter.request.id
+        request: QueryTxn = self.waiter.request
+        request_id = request.id
         if status == PartStatus.PREPARED:
             self.commit_ts = max(self.commit_ts, reply.ts)
             self.missing.pop(participant.locus, None)
@@ -534,7 +543,7 @@ class _Visibility:
                 self._answer(TxnReply(request_id, TxnStatus.COMMITTED, self.commit_ts))
         elif status == PartStatus.COMMITTED:
             self._answer(TxnReply(request_id, TxnStatus.COMMITTED, reply.ts))
-        elif status == PartStatus.EXPIRED:
+        elif status == PartStatus.EXPIRED and request.txn_id not in self.recovery.ev.state.staged:
             self.answered = True
             self.recovery.look_again(self.waiter)
         elif status in (PartStatus.FENCED, PartStatus.ABORTED):

@@ -111,6 +111,7 @@ class Answer(NamedTuple):
 
 
 ABSENT = Answer(PartStatus.ABSENT)
+EXPIRED = Answer(PartStatus.EXPIRED)  # below the outcome horizon: nothing can be said any more
 
 _encode = msgspec.msgpack.Encoder().encode
 encode_row = _encode

@@ -13,6 +13,7 @@ import msgspec
 
 from tests.stateful.txn_ranges import Group, Violation
 from txn import keycode
+from txn.commands import Collect
 from txn.messages import (
     Ack,
     Failure,
@@ -34,7 +35,7 @@ from txn.messages import (
     ScanReply,
     TxnReply,
 )
-from txn.mvcc import decode_latest
+from txn.mvcc import decode_latest, read_at
 from txn.state import DecidedRow, PreparedRow, StagedRow, TerminalRow
 from txn.types import FenceReason, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
 
@@ -82,14 +83,15 @@ class Checker:
         self.world.probe(f"applied {type(command).__name__}")
         for row_key, data in rows.items():
             family = row_key[:1]
-            if family == keycode.LATEST:
-                assert data is not None
+            if data is None and family in (keycode.LATEST, keycode.HISTORY):
+                self._collected(group, row_key, command)
+            elif family == keycode.LATEST and data is not None:
                 self._version(row_key[1:], Stored(*decode_latest(data)))
             elif family in (keycode.PREPARED, keycode.DECIDED, keycode.STAGED, keycode.TERMINAL):
                 key, at = keycode.unescape(row_key, 1)
                 self._row(group, family, row_key[at:], key, data, rows)
         for txn_id, locus in outbox_gone:
-            if self.status.get((txn_id, locus)) not in (PartStatus.COMMITTED, *_NEVER):
+            if not self._over((txn_id, locus)):
                 raise Violation(
                     f"I19: the outbox row for {locus!r} went before its part was decided"
                 )
@@ -104,6 +106,36 @@ class Checker:
         if self._served(key) >= ts:
             raise Violation(f"I11: {key!r} was read at {self._served(key)}, now it gets {ts}")
         chain.append(version)
+
+    def _collected(self, group: Group, row_key: bytes, command: Any) -> None:
+        """I15: no read at or above the threshold can see what goes."""
+        if not isinstance(command, Collect):
+            raise Violation(f"{command} removes a version")
+        if row_key[:1] == keycode.LATEST:
+            key, ts = row_key[1:], self.versions[row_key[1:]][-1].ts
+        else:
+            (key, _), ts = keycode.unescape(row_key, 1), keycode.history_ts(row_key)
+        threshold = group.ghost.state.row.gc_threshold
+        following = [version.ts for version in self.versions[key] if version.ts > ts]
+        (version,) = [version for version in self.versions[key] if version.ts == ts]
+        self.world.probe("a tombstone was collected" if version.value is None else "a version was")
+        if ts > threshold:
+            raise Violation(f"I15: version {ts} of {key!r} went, the threshold is {threshold}")
+        if version.value is not None and (not following or following[0] > threshold):
+            raise Violation(f"I15: {key!r} at {threshold} was {ts}, which is gone")
+
+    def check_stored(self, group: Group) -> None:
+        """I15 again, by the rows that are left: every timestamp that may be read shows what it should."""
+        threshold = group.ghost.state.row.gc_threshold
+        for key, chain in self.versions.items():
+            if not group.owns(key):
+                continue
+            for at in {threshold, *(version.ts for version in chain if version.ts > threshold)}:
+                shown = read_at(group.ghost.rows, key, at)
+                place = bisect_right(chain, at, key=lambda version: version.ts)
+                value = chain[place - 1].value if place else None
+                if (shown.value if shown is not None else None) != value:
+                    raise Violation(f"I15: {key!r} at {at} shows {shown}, not {value!r}")
 
     def _commits(self, txn_id: bytes, ts: int) -> None:
         """The logs say, directly or by a version, that a transaction is committed at ts."""
@@ -199,8 +231,17 @@ class Checker:
                 raise Violation(f"I4: {txn_id.hex()} commits, but not all parts are prepared")
             if commit_ts != max(self.min_ts[part] for part in parts):
                 raise Violation(f"I4: {txn_id.hex()} commits at {commit_ts}, not at the maximum")
-        elif parts and not any(self.status.get(part) in _NEVER for part in parts):
+        elif parts and not any(
+            self.status.get(part) != PartStatus.COMMITTED and self._over(part) for part in parts
+        ):
             raise Violation(f"I3: {txn_id.hex()} is aborted, but no part is fenced")
+
+    def _over(self, part: Part) -> bool:
+        """It is decided; or it never came, and its range's horizon forbids that it comes."""
+        if self.status.get(part) in (PartStatus.COMMITTED, *_NEVER):
+            return True
+        horizon = self.world.group_of(part[1]).ghost.state.row.outcome_horizon
+        return part not in self.status and begin_ts_of(part[0]) <= horizon
 
     def _exclusion(self, group: Group, txn_id: bytes) -> None:
         """I10: no intent under a guard of another transaction."""
@@ -243,8 +284,7 @@ class Checker:
             self._told_scan(group, request, reply)
         elif isinstance(reply, Ack):
             assert isinstance(request, Resolve)
-            part = (request.txn_id, request.locus)
-            if self.status.get(part) not in (PartStatus.COMMITTED, *_NEVER):
+            if not self._over((request.txn_id, request.locus)):
                 raise Violation("I19: a Resolve was acknowledged, but not applied")
 
     def _count(self, request: Request, reply: Reply) -> None:

@@ -455,7 +455,10 @@ class Client:
             if reply.status in REFUSED:
                 self._acknowledge(attempt, 0)
                 return reply.reason
-        if len(replies) == len(answers):
+        if all(
+            isinstance(reply, PrepareReply) and reply.status == PartStatus.PREPARED
+            for reply in answers
+        ):
             self._acknowledge(attempt, max(reply.ts for reply in replies))
         return FenceReason.NONE
 

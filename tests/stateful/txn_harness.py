@@ -61,8 +61,15 @@ class Profile(msgspec.Struct):
 
 def draw_profile(rng: random.Random) -> Profile:
     patient, hasty = Limits(), Limits(0.02, 0.05, 0.1, 2.0, 0.005, 0.05)
+    limits = msgspec.structs.replace(
+        rng.choice([patient, patient, hasty]),
+        retention=rng.choice(
+            [0, 0, 5, 30, 100]
+        ),  # timestamps of this world are numbers from 100 on
+        sweep_s=0.05,
+    )
     return Profile(
-        limits=rng.choice([patient, patient, hasty]),
+        limits=limits,
         clients=rng.randint(10, 40),
         spread_s=rng.choice([0.1, 0.5, 2.0]),
         p_drop=rng.choice([0.0, 0.03, 0.15]),
@@ -178,7 +185,8 @@ class World:
             return
         if rng.random() < 0.6:
             group = rng.choice(self.groups)
-            at = self.oracle_last - rng.choice([0, 0, 1, 5])
+            kept = self.profile.limits.retention
+            at = self.oracle_last - rng.choice([0, 0, 1, 5, kept, rng.randint(0, kept)])
             keys = rng.sample(self.keys_of[group.number], 2)
             self.call(keys[0], Read(0, 0, 0, at, keys), lambda _: None)
         elif self.anchors:
@@ -287,6 +295,7 @@ class World:
                 raise Violation(f"I22: {open_still}")
             group.settle()
             group.check_replicas()
+            self.checker.check_stored(group)
         self.checker.check_outcomes()
         self.history.check(self)
 

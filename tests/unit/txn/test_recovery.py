@@ -94,14 +94,21 @@ def test_without_a_fence_nothing_is_aborted_however_long_it_takes():
     assert {key for key, _, _ in place.calls} == {b"x", b"y"}, "who is known is not asked again"
 
 
-@pytest.mark.parametrize("status", [PartStatus.EXPIRED, PartStatus.ABSENT])
-def test_an_answer_that_says_nothing_decides_nothing(status):
+def test_an_answer_that_says_nothing_decides_nothing():
     place = recovering()
     place.answer(prepared(101))
-    place.answer(PartReply(0, status))
+    place.answer(PartReply(0, PartStatus.ABSENT))
     place.answer(prepared(120))
     place.settle()
     assert decisions(place) == []
+
+
+def test_a_part_that_can_never_be_prepared_any_more_is_as_good_as_fenced():
+    place = recovering()
+    place.answer(prepared(101))
+    place.answer(PartReply(0, PartStatus.EXPIRED))
+    place.settle()
+    assert decisions(place) == [0]
 
 
 def test_a_decision_that_raft_refuses_is_proposed_again_by_the_timer():

@@ -55,7 +55,15 @@ class Asked:
 class Range:
     """[start, end), led in `term`; timestamps come from `clock` on."""
 
-    def __init__(self, start: bytes = b"", end: bytes = b"", *, clock: int = 100) -> None:
+    def __init__(
+        self,
+        start: bytes = b"",
+        end: bytes = b"",
+        *,
+        clock: int = 100,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
         self.rows = MemoryRows()
         self.state = RangeState(RangeRow(7, start, end, 1, 1, 0, 0))
         self.clock = clock  # the last timestamp issued
@@ -85,7 +93,7 @@ class Range:
         self.calls = []
         self.state = RangeState(self.state.row)
         self.state.load(self.rows)
-        self.evaluator = Evaluator(self.state, self.rows, self, Limits(), self.term)
+        self.evaluator = Evaluator(self.state, self.rows, self, self.limits, self.term)
         self.evaluator.start(self.now)
 
     # -- requests

@@ -1,0 +1,277 @@
+"""Claims of garbage collection (G1 to G4 of txn/gc.py): what a read may still see stays, the rest goes, and nobody is told
+anything about what may be gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
+from txn import gc, keycode
+from txn.commands import Collect, Command, Commit, FencePart, PreparePart
+from txn.evaluate import Limits
+from txn.messages import PartReply, PrepareReply, QueryMode, TxnReply
+from txn.mvcc import read_at
+from txn.types import Guard, PartStatus, TxnStatus, Write, WriteKind
+
+RETENTION = 50
+
+
+def place_with(retention: int = RETENTION) -> Range:
+    return Range(limits=Limits(retention=retention, sweep_s=1.0))
+
+
+def delete(place: Range, key: bytes) -> int:
+    number = 9000 + place.clock
+    asked = place.prepare(number, Write(WriteKind.DELETE, key), begin_ts=place.clock)
+    version: int = settled(place, asked).reply.ts
+    return version
+
+
+def write(place: Range, key: bytes, value: bytes = b"v") -> int:
+    number = 9000 + place.clock
+    version: int = settled(
+        place, place.prepare(number, put(key, value), begin_ts=place.clock)
+    ).reply.ts
+    return version
+
+
+def sweep(place: Range, *, clock: int = 0) -> None:
+    """Time passes, in timestamps and in seconds, until there is nothing left to collect."""
+    if clock:
+        place.clock = clock
+        settled(place, place.read(b"anything"))
+    for _ in range(40):
+        place.pass_time(gc.STEP_S)
+        place.settle()
+    place.pass_time(1.0)
+
+
+def rows_of(place: Range, family: bytes) -> list[bytes]:
+    return [key for key in sorted(place.rows.rows) if key.startswith(family)]
+
+
+def value_at(place: Range, key: bytes, at: int) -> bytes | None:
+    found = read_at(place.rows, key, at)
+    return found.value if found is not None else None
+
+
+# --- G1
+
+
+def test_versions_below_the_threshold_go_but_for_the_newest():
+    place = place_with()
+    versions = [write(place, b"k", b"%d" % number) for number in range(5)]
+    sweep(place, clock=versions[2] + RETENTION)
+    assert place.state.row.gc_threshold == versions[2]
+    assert [value_at(place, b"k", at) for at in versions[2:]] == [b"2", b"3", b"4"]
+    assert (
+        len(rows_of(place, keycode.HISTORY)) == 2
+    )  # the newest at or below the threshold, and one above
+
+
+def test_when_the_newest_version_is_old_its_history_goes_whole():
+    place = place_with()
+    for number in range(5):
+        last = write(place, b"k", b"%d" % number)
+    sweep(place, clock=last + RETENTION)
+    assert rows_of(place, keycode.HISTORY) == []
+    assert value_at(place, b"k", place.clock) == b"4"
+
+
+def test_reads_below_the_threshold_are_refused_and_at_it_are_served():
+    place = place_with()
+    write(place, b"k", b"old")
+    last = write(place, b"k", b"new")
+    sweep(place, clock=last + RETENTION)
+    assert settled(place, place.read(b"k", at=last - 1)).reply.code == "snapshot_too_old"
+    assert settled(place, place.read(b"k", at=last)).reply.values == [b"new"]
+    assert settled(place, place.scan(b"", b"z", last - 1)).reply.code == "snapshot_too_old"
+
+
+def test_without_a_retention_nothing_is_ever_collected():
+    place = place_with(0)
+    for _ in range(3):
+        last = write(place, b"k")
+    sweep(place, clock=last + 10_000)
+    assert len(rows_of(place, keycode.HISTORY)) == 2
+    assert place.evaluator.collector.due is None
+
+
+def test_what_is_young_is_left_alone_and_costs_no_entry():
+    place = place_with()
+    for _ in range(3):
+        last = write(place, b"k")
+    entries = len(place.log)
+    sweep(place, clock=last)
+    assert len(place.log) == entries
+
+
+# --- G2
+
+
+@pytest.mark.parametrize("ask", ["prepare", "fence", "query_part", "outcome", "query"])
+def test_what_began_at_or_below_the_horizon_is_expired(ask: str):
+    place = place_with()
+    first = write(place, b"k", b"1")
+    last = write(place, b"k", b"2")
+    sweep(place, clock=last + RETENTION)
+    calls: dict[str, Callable[[], object]] = {
+        "prepare": lambda: place.prepare(5, put(b"k"), begin_ts=first),
+        "fence": lambda: place.fence(5, b"k", begin_ts=first),
+        "query_part": lambda: place.query_part(5, b"k", first),
+        "outcome": lambda: place.outcome(5, b"k"),
+        "query": lambda: place.query(5, b"k", QueryMode.BLOCKED),
+    }
+    reply = settled(place, calls[ask]()).reply  # type: ignore[arg-type]
+    assert isinstance(reply, (PartReply, PrepareReply, TxnReply))
+    expired = TxnStatus.EXPIRED if isinstance(reply, TxnReply) else PartStatus.EXPIRED
+    assert reply.status == expired
+
+
+def test_an_entry_that_was_proposed_before_the_horizon_rose_is_expired_when_it_is_applied():
+    place = place_with()
+    write(place, b"k")
+    values: list[bytes | None] = [b"v"]
+    collect = Collect(place.clock, [])
+    late: list[Command] = [
+        Commit(txn_id(1, 5), b"n", place.clock + 9, [b"n"], values),
+        Commit(txn_id(2, 5), b"n", place.clock + 9, [b"n", b"o"], [b"v", b"v"]),
+        PreparePart(txn_id(3, 5), b"n", b"zz", place.clock + 9, 1, [b"n"], values, []),
+        FencePart(txn_id(4, 5), b"n", b"zz", 1),
+    ]
+    answers = place.apply([collect, *late])
+    assert [answer.status for answer in answers[1:]] == [PartStatus.EXPIRED] * 4
+    assert value_at(place, b"n", place.clock + 10) is None
+    assert not rows_of(place, keycode.DECIDED)
+    assert not rows_of(place, keycode.PREPARED)
+
+
+def test_what_is_still_known_is_told_even_below_the_horizon():
+    place = place_with()
+    version = stored(place, b"k")
+    number = 9000 + version - 1
+    sweep(place, clock=version + RETENTION)
+    reply = settled(place, place.prepare(number, put(b"k", b"old"))).reply
+    assert (reply.status, reply.ts) == (PartStatus.COMMITTED, version)
+
+
+def test_an_orphan_below_the_horizon_of_its_anchor_is_told_that_it_is_aborted():
+    place = place_with()
+    write(place, b"k")
+    last = write(place, b"k")
+    sweep(place, clock=last + RETENTION)
+    asked = settled(place, place.query(1, b"k", QueryMode.ORPHAN))
+    assert asked.reply.status == TxnStatus.ABORTED
+    assert asked.confirm
+
+
+def test_a_guard_from_below_the_threshold_is_a_conflict():
+    """A tombstone that it should meet may be gone."""
+    place = place_with()
+    read_ts = write(place, b"k")
+    last = delete(place, b"k")
+    sweep(place, clock=last + RETENTION)
+    assert not rows_of(place, keycode.LATEST)
+    guards = [Guard(b"k", b"k\x00", read_ts)]
+    asked = place.prepare(1, put(b"x"), guards=guards, begin_ts=place.clock)
+    assert settled(place, asked).reply.status == PartStatus.FENCED
+
+
+# --- G3
+
+
+def test_an_old_tombstone_goes_with_all_that_is_older():
+    place = place_with()
+    for number in range(3):
+        write(place, b"k", b"%d" % number)
+    gone = delete(place, b"k")
+    sweep(place, clock=gone + RETENTION)
+    assert not rows_of(place, keycode.LATEST)
+    assert not rows_of(place, keycode.HISTORY)
+    assert settled(place, place.read(b"k", at=gone)).reply.versions == [0]
+
+
+def test_a_tombstone_that_hides_older_versions_is_not_taken_before_them(monkeypatch):
+    """A slice ends between the tombstone and what it hides; somebody reads before the next one."""
+    monkeypatch.setattr(gc, "SLICE_ROWS", 1)
+    place = place_with()
+    write(place, b"k", b"old")
+    gone = delete(place, b"k")
+    write(place, b"k", b"new")
+    place.clock = gone + RETENTION
+    settled(place, place.read(b"k"))
+    for _ in range(200):
+        place.pass_time(gc.STEP_S)
+        place.settle()
+        assert value_at(place, b"k", gone) is None
+
+
+def test_a_writer_waits_for_the_collection_of_its_keys_tombstone():
+    """Else the leader would apply with the tombstone that it read, and the followers without."""
+    place = place_with()
+    write(place, b"k")
+    gone = delete(place, b"k")
+    place.clock = gone + RETENTION
+    settled(place, place.read(b"k"))
+    while not place.evaluator.latches.writes:
+        place.pass_time(gc.STEP_S)
+        held = place.take()
+        if not place.evaluator.latches.writes:
+            place.commit(held)
+    asked = place.prepare(1, put(b"k"), begin_ts=place.clock)
+    assert asked.open
+    assert not place.evaluator.await_fresh
+    place.commit(held)
+    assert settled(place, asked).reply.status == PartStatus.COMMITTED
+    assert not rows_of(place, keycode.HISTORY)
+
+
+def test_a_key_with_an_intent_keeps_its_tombstone():
+    place = place_with()
+    write(place, b"k")
+    gone = delete(place, b"k")
+    settled(place, place.part(1, put(b"k"), begin_ts=place.clock))
+    sweep(place, clock=gone + RETENTION)
+    assert rows_of(place, keycode.LATEST) == [b"Lk"]
+    place.resolve(1, b"k", 0)
+
+
+# --- G4
+
+
+def test_work_is_cut_into_steps_and_commands_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(gc, "SLICE_ROWS", 10)
+    monkeypatch.setattr(gc, "COLLECT_ROWS_MAX", 5)
+    place = place_with()
+    for number in range(40):
+        last = write(place, b"k%02d" % (number % 20), b"x")
+    for number in range(10):
+        last = delete(place, b"k%02d" % number)
+    sweep(place, clock=last + RETENTION)
+    commands = [command for command in place.log if isinstance(command, Collect)]
+    sizes = [
+        sum(len(each.versions) + bool(each.tombstone) for each in command.garbage)
+        for command in commands
+    ]
+    assert max(sizes) <= 10
+    assert not rows_of(place, keycode.HISTORY)
+    assert len(rows_of(place, keycode.LATEST)) == 10
+
+
+def test_one_command_at_a_time_and_a_refused_one_is_found_again():
+    place = place_with()
+    for _ in range(3):
+        last = write(place, b"k")
+    place.clock = last + RETENTION
+    settled(place, place.read(b"k"))
+    place.pass_time(gc.STEP_S)
+    refused = place.take()
+    assert len(refused) == 1
+    place.pass_time(1.0)
+    assert place.take() == []
+    place.evaluator.dropped(refused, "throttled")
+    sweep(place)
+    sweep(place)
+    assert not rows_of(place, keycode.HISTORY)
