@@ -273,6 +273,7 @@ def draw_config(rng: random.Random) -> NodeConfig:
         anchor_timer_s=rng.choice((0.3, 1.0)),
         orphan_timer_s=rng.choice((1.1, 2.0)),
         oracle_window_s=rng.choice((0.3, 3.0)),
+        retention_s=rng.choice((3.0, 10.0, 600.0)),
     )
     return msgspec.structs.replace(config, log=log, txn=txn)
 

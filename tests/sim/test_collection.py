@@ -74,7 +74,9 @@ def test_a_deleted_key_leaves_nothing():
             await client.database.delete_range(b"k", b"l")
             for _ in range(40):
                 await asyncio.sleep(0.3)
-                await client.database.put(b"j", b"")  # in the same range: its leader learns the time
+                await client.database.put(
+                    b"j", b""
+                )  # in the same range: its leader learns the time
 
         await client.process.call(work())
         for server in cluster.servers.values():
