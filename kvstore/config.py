@@ -232,7 +232,7 @@ class TxnSection(Section, frozen=True, kw_only=True):
     retention_s: Annotated[
         Duration,
         says(
-            "How long old versions, and outcomes of commits in one range, can be asked for; then they are collected."
+            "How long old versions, and outcomes of commits, can be asked for; then they are collected."
         ),
     ] = 600.0
     oracle_window_s: Annotated[

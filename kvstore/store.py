@@ -36,6 +36,7 @@ from txn.messages import (
     Outcome,
     Prepare,
     QueryPart,
+    QuerySettled,
     QueryTxn,
     RangeInfo,
     Read,
@@ -481,5 +482,5 @@ def key_of(request: Request) -> bytes:
         return request.start
     if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
         return request.locus
-    assert isinstance(request, (Finalize, QueryTxn, Outcome))
+    assert isinstance(request, (Finalize, QueryTxn, Outcome, QuerySettled))
     return request.anchor_key

@@ -327,6 +327,10 @@ def _collect(state: RangeState, overlay: Overlay, command: Collect) -> Answer:
     for garbage in command.garbage:
         for version_ts in garbage.versions:
             overlay.delete(keycode.history_row(garbage.key, version_ts))
+        for txn_id in garbage.parts:
+            overlay.delete(keycode.part_row(keycode.DECIDED, garbage.key, txn_id))
+        for txn_id in garbage.records:
+            overlay.delete(keycode.part_row(keycode.TERMINAL, garbage.key, txn_id))
         if garbage.tombstone:
             latest = overlay.get(b"L" + garbage.key)
             if latest is not None and latest_ts(latest) == garbage.tombstone:

@@ -90,11 +90,13 @@ class OracleBound(msgspec.Struct, array_like=True, frozen=True, tag=8, gc=False)
 
 
 class Garbage(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Of one key: the HISTORY versions that go, and (0: none) the tombstone that goes from LATEST."""
+    """Of one key: HISTORY versions that go, (0: none) the tombstone that goes from LATEST, statuses that nobody asks for."""
 
     key: bytes
-    versions: list[int]
+    versions: list[int] = []
     tombstone: int = 0
+    parts: list[bytes] = []  # txn_ids of decided parts whose locus it is
+    records: list[bytes] = []  # txn_ids of terminal records whose anchor key it is
 
 
 class Collect(msgspec.Struct, array_like=True, frozen=True, tag=9, gc=False):

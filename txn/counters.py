@@ -15,7 +15,7 @@ COUNTERS = (
     "fences_by_recovery_total",
     "fences_by_request_total",
     "parts_prepared_total",
-    "versions_collected_total",
+    "rows_collected_total",
     "waits_for_parts_total",
 )
 _FENCES = {

@@ -38,6 +38,7 @@ from txn.messages import (
     PrepareReply,
     QueryMode,
     QueryPart,
+    QuerySettled,
     QueryTxn,
     Read,
     ReadReply,
@@ -132,6 +133,7 @@ class Evaluator:
             QueryTxn: self.recovery.query_txn,
             QueryPart: self._query_part,
             Outcome: self.recovery.outcome,
+            QuerySettled: self.collector.query_settled,
         }
 
     # -- life

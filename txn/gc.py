@@ -1,10 +1,10 @@
-"""Garbage collection: versions that no read can see any more, found by a range's leader and removed by entries of its log.
+"""Garbage collection: versions and statuses that nobody can need any more, found by a range's leader and removed by its log.
 
 Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention. The leader walks its range
 in slices: first HISTORY, where everything at or below the threshold is garbage but for the newest such version of a key that
-has no newer one at or below it; then LATEST, for tombstones at or below the threshold. What it finds becomes a Collect
-command, which raises the range's gc_threshold and outcome_horizon before anything is gone, and names each row that goes: all
-replicas remove the same, whatever they are doing.
+has no newer one at or below it; then LATEST, for tombstones at or below the threshold; then DECIDED and TERMINAL, for what
+began at or below it. What it finds becomes a Collect command, which raises the range's gc_threshold and outcome_horizon
+before anything is gone, and names each row that goes: all replicas remove the same, whatever they are doing.
 
 G1 (I15) no version that a read at or above gc_threshold can see is removed; reads below it are refused.
 G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon: the versions of a one-range commit are its
@@ -12,20 +12,24 @@ G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon:
 G3 a tombstone goes only in one command with all that is older of its key, or when that is gone: it hides what is older. One
    in LATEST goes under the key's latch, since a leader applies with what it read under its latches.
 G4 bounded: SLICE_ROWS rows are looked at in one step, COLLECT_ROWS_MAX rows go in one command, one command is in flight.
-
-Statuses of parts, records and fences are not collected yet: only versions are.
+G5 a part that is COMMITTED by a client's word alone goes only when its anchor's range says that the record is terminal: while a
+   record is STAGED, EXPIRED of a part means that it was never prepared, or fenced, and the transaction is aborted by it.
+G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from txn import keycode
 from txn.commands import Collect, Garbage
 from txn.latches import Pending
+from txn.messages import Failure, QuerySettled, Reply, Settled
 from txn.mvcc import is_tombstone, latest_ts
+from txn.state import DecidedRow, decode_decided_row
+from txn.types import PartStatus, begin_ts_of, point_end
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -35,6 +39,30 @@ COLLECT_ROWS_MAX: Final = 512
 STEP_S: Final = 0.02  # between two slices of a sweep
 SWEEPS_PER_RETENTION: Final = 4
 _LATCH: Final = b"\xff" * 8  # no transaction's id begins so
+_FAMILIES: Final = (keycode.HISTORY, keycode.LATEST, keycode.DECIDED, keycode.TERMINAL)
+
+
+class Found:
+    """What one slice found. Dicts by key."""
+
+    def __init__(self) -> None:
+        self.versions: dict[bytes, list[int]] = {}
+        self.tombstones: dict[bytes, int] = {}
+        self.parts: dict[bytes, list[bytes]] = {}
+        self.records: dict[bytes, list[bytes]] = {}
+
+    def garbage(self) -> list[Garbage]:
+        every = (self.versions, self.tombstones, self.parts, self.records)
+        return [
+            Garbage(
+                key,
+                self.versions.get(key, []),
+                self.tombstones.get(key, 0),
+                self.parts.get(key, []),
+                self.records.get(key, []),
+            )
+            for key in dict.fromkeys(key for each in every for key in each)
+        ]
 
 
 class Collector:
@@ -42,12 +70,19 @@ class Collector:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._ev = evaluator
-        self.due: float | None = (
-            None  # when the next slice is; None: nothing is known to be old enough
-        )
+        self._due: float | None = None
         self._threshold = 0  # of the sweep under way
         self._swept = 0  # the threshold of the last whole sweep
         self._family = keycode.HISTORY
+        self._slices: dict[bytes, Callable[[Found], bool]] = {
+            keycode.HISTORY: self._slice_of_history,
+            keycode.LATEST: self._slice_of_latest,
+            keycode.DECIDED: self._slice_of_decided,
+            keycode.TERMINAL: self._slice_of_terminal,
+        }
+        self._settled: list[
+            tuple[bytes, bytes, int]
+        ] = []  # spans of anchors, and upto when they are
         self._position = b""  # where the next slice begins
         self._key: bytes | None = None  # whose HISTORY rows are being looked at
         self._covered = False  # that key has a newer version at or below the threshold
@@ -63,26 +98,42 @@ class Collector:
     def start(self, now: float) -> None:
         """A term begins."""
         if self._ev.limits.retention:
-            self.due = now + STEP_S
+            self._due = now + STEP_S
+
+    @property
+    def due(self) -> float | None:
+        """When the next slice is; None: not before what is in flight has come back, or never."""
+        return None if self._in_flight else self._due
 
     def tick(self, now: float) -> None:
-        if self.due is None or now < self.due or self._in_flight:
+        due = self.due
+        if due is None or now < due:
             return
-        self.due = now + STEP_S
+        self._due = now + STEP_S
         if not self._threshold and not self._begin():
-            self.due = now + self._ev.limits.sweep_s
+            self._due = now + self._ev.limits.sweep_s
             return
-        found: dict[bytes, list[int]] = {}
-        tombstones: dict[bytes, int] = {}
-        more = (
-            self._slice_of_history(found)
-            if self._family == keycode.HISTORY
-            else self._slice_of_latest(found, tombstones)
-        )
-        if found or tombstones:
-            self._propose(found, tombstones)
+        found = Found()
+        more = self._slices[self._family](found)
+        if garbage := found.garbage():
+            self._propose(garbage)
         if not more:
             self._next_family(now)
+
+    def query_settled(self, request: QuerySettled, origin: Any, _now: float) -> None:
+        """Stable, so it needs no confirmation: nothing that began at or below the horizon is staged any more."""
+        ev = self._ev
+        row = ev.state.row
+        if ev.state.owns(request.anchor_key):
+            reply: Reply = Settled(request.id, row.start, row.end, self._settled_here())
+        else:
+            reply = Failure(request.id, "epoch_mismatch")
+        ev.out.reply(origin, reply, False)
+
+    def _settled_here(self) -> int:
+        state = self._ev.state
+        first = min(map(begin_ts_of, state.staged), default=state.row.outcome_horizon + 1)
+        return min(state.row.outcome_horizon, first - 1)
 
     # -- the sweep
 
@@ -93,27 +144,31 @@ class Collector:
         if threshold <= max(self._swept, row.gc_threshold):
             return False
         self._threshold = threshold
-        self._family = keycode.HISTORY
-        self._position, _ = keycode.family_span(keycode.HISTORY, row.start, row.end)
         self._key = None
+        self._settled = [(row.start, row.end, self._settled_here())]
+        self._begin_family(keycode.HISTORY)
         return True
 
-    def _next_family(self, now: float) -> None:
+    def _begin_family(self, family: bytes) -> None:
         row = self._ev.state.row
-        if self._family == keycode.HISTORY:
-            self._family = keycode.LATEST
-            self._position, _ = keycode.family_span(keycode.LATEST, row.start, row.end)
+        self._family = family
+        self._position, _ = keycode.family_span(family, row.start, row.end)
+
+    def _next_family(self, now: float) -> None:
+        following = _FAMILIES.index(self._family) + 1
+        if following < len(_FAMILIES):
+            self._begin_family(_FAMILIES[following])
         else:
             self._swept = 0 if self._refused else self._threshold
             self._threshold, self._refused = 0, False
-            self.due = now + self._ev.limits.sweep_s
+            self._due = now + self._ev.limits.sweep_s
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
         row = self._ev.state.row
         _, end = keycode.family_span(self._family, row.start, row.end)
         return islice(self._ev.rows.scan(self._position, end), SLICE_ROWS)
 
-    def _slice_of_history(self, found: dict[bytes, list[int]]) -> bool:
+    def _slice_of_history(self, found: Found) -> bool:
         """Garbage versions, by key. Whether anything is left behind this slice."""
         looked, get, threshold = 0, self._ev.rows.get, self._threshold
         for row_key, data in self._rows():
@@ -129,7 +184,7 @@ class Collector:
             if version_ts > threshold:
                 continue
             if self._covered:
-                found.setdefault(key, []).append(version_ts)
+                found.versions.setdefault(key, []).append(version_ts)
             elif data[16]:
                 self._hiding = version_ts
             self._covered = True
@@ -139,14 +194,14 @@ class Collector:
         self._take_hiding(found)
         return False
 
-    def _take_hiding(self, found: dict[bytes, list[int]]) -> None:
+    def _take_hiding(self, found: Found) -> None:
         """All HISTORY rows of the last key have been seen, since its tombstone was, in this slice."""
         if self._hiding:
             assert self._key is not None
-            found.setdefault(self._key, []).append(self._hiding)
+            found.versions.setdefault(self._key, []).append(self._hiding)
             self._hiding = 0
 
-    def _slice_of_latest(self, found: dict[bytes, list[int]], tombstones: dict[bytes, int]) -> bool:
+    def _slice_of_latest(self, found: Found) -> bool:
         looked, rows = 0, 0
         for row_key, data in self._rows():
             looked += 1
@@ -159,11 +214,11 @@ class Collector:
             older = self._older(key)
             rows += len(older) + 1
             if len(older) > COLLECT_ROWS_MAX:  # they go first; the next sweep takes the tombstone
-                found[key] = older[:COLLECT_ROWS_MAX]
+                found.versions[key] = older[:COLLECT_ROWS_MAX]
                 return True
-            tombstones[key] = latest_ts(data)
+            found.tombstones[key] = latest_ts(data)
             if older:
-                found[key] = older
+                found.versions[key] = older
             if rows >= COLLECT_ROWS_MAX:
                 return True
         return looked == SLICE_ROWS
@@ -173,26 +228,75 @@ class Collector:
         found = self._ev.rows.scan(prefix, prefix + b"\xff" * 9)
         return [keycode.history_ts(row) for row, _ in islice(found, COLLECT_ROWS_MAX + 1)]
 
+    def _slice_of_decided(self, found: Found) -> bool:
+        looked = 0
+        for row_key, data in self._rows():
+            looked += 1
+            locus, at = keycode.unescape(row_key, 1)
+            txn_id = row_key[at:]
+            if begin_ts_of(txn_id) <= self._threshold:
+                row = decode_decided_row(data)
+                upto = self._needed(row)
+                if upto is None:  # asked: this row is looked at again when the answer is there
+                    self._position = row_key
+                    return True
+                if begin_ts_of(txn_id) <= upto:
+                    found.parts.setdefault(locus, []).append(txn_id)
+            self._position = row_key + b"\x00"
+        return looked == SLICE_ROWS
+
+    def _needed(self, row: DecidedRow) -> int | None:
+        """G5: up to which begin_ts a part like this may go; None: its anchor's range is asked."""
+        if row.status != PartStatus.COMMITTED or not row.hinted:
+            return self._threshold
+        for start, end, upto in self._settled:
+            if start <= row.anchor_key and (not end or row.anchor_key < end):
+                return upto
+        self._ask_settled(row.anchor_key)
+        return None
+
+    def _ask_settled(self, anchor_key: bytes) -> None:
+        self._in_flight = True
+
+        def on_reply(reply: Reply) -> None:
+            self._in_flight = False
+            if isinstance(reply, Settled):
+                self._settled.append((reply.start, reply.end, reply.upto))
+            self._settled.append((anchor_key, point_end(anchor_key), 0))  # else not in this sweep
+
+        self._ev.recovery.call(anchor_key, QuerySettled(0, 0, 0, anchor_key), on_reply)
+
+    def _slice_of_terminal(self, found: Found) -> bool:
+        looked = 0
+        posted = {txn_id for txn_id, _ in self._ev.state.outbox}
+        for row_key, _data in self._rows():
+            looked += 1
+            self._position = row_key + b"\x00"
+            anchor_key, at = keycode.unescape(row_key, 1)
+            txn_id = row_key[at:]
+            if begin_ts_of(txn_id) <= self._threshold and txn_id not in posted:  # G6
+                found.records.setdefault(anchor_key, []).append(txn_id)
+        return looked == SLICE_ROWS
+
     # -- the command
 
-    def _propose(self, found: dict[bytes, list[int]], tombstones: dict[bytes, int]) -> None:
+    def _propose(self, garbage: list[Garbage]) -> None:
         self._latches += 1
         pending = Pending(_LATCH + self._latches.to_bytes(8, "big"), None, None)
-        pending.keys = list(tombstones)  # G3
-        garbage = [
-            Garbage(key, found.get(key, []), tombstones.get(key, 0))
-            for key in dict.fromkeys((*found, *tombstones))
-        ]
+        pending.keys = [each.key for each in garbage if each.tombstone]  # G3
         pending.command = Collect(self._threshold, garbage)
         self._in_flight = True
-        rows = sum(len(each.versions) + bool(each.tombstone) for each in garbage)
+        rows = sum(
+            len(each.versions) + bool(each.tombstone) + len(each.parts) + len(each.records)
+            for each in garbage
+        )
         pending.then = lambda _answer: self._applied(rows)
         pending.lost = self._lost
         self._ev.propose(pending)
 
     def _applied(self, rows: int) -> None:
         self._in_flight = False
-        self._ev.counters["versions_collected_total"] += rows
+        self._ev.counters["rows_collected_total"] += rows
 
     def _lost(self) -> None:
         self._in_flight, self._refused = False, True

@@ -139,6 +139,15 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True, tag=9, gc=False):
     anchor_key: bytes
 
 
+class QuerySettled(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=False):
+    """To an anchor's range, by who collects statuses: which of the records that it keeps are terminal? -> Settled"""
+
+    id: int
+    range_id: int
+    version: int
+    anchor_key: bytes
+
+
 class GetTimestamps(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     """To the oracle (the meta range's leader): `fresh` new timestamps, and the last issued one. -> Timestamps"""
 
@@ -162,6 +171,7 @@ Request = (
     | QueryTxn
     | QueryPart
     | Outcome
+    | QuerySettled
     | GetTimestamps
     | GetDirectory
 )
@@ -219,6 +229,15 @@ class Ack(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):
     id: int
 
 
+class Settled(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
+    """Every transaction anchored in [start, end) that began at or below `upto` has ended there, or never will begin."""
+
+    id: int
+    start: bytes
+    end: bytes  # b"": to the end of all keys
+    upto: int
+
+
 class Timestamps(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
     """`first` .. `first + count - 1` are the caller's alone; `read_ts` is the last issued before or at this answer."""
 
@@ -266,6 +285,7 @@ Reply = (
     | PartReply
     | TxnReply
     | Ack
+    | Settled
     | Timestamps
     | Directory
     | Failure

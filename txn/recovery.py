@@ -175,7 +175,9 @@ class Recovery:
             return
         if self._reply_known(request, origin):
             return
-        if request.commit_ts:
+        if begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon:
+            ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
+        elif request.commit_ts:
             ev.out.reply(
                 origin,
                 Failure(request.id, "invalid_argument", "nothing is staged under this id"),
@@ -218,11 +220,7 @@ class Recovery:
             return
         if self._reply_known(request, origin):
             return
-        below = begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon
-        if below and request.mode == QueryMode.ORPHAN:
-            # A part asks; no record is here, none can come any more, and none is forgotten before its parts are done.
-            ev.out.reply(origin, TxnReply(request.id, TxnStatus.ABORTED), True)
-        elif below:
+        if begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon:
             ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
         elif request.mode == QueryMode.ORPHAN:
             self._abort_unstaged(request, origin)
@@ -437,10 +435,15 @@ class Recovery:
         self._on_outcome(part, reply)
 
     def _on_outcome(self, part: Part, reply: Reply) -> bool:
-        """Resolve the part if the outcome is known. Whether it is."""
+        """Resolve the part if the outcome is known. Whether it is.
+
+        EXPIRED, of a part that is still undecided, means aborted: its anchor has no record and will have none, and it does
+        not forget a committed one before all parts are done (gc.py, G6). The part was undecided when the anchor looked.
+        """
         if not isinstance(reply, TxnReply) or reply.status not in (
             TxnStatus.COMMITTED,
             TxnStatus.ABORTED,
+            TxnStatus.EXPIRED,
         ):
             return False
         ev = self.ev

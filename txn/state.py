@@ -123,6 +123,10 @@ _decode_terminal = msgspec.msgpack.Decoder(TerminalRow).decode
 _decode_outbox = msgspec.msgpack.Decoder(OutboxRow).decode
 
 
+def decode_decided_row(data: bytes) -> DecidedRow:
+    return _decode_decided(data)
+
+
 def decode_range_row(data: bytes) -> RangeRow:
     return _decode_range(data)
 

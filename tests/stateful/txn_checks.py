@@ -33,6 +33,7 @@ from txn.messages import (
     Resolve,
     Scan,
     ScanReply,
+    Settled,
     TxnReply,
 )
 from txn.mvcc import decode_latest, read_at
@@ -70,6 +71,7 @@ class Checker:
         self._read_spans: dict[tuple[bytes, bytes], int] = {}
         self._invisible_to: dict[bytes, int] = {}
         self._absent_to: dict[Part, int] = {}
+        self._settled_upto: dict[int, int] = {}
 
     # -- one command was committed
 
@@ -124,6 +126,32 @@ class Checker:
         if version.value is not None and (not following or following[0] > threshold):
             raise Violation(f"I15: {key!r} at {threshold} was {ts}, which is gone")
 
+    def _forgotten(self, group: Group, family: bytes, txn_id: bytes, key: bytes) -> None:
+        """G5, G6: a status goes below the horizon, and when nobody rests on it."""
+        self.world.probe(
+            "a part's status was collected" if family == keycode.DECIDED else "a record was"
+        )
+        if begin_ts_of(txn_id) > group.ghost.state.row.outcome_horizon:
+            raise Violation(f"a status of {txn_id.hex()} went above the horizon")
+        if family == keycode.DECIDED:
+            if self.status[txn_id, key] == PartStatus.COMMITTED and self.record.get(txn_id) == -1:
+                raise Violation(f"G5: a part of {txn_id.hex()} was forgotten, its record is staged")
+            return
+        for participant in self.participants.get(txn_id, []):
+            if (
+                self.record[txn_id]
+                and self.status[txn_id, participant.locus] == PartStatus.PREPARED
+            ):
+                raise Violation(f"G6: {txn_id.hex()} was forgotten, a part of it is undecided")
+
+    def _told_settled(self, group: Group, reply: Settled) -> None:
+        self._settled_upto[group.number] = max(self._settled_upto.get(group.number, 0), reply.upto)
+        for txn_id, status in self.record.items():
+            if status == -1 and begin_ts_of(txn_id) <= reply.upto:
+                anchor_key = self.world.anchors.get(txn_id)
+                if anchor_key is not None and group.owns(anchor_key):
+                    raise Violation(f"{txn_id.hex()} is staged, and was said to be settled")
+
     def check_stored(self, group: Group) -> None:
         """I15 again, by the rows that are left: every timestamp that may be read shows what it should."""
         threshold = group.ghost.state.row.gc_threshold
@@ -170,11 +198,15 @@ class Checker:
                     raise Violation("I1: a prepared part was forgotten")
             else:
                 self._prepared(part, msgspec.msgpack.decode(data, type=PreparedRow))
+        elif data is None and family in (keycode.DECIDED, keycode.TERMINAL):
+            self._forgotten(group, family, txn_id, key)
         elif family == keycode.DECIDED:
             assert data is not None
             self._decided(part, msgspec.msgpack.decode(data, type=DecidedRow))
         elif family == keycode.STAGED:
             if data is not None:
+                if begin_ts_of(txn_id) <= self._settled_upto.get(group.number, 0):
+                    raise Violation(f"{txn_id.hex()} is staged, after it was said to be settled")
                 if txn_id in self.record:
                     raise Violation(f"I2: {txn_id.hex()} is staged again")
                 self.record[txn_id] = -1
@@ -274,6 +306,8 @@ class Checker:
         elif isinstance(reply, TxnReply):
             assert isinstance(request, (Outcome, QueryTxn, Finalize))
             self._told_txn(request, reply)
+        elif isinstance(reply, Settled):
+            self._told_settled(group, reply)
         elif isinstance(reply, ReadReply):
             assert isinstance(request, Read)
             for key, version, value in zip(request.keys, reply.versions, reply.values, strict=True):

@@ -10,7 +10,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,11 +30,10 @@ def test_a_virtual_hour_costs_nothing():
         began = loop.time()
         for _ in range(60):
             await asyncio.sleep(60.0)
+        assert loop.steps < 200
         return loop.time() - began
 
-    began = time.perf_counter()
     assert sim.run(main, 1) == 3600.0
-    assert time.perf_counter() - began < 1.0
 
 
 def test_timers_fire_in_the_order_of_their_times():

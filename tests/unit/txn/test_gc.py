@@ -11,7 +11,18 @@ from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn import gc, keycode
 from txn.commands import Collect, Command, Commit, FencePart, PreparePart
 from txn.evaluate import Limits
-from txn.messages import PartReply, PrepareReply, QueryMode, TxnReply
+from txn.messages import (
+    Ack,
+    Failure,
+    Finalize,
+    PartReply,
+    PrepareReply,
+    QueryMode,
+    QuerySettled,
+    Resolve,
+    Settled,
+    TxnReply,
+)
 from txn.mvcc import read_at
 from txn.types import Guard, PartStatus, TxnStatus, Write, WriteKind
 
@@ -19,7 +30,8 @@ RETENTION = 50
 
 
 def place_with(retention: int = RETENTION) -> Range:
-    return Range(limits=Limits(retention=retention, sweep_s=1.0))
+    """Up to b"x"; what a part is anchored at, b"zz", is elsewhere."""
+    return Range(end=b"x", limits=Limits(retention=retention, sweep_s=0.5))
 
 
 def delete(place: Range, key: bytes) -> int:
@@ -42,10 +54,9 @@ def sweep(place: Range, *, clock: int = 0) -> None:
     if clock:
         place.clock = clock
         settled(place, place.read(b"anything"))
-    for _ in range(40):
+    for _ in range(60):
         place.pass_time(gc.STEP_S)
         place.settle()
-    place.pass_time(1.0)
 
 
 def rows_of(place: Range, family: bytes) -> list[bytes]:
@@ -87,7 +98,7 @@ def test_reads_below_the_threshold_are_refused_and_at_it_are_served():
     sweep(place, clock=last + RETENTION)
     assert settled(place, place.read(b"k", at=last - 1)).reply.code == "snapshot_too_old"
     assert settled(place, place.read(b"k", at=last)).reply.values == [b"new"]
-    assert settled(place, place.scan(b"", b"z", last - 1)).reply.code == "snapshot_too_old"
+    assert settled(place, place.scan(b"", b"w", last - 1)).reply.code == "snapshot_too_old"
 
 
 def test_without_a_retention_nothing_is_ever_collected():
@@ -157,14 +168,27 @@ def test_what_is_still_known_is_told_even_below_the_horizon():
     assert (reply.status, reply.ts) == (PartStatus.COMMITTED, version)
 
 
-def test_an_orphan_below_the_horizon_of_its_anchor_is_told_that_it_is_aborted():
+def test_an_anchor_says_nothing_about_what_began_below_its_horizon():
     place = place_with()
     write(place, b"k")
     last = write(place, b"k")
     sweep(place, clock=last + RETENTION)
     asked = settled(place, place.query(1, b"k", QueryMode.ORPHAN))
-    assert asked.reply.status == TxnStatus.ABORTED
+    assert asked.reply.status == TxnStatus.EXPIRED
     assert asked.confirm
+
+
+def test_a_part_whose_anchor_says_expired_is_aborted():
+    """There is no record, there will be none, and a committed one would not be forgotten while a part is undecided."""
+    place = place_with()
+    settled(place, place.part(1, put(b"k"), begin_ts=5))
+    place.pass_time(2.1)
+    ((_, query, _),) = place.calls
+    assert query.mode == QueryMode.ORPHAN
+    place.answer(TxnReply(0, TxnStatus.EXPIRED))
+    place.settle()
+    assert not place.state.parts
+    assert value_at(place, b"k", place.clock) is None
 
 
 def test_a_guard_from_below_the_threshold_is_a_conflict():
@@ -175,7 +199,7 @@ def test_a_guard_from_below_the_threshold_is_a_conflict():
     sweep(place, clock=last + RETENTION)
     assert not rows_of(place, keycode.LATEST)
     guards = [Guard(b"k", b"k\x00", read_ts)]
-    asked = place.prepare(1, put(b"x"), guards=guards, begin_ts=place.clock)
+    asked = place.prepare(1, put(b"w"), guards=guards, begin_ts=place.clock)
     assert settled(place, asked).reply.status == PartStatus.FENCED
 
 
@@ -238,6 +262,112 @@ def test_a_key_with_an_intent_keeps_its_tombstone():
     place.resolve(1, b"k", 0)
 
 
+# --- G5, G6
+
+
+def hinted(place: Range) -> None:
+    """A part anchored elsewhere, at b'zz', that a client said is committed; then time for its collection."""
+    settled(place, place.part(1, put(b"k"), begin_ts=place.clock))
+    ((txn_id_,),) = [list(place.state.parts)]
+    commit_ts = place.state.parts[txn_id_][b"k"].row.min_ts
+    request = Resolve(0, 0, 0, txn_id_, b"zz", b"k", b"k", b"k\x00", commit_ts)
+    settled(place, place.ask(request))
+    assert len(rows_of(place, keycode.DECIDED)) == 1
+    place.clock += RETENTION
+    settled(place, place.read(b"k"))
+
+
+def sweep_until_asked(place: Range) -> QuerySettled:
+    for _ in range(20):
+        place.pass_time(gc.STEP_S)
+        place.settle()
+        if place.calls:
+            ((_, request, _),) = place.calls
+            assert isinstance(request, QuerySettled)
+            return request
+    raise AssertionError("nobody was asked")
+
+
+def test_a_part_committed_by_a_clients_word_goes_only_when_its_record_is_terminal():
+    place = place_with()
+    hinted(place)
+    assert sweep_until_asked(place).anchor_key == b"zz"
+    place.pass_time(5.0)  # nothing goes on without an answer
+    assert len(rows_of(place, keycode.DECIDED)) == 1
+    place.answer(Settled(0, b"y", b"", place.clock - RETENTION))
+    sweep(place)
+    assert not rows_of(place, keycode.DECIDED)
+
+
+@pytest.mark.parametrize("reply", [Settled(0, b"y", b"", 1), Failure(0, "unavailable")])
+def test_it_stays_when_the_record_may_be_staged_and_when_nobody_answers(reply):
+    place = place_with()
+    hinted(place)
+    sweep_until_asked(place)
+    place.answer(reply)
+    sweep(place)
+    assert len(rows_of(place, keycode.DECIDED)) == 1
+    place.clock += 1
+    settled(place, place.read(b"k"))
+    place.pass_time(1.0)
+    assert sweep_until_asked(place).anchor_key == b"zz"  # the next sweep asks again
+
+
+def test_refusals_and_parts_resolved_by_the_record_go_without_a_question():
+    place = place_with()
+    settled(place, place.fence(1, b"a", begin_ts=place.clock))
+    number = place.clock
+    settled(place, place.part(2, put(b"k"), begin_ts=number))
+    part = place.state.parts[txn_id(2, number)][b"k"]
+    request = Resolve(0, 0, 0, part.txn_id, b"zz", b"k", b"k", b"k\x00", part.row.min_ts, True)
+    settled(place, place.ask(request))
+    assert len(rows_of(place, keycode.DECIDED)) == 2
+    sweep(place, clock=place.clock + RETENTION)
+    assert not rows_of(place, keycode.DECIDED)
+    assert not place.calls
+
+
+def decided(place: Range) -> bytes:
+    """A transaction anchored here with a part at b'y' in another range: committed, not acknowledged there yet."""
+    begin_ts = place.clock
+    settled(place, place.anchor(1, put(b"k"), others=(b"y",), begin_ts=begin_ts))
+    commit_ts = place.clock + 1
+    place.clock += 1
+    request = Finalize(0, 0, 0, txn_id(1, begin_ts), b"k", commit_ts)
+    settled(place, place.ask(request))
+    return txn_id(1, begin_ts)
+
+
+def test_a_record_goes_when_all_parts_have_acknowledged_their_resolve():
+    place = place_with()
+    decided(place)
+    sweep(place, clock=place.clock + RETENTION)
+    assert len(rows_of(place, keycode.TERMINAL)) == 1
+    for _ in range(len(place.calls)):
+        place.answer(Ack(0))
+    place.settle()
+    assert not place.state.outbox
+    place.clock += 1
+    settled(place, place.read(b"k"))
+    sweep(place)
+    assert not rows_of(place, keycode.TERMINAL)
+    assert settled(place, place.outcome(1, b"k")).reply.status == TxnStatus.EXPIRED
+
+
+def test_what_is_settled_is_below_the_horizon_and_below_everything_staged():
+    place = place_with()
+    asked = place.ask(QuerySettled(0, 0, 0, b"k"))
+    assert asked.reply == Settled(0, b"", b"x", 0)
+    begin_ts = place.clock
+    settled(place, place.anchor(1, put(b"s"), others=(b"y",), begin_ts=begin_ts))
+    for _ in range(2):
+        write(place, b"k")
+    sweep(place, clock=place.clock + RETENTION)
+    assert place.state.row.outcome_horizon > begin_ts
+    assert place.ask(QuerySettled(0, 0, 0, b"k")).reply.upto == begin_ts - 1
+    assert place.ask(QuerySettled(0, 0, 0, b"y")).reply.code == "epoch_mismatch"
+
+
 # --- G4
 
 
@@ -269,9 +399,9 @@ def test_one_command_at_a_time_and_a_refused_one_is_found_again():
     place.pass_time(gc.STEP_S)
     refused = place.take()
     assert len(refused) == 1
+    assert place.evaluator.collector.due is None  # else its node would turn and turn
     place.pass_time(1.0)
     assert place.take() == []
     place.evaluator.dropped(refused, "throttled")
-    sweep(place)
     sweep(place)
     assert not rows_of(place, keycode.HISTORY)
