@@ -1,1 +1,1 @@
-"""Programs that run from a checkout: benchmarks, checkers, chaos, tidy."""
+"""Programs that run from a checkout: benchmarks, simulations, judges, chaos, tidy."""

@@ -15,7 +15,12 @@ from typing import NamedTuple, TextIO
 
 from kvstore.sim.scenario import Options, Result, run
 from kvstore.sim.workloads import ACCOUNTS, BALANCE
-from tools.checkers import CheckTooLong, check_registers, check_totals, check_transactions
+from kvstore.testing.checkers import (
+    CheckTooLong,
+    check_registers,
+    check_totals,
+    check_transactions,
+)
 
 
 class Verdict(NamedTuple):

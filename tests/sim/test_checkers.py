@@ -1,4 +1,4 @@
-"""Claims of the judges (tools/checkers.py): good histories pass, and each kind of bad one is caught."""
+"""Claims of the judges (kvstore.testing.checkers): good histories pass, and each kind of bad one is caught."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
-from tools.checkers import (
+from kvstore.testing.checkers import (
     check_registers,
     check_totals,
     check_transactions,
@@ -16,6 +15,7 @@ from tools.checkers import (
     check_write_order,
     linearizable,
 )
+from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
 
 KEY = b"k"
 UNKNOWN = Outcome.UNKNOWN
@@ -206,6 +206,15 @@ def test_an_unknown_transaction_counts_exactly_if_its_marker_stands() -> None:
     assert check_transactions(ZERO, [there], {b"x": b"1"}, {b"t1": 5}) == []
     assert check_transactions(ZERO, [there], {b"x": b"0"}, {}) == []
     assert check_transactions(ZERO, [there], {b"x": b"1"}, {})
+
+
+def test_without_markers_a_read_of_what_an_unknown_transaction_wrote_is_believed() -> None:
+    lost = txn(1, FOREVER, 0, {}, {b"x": b"1"}, Outcome.UNKNOWN)
+    before, after = txn(2, 3, 4, {b"x": b"0"}), txn(4, 5, 6, {b"x": b"1"})
+    assert check_transactions(ZERO, [lost, before, after], {b"x": b"1"}) == []
+    assert check_transactions(ZERO, [lost, before], {b"x": b"0"}) == []
+    undone = txn(6, 7, 7, {b"x": b"0"})
+    assert "read b'x' = b'0'" in check_transactions(ZERO, [lost, before, after, undone])[0]
 
 
 @pytest.mark.parametrize(

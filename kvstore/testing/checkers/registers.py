@@ -1,29 +1,25 @@
-"""Judges of recorded histories. Each returns what is wrong, in words; an empty list means nothing was found.
+"""Judges of registers: single keys that are put, read, swapped and deleted.
 
 `linearizable` decides whether the operations on one register can be put into one order that respects real time (Wing
 and Gong 1993, with Lowe's memo of configurations, as Porcupine does). It needs no versions, and may take long.
-`check_versions` uses the commit versions that the store tells: quick and exact as far as it goes.
-`check_transactions` replays transactions in the order of their versions: every read must be what the replay has, and
-the order must respect real time (strict serializability; complete, O(n log n)).
+`check_versions` and `check_write_order` use the commit versions that the store tells: quick, and exact as far as they go.
+Each check returns what is wrong, in words; an empty list means that nothing was found.
 Unknown operations may have happened at any time after their begin, or never; failed ones never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
+from kvstore.testing.checkers.anomaly import MISTAKES_MAX
+from kvstore.testing.history import FOREVER, Outcome, RegisterOp
 
 CONFIGURATIONS_MAX: Final = 2_000_000
-MISTAKES_MAX: Final = 20
 
 
 class CheckTooLong(RuntimeError):
     """The search was given up; nothing is known."""
-
-
-# ---------------------------------------------------------------- registers
 
 
 def check_registers(ops: Iterable[RegisterOp]) -> list[str]:
@@ -171,98 +167,3 @@ def check_write_order(ops: Iterable[RegisterOp]) -> list[str]:
         if other is not op:
             wrong.append(f"{op.key!r} and {other.key!r} were committed at one version {op.version}")
     return wrong
-
-
-# ---------------------------------------------------------------- transactions
-
-
-def check_transactions(
-    initial: Mapping[bytes, bytes | None],
-    ops: Sequence[TxnOp],
-    final: Mapping[bytes, bytes | None] | None = None,
-    markers: Mapping[bytes, int] | None = None,
-) -> list[str]:
-    """Replay by version.
-
-    Args: markers: name -> version of every transaction whose own row was found at the end (None: none was looked for);
-    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end.
-    """
-    wrong: list[str] = []
-    committed: list[TxnOp] = []
-    for op in ops:
-        version = _version_of(op, markers, wrong)
-        if version:
-            committed.append(op)
-            op.version = version
-    committed.sort(key=lambda op: (op.version, 0 if op.writes else 1))
-    state = dict(initial)
-    writer: dict[int, TxnOp] = {}
-    for op in committed:
-        if op.writes:
-            other = writer.setdefault(op.version, op)
-            if other is not op:
-                wrong.append(f"{op.name!r} and {other.name!r} have one version {op.version}")
-        for key, value in op.reads.items():
-            if state.get(key) != value:
-                wrong.append(
-                    f"{op.name!r} of {op.client} at version {op.version} read {key!r} = {value!r}, "
-                    f"but by the order of versions it was {state.get(key)!r}"
-                )
-        state.update(op.writes)
-    if final is not None:
-        for key, value in final.items():
-            if state.get(key) != value:
-                wrong.append(
-                    f"at the end {key!r} = {value!r}, but the replay has {state.get(key)!r}"
-                )
-    wrong += _in_real_time(committed)
-    return wrong[:MISTAKES_MAX]
-
-
-def _version_of(op: TxnOp, markers: Mapping[bytes, int] | None, wrong: list[str]) -> int:
-    """Its place in the order; 0: it did not happen, or nothing depends on it."""
-    if not op.writes:
-        return op.version if op.outcome is Outcome.OK else 0
-    if markers is None:
-        return op.version if op.outcome is Outcome.OK else 0
-    found = markers.get(op.name, 0)
-    if op.outcome is Outcome.OK and not found:
-        wrong.append(f"{op.name!r} was acknowledged at {op.version} and is lost")
-    elif op.outcome is Outcome.OK and found != op.version:
-        wrong.append(f"{op.name!r} was acknowledged at {op.version} and stands at {found}")
-    elif op.outcome is Outcome.FAILED and found:
-        wrong.append(f"{op.name!r} failed ({op.error}) and stands at {found}")
-    return found
-
-
-def _in_real_time(ops: Sequence[TxnOp]) -> list[str]:
-    """One that began after another ended has no lower version (a snapshot may have the same)."""
-    wrong: list[str] = []
-    events = [(op.begin, 0, number) for number, op in enumerate(ops)]
-    events += [(op.end, 1, number) for number, op in enumerate(ops) if op.outcome is Outcome.OK]
-    floor, floors = 0, [0] * len(ops)
-    for _, ended, number in sorted(events):
-        if not ended:
-            floors[number] = floor
-        else:
-            floor = max(floor, ops[number].version)
-    for number, op in enumerate(ops):
-        if op.version < floors[number]:
-            wrong.append(
-                f"{op.name!r} of {op.client} began after version {floors[number]} was acknowledged, and has {op.version}"
-            )
-    return wrong
-
-
-def check_totals(ops: Iterable[TxnOp], accounts: Sequence[bytes], total: int) -> list[str]:
-    """Every snapshot of all accounts adds up."""
-    wrong = []
-    for op in ops:
-        if op.writes or op.outcome is not Outcome.OK:
-            continue
-        found = sum(int(op.reads.get(key) or 0) for key in accounts)
-        if found != total:
-            wrong.append(
-                f"{op.name!r} of {op.client} at version {op.version} saw a total of {found}"
-            )
-    return wrong[:MISTAKES_MAX]
