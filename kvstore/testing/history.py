@@ -51,7 +51,8 @@ class MicroTxn:
     """One transaction as a list of small steps, in their order: what Elle's workloads are made of.
 
     Steps are (what, key, value): ("append", key, an integer), ("w", key, an integer) or ("r", key, what was read): a list
-    of integers for list-append, an integer or None for rw-register; None for a read that has no answer yet.
+    of integers for list-append, an integer or None for rw-register; None for a read that has no answer yet. After a
+    retry they are the steps of the last attempt, the one that may have committed.
     """
 
     client: str
@@ -63,14 +64,26 @@ class MicroTxn:
     error: str = ""
 
 
+Operation = RegisterOp | TxnOp | MicroTxn
+
+
 class History:
-    """Numbers instants in the order in which they happen, and keeps every operation."""
+    """Numbers instants in the order in which they happen, and keeps every operation.
+
+    Of the transactions it may also keep what was there before them (`initial`), what was found at the end (`final`), and
+    which of them had left their marker by then (`markers`: name -> version); None: nobody looked.
+    """
 
     def __init__(self) -> None:
         self.registers: list[RegisterOp] = []
         self.transactions: list[TxnOp] = []
+        self.micro: list[MicroTxn] = []
+        self.initial: dict[bytes, bytes | None] = {}
+        self.final: dict[bytes, bytes | None] | None = None
+        self.markers: dict[bytes, int] | None = None
         self._now = 0
 
     def tick(self) -> int:
+        """The next instant, from 1."""
         self._now += 1
         return self._now

@@ -354,7 +354,7 @@ LIST_CHECKS = ((check_list_append, False),)
 REGISTER_CHECKS = ((check_rw_register, False), (by_version, True))
 
 
-@given(st.randoms(use_true_random=False), st.booleans(), st.integers(0, 60))
+@given(st.randoms(use_true_random=False), st.booleans(), st.integers(0, 40))
 def test_what_a_serial_executor_records_is_clean(
     rng: random.Random, lists: bool, count: int
 ) -> None:

@@ -1,0 +1,116 @@
+"""Claims of `python -m tools.check_history`: what a file holds is judged, and the exit status is the verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvstore.testing.history import History, Outcome, RegisterOp, TxnOp
+from kvstore.testing.jsonl import write_history
+from tests.unit.testing.micro_histories import parse
+from tools.check_history import main
+
+GOOD = ["a 1..2 append x 1", "b 3..4 r x 1"]
+BAD = ["a 1..9 append x 1", "b 2..3 r x 1", "c 4..5 r x -"]
+
+TWICE = (
+    '{"record":"micro","client":"c","begin":1,"outcome":"ok","end":2,'
+    '"steps":[["append","x",1],["append","x",1]]}'
+)
+
+
+def save(path: Path, micro: list[str] | None = None, *, value: bytes = b"1") -> str:
+    """A file with micro transactions, or with a register and a transaction that read `value`, where 1 was written."""
+    history = History()
+    ok = Outcome.OK
+    if micro is None:
+        history.registers = [
+            RegisterOp("a", "put", b"k", 1, b"1", version=5, end=2, outcome=ok),
+            RegisterOp("a", "get", b"k", 3, value, version=5, end=4, outcome=ok),
+        ]
+        history.initial = {b"x": b"1"}
+        history.transactions = [TxnOp("a", b"t", 5, {b"x": value}, {}, 9, 6, ok)]
+    else:
+        history.micro = parse(micro)
+    with path.open("wb") as stream:
+        write_history(history, stream)
+    return str(path)
+
+
+def test_a_clean_file_is_zero(tmp_path, capsys) -> None:
+    assert main([save(tmp_path / "h", GOOD)]) == 0
+    assert capsys.readouterr().out == "list-append: 2 operations, nothing found\n"
+    assert main([save(tmp_path / "h")]) == 0
+    assert capsys.readouterr().out == (
+        "registers: 2 operations, nothing found\ntransactions: 1 operations, nothing found\n"
+    )
+
+
+def test_an_anomaly_is_one_and_its_cycle_is_shown(tmp_path, capsys) -> None:
+    assert main([save(tmp_path / "h", BAD)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("G-single-realtime: ")
+    assert "  T3 -rw-> T1: T3 read 'x' as [], to which T1 appended 1\n" in out
+    assert out.endswith("list-append: 3 operations, 1 found\n")
+
+
+def test_every_kind_in_the_file_is_judged(tmp_path, capsys) -> None:
+    path = save(tmp_path / "h", value=b"2")
+    assert main([path]) == 1
+    out = capsys.readouterr().out
+    assert "b'k': read b'2', which nobody wrote" in out
+    assert "b't' of a at version 9 read b'x' = b'2'" in out
+    assert main([path, "--kind", "rw-register"]) == 0  # there are none
+
+
+def test_versions_are_used_on_demand(tmp_path) -> None:
+    path = save(
+        tmp_path / "h", ["a 1..9@6 w x 1", "b 2..3@5 w x 2", "c 4..5 r x 1", "d 6..7 r x 2"]
+    )
+    assert main([path]) == 0
+    assert main([path, "--by-version"]) == 1
+
+
+def test_json_holds_names_transactions_and_edges(tmp_path, capsys) -> None:
+    assert main([save(tmp_path / "h", BAD), "-o", "json"]) == 1
+    report = json.loads(capsys.readouterr().out)["list-append"]
+    assert report["operations"] == 3
+    (anomaly,) = report["anomalies"]
+    assert anomaly["name"] == "G-single-realtime"
+    assert [txn["name"] for txn in anomaly["transactions"]] == ["T1", "T2", "T3"]
+    assert anomaly["edges"][2] == {
+        "from": "T3",
+        "to": "T1",
+        "kind": "rw",
+        "key": "x",
+        "reason": "T3 read 'x' as [], to which T1 appended 1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{}\n", "line 1: Object missing required field `record`"),
+        (f"{TWICE}\n", "it must be unique"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_history_is_two(tmp_path, capsys, text, what) -> None:
+    path = tmp_path / "h"
+    if text is not None:
+        path.write_text(text)
+    assert main([str(path)]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_it_writes_edn(tmp_path, capsys) -> None:
+    target = tmp_path / "h.edn"
+    assert main([save(tmp_path / "h", BAD), "--edn", str(target)]) == 0
+    assert len(target.read_text().splitlines()) == 6
+    mixed = save(tmp_path / "h")
+    assert main([mixed, "--edn", str(target)]) == 2
+    assert "registers, transactions: choose by --kind" in capsys.readouterr().err
+    assert main([mixed, "--edn", str(target), "--kind", "registers", "--key", "k"]) == 0
+    assert ':f :write, :value "1"' in target.read_text()

@@ -1,0 +1,168 @@
+"""Judge a recorded history: a file of JSON lines, as kvstore/testing/HISTORIES.md describes it.
+
+    python -m tools.check_history FILE [--kind registers|transactions|list-append|rw-register] [--by-version]
+                                       [--edn FILE [--key KEY]] [-o json]
+
+Without --kind everything in the file is judged. Prints each anomaly, with its cycle. Exit status: 0 nothing was found,
+1 something was, 2 the file cannot be read as a history, or the search took too long. --edn writes the operations of one
+kind for Jepsen's checkers instead of judging them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from kvstore.errors import InvalidArgument
+from kvstore.keytext import escape, unescape
+from kvstore.testing.checkers import (
+    Anomaly,
+    BadHistory,
+    CheckTooLong,
+    check_list_append,
+    check_registers,
+    check_rw_register,
+    check_transactions,
+    describe,
+)
+from kvstore.testing.checkers.anomaly import describe_txn, label
+from kvstore.testing.edn import write_edn
+from kvstore.testing.history import History, MicroTxn, Operation
+from kvstore.testing.jsonl import read_history
+
+KINDS: Final = ("registers", "transactions", "list-append", "rw-register")
+Finding = Anomaly | str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        with given.file.open("rb") as stream:
+            history = read_history(stream)
+        kinds = [given.kind] if given.kind else kinds_of(history)
+        if given.edn is not None:
+            return _convert(history, kinds, given)
+        found = {kind: judge(history, kind, by_version=given.by_version) for kind in kinds}
+    except (BadHistory, CheckTooLong, InvalidArgument, OSError) as error:
+        print(f"{given.file}: {error}", file=sys.stderr)
+        return 2
+    counts = {kind: len(_operations(history, kind)) for kind in kinds}
+    if given.output == "json":
+        print(json.dumps(_report(counts, found), indent=2))
+    else:
+        _print(counts, found)
+    return 1 if any(found.values()) else 0
+
+
+def kinds_of(history: History) -> list[str]:
+    """What there is to judge. Micro transactions are list-append if any of them appends."""
+    kinds = []
+    if history.registers:
+        kinds.append("registers")
+    if history.transactions:
+        kinds.append("transactions")
+    if any(what == "append" for txn in history.micro for what, _, _ in txn.steps):
+        kinds.append("list-append")
+    elif history.micro:
+        kinds.append("rw-register")
+    return kinds
+
+
+def judge(history: History, kind: str, *, by_version: bool = False) -> list[Finding]:
+    """What is wrong with the operations of this kind. Raises: BadHistory, CheckTooLong."""
+    checks: dict[str, Callable[[], Sequence[Finding]]] = {
+        "registers": lambda: check_registers(history.registers),
+        "transactions": lambda: check_transactions(
+            history.initial, history.transactions, history.final, history.markers
+        ),
+        "list-append": lambda: check_list_append(history.micro),
+        "rw-register": lambda: check_rw_register(history.micro, by_version=by_version),
+    }
+    return list(checks[kind]())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_history",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--kind", choices=KINDS, help="judge these only")
+    parser.add_argument(
+        "--by-version", action="store_true", help="rw-register: versions tell the order of writes"
+    )
+    parser.add_argument("--edn", type=Path, metavar="FILE", help="write this instead of judging")
+    parser.add_argument("--key", help="with --edn, of registers: this key only")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    return parser
+
+
+def _operations(history: History, kind: str) -> Sequence[Operation]:
+    if kind == "registers":
+        return history.registers
+    return history.transactions if kind == "transactions" else history.micro
+
+
+def _convert(history: History, kinds: Sequence[str], given: argparse.Namespace) -> int:
+    if len(kinds) != 1:
+        raise InvalidArgument(f"the file holds {', '.join(kinds) or 'nothing'}: choose by --kind")
+    key = None if given.key is None else unescape(given.key)
+    with given.edn.open("wb") as stream:
+        lines = write_edn(_operations(history, kinds[0]), stream, key=key)
+    print(f"{lines} lines")
+    return 0
+
+
+def _print(counts: dict[str, int], found: dict[str, list[Finding]]) -> None:
+    for kind, findings in found.items():
+        for finding in findings:
+            print(describe(finding) if isinstance(finding, Anomaly) else finding)
+        print(f"{kind}: {counts[kind]} operations, {len(findings) or 'nothing'} found")
+    if not found:
+        print("no operations")
+
+
+def _report(counts: dict[str, int], found: dict[str, list[Finding]]) -> dict[str, Any]:
+    return {
+        kind: {
+            "operations": counts[kind],
+            "anomalies": [_as_json(finding) for finding in findings],
+        }
+        for kind, findings in found.items()
+    }
+
+
+def _as_json(finding: Finding) -> dict[str, Any]:
+    if isinstance(finding, str):
+        return {"explanation": finding}
+    return {
+        "name": finding.name,
+        "explanation": finding.explanation,
+        "transactions": [
+            _txn_as_json(number, txn)
+            for number, txn in zip(finding.numbers, finding.transactions, strict=True)
+        ],
+        "edges": [
+            {
+                "from": label(edge.source),
+                "to": label(edge.target),
+                "kind": edge.kind,
+                "key": None if edge.key is None else escape(edge.key),
+                "reason": edge.reason,
+            }
+            for edge in finding.edges
+        ],
+    }
+
+
+def _txn_as_json(number: int, txn: MicroTxn) -> dict[str, str]:
+    return {"name": label(number), "text": describe_txn(txn)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
