@@ -122,6 +122,16 @@ def test_a_cycle_deeper_than_every_limit_is_found() -> None:
     assert len(find_cycle(graph, knot, RW, WW)) == size
 
 
+def test_a_cycle_that_must_exist_is_found_however_little_may_be_looked_at(monkeypatch) -> None:
+    monkeypatch.setattr("kvstore.testing.checkers.graph.VISITS_MAX", 5)
+    graph = Graph(20)
+    for node in range(20):
+        graph.add(node, (node + 1) % 20, RW if node == 0 else WW)
+    (knot,) = find_knots(graph, RW | WW, range(20))
+    assert find_cycle(graph, knot, RW, WW, surely=False) == []
+    assert len(find_cycle(graph, knot, RW, RW | WW)) == 20
+
+
 def test_the_order_of_time_is_that_one_ended_before_the_other_began() -> None:
     rng = random.Random(2)
     for _ in range(100):
