@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 SEEDS ?= 200
+NIGHTLY_SEEDS ?= 20000
 ARGS ?=
 
 VENV := .venv
@@ -10,11 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage check fmt bench sim bank realdata clean
+.PHONY: help venv demo test test-slow coverage check fmt bench sim nightly bank realdata clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "  variables: PYTHON=$(PYTHON) JOBS=$(JOBS) SEEDS=$(SEEDS) ARGS=$(ARGS)"
+	@echo "  variables: PYTHON=$(PYTHON) JOBS=$(JOBS) SEEDS=$(SEEDS) NIGHTLY_SEEDS=$(NIGHTLY_SEEDS) ARGS=$(ARGS)"
 
 venv: $(STAMP)  ## create .venv and install Kvorum with its development tools
 
@@ -52,7 +53,10 @@ bench: venv  ## measure throughput and latency on this machine
 	$(BIN)/python -m tools.bench $(ARGS)
 
 sim: venv  ## whole clusters under simulated faults, SEEDS of them
-	$(BIN)/python -m tools.simulate --seeds $(SEEDS) $(ARGS)
+	$(BIN)/python -m tools.simulate --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
+
+nightly: venv  ## NIGHTLY_SEEDS simulated clusters; rare paths that none of them took are a failure
+	$(BIN)/python -m tools.simulate --seeds $(NIGHTLY_SEEDS) --jobs $(JOBS) --require-probes $(ARGS)
 
 bank: venv  ## transfers between accounts while nodes die; no money may be lost
 	$(BIN)/python -m tools.bank $(ARGS)

@@ -1,169 +1,279 @@
 """Simulated clusters under faults, seed by seed. A seed that fails prints how to replay it.
 
-python -m tools.simulate --seed 17 [--hash] [--trace]     one seed
-python -m tools.simulate --seeds 200 --start 1 --jobs 2   many; exits with 1 if any fails
+python -m tools.simulate --seed 17 [--hash | --trace | --timeline]   one seed
+python -m tools.simulate --seed 17 --shrink                          a failing seed, made small
+python -m tools.simulate --seeds 200 --start 1 --jobs 2 [--stop]     many, on worker processes
+python -m tools.simulate --speed                                     simulated seconds per second of a core
+
+Ends with 0 if all is well, 1 if a seed failed (or a probe was never reached, with --require-probes), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import contextlib
+import faulthandler
+import io
+import json
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
 
-from kvstore.sim.scenario import Options, Result, run
-from kvstore.sim.workloads import ACCOUNTS, BALANCE
-from kvstore.testing.checkers import (
-    CheckTooLong,
-    check_registers,
-    check_totals,
-    check_transactions,
-)
+from kvstore.sim.scenario import Options
+from kvstore.sim.timeline import Event, events, table
+from tools.simulation.flags import add_flags, command, options_of
+from tools.simulation.fleet import Fleet
+from tools.simulation.judging import Verdict, judge
+from tools.simulation.shrink import RUNS_MAX, SECONDS_MAX, Shrinker, Shrunk, describe
+from tools.simulation.totals import Progress, Totals
 
+__all__ = ["Verdict", "judge", "main"]
 
-class Verdict(NamedTuple):
-    """One seed, judged. `problems` empty: it passed."""
-
-    seed: int
-    problems: list[str]
-    seconds: float
-    operations: int
-    unknown: int
-    faults: dict[str, int]
-    digest: str
-    result: Result | None = None
-
-
-def judge(seed: int, options: Options | None = None, sink: TextIO | None = None) -> Verdict:
-    """Run a seed and check what its clients saw."""
-    result = run(seed, options, sink)
-    problems = list(result.problems)
-    try:
-        problems += check_registers(result.history.registers)
-    except CheckTooLong as error:
-        problems.append(f"the check of registers was given up: {error}")
-    transactions = result.history.transactions
-    problems += check_transactions(result.initial, transactions, result.final, result.markers)
-    snapshots = (op for op in transactions if not op.writes)
-    problems += check_totals(snapshots, ACCOUNTS, len(ACCOUNTS) * BALANCE)
-    return Verdict(
-        seed,
-        problems,
-        result.seconds,
-        result.operations,
-        result.unknown,
-        result.faults,
-        result.digest,
-        result,
-    )
+SEED_LIMIT_S: Final = 120.0
+INTERRUPTED: Final = 130
+PROBLEMS_SHOWN: Final = 3
+SPEED: Final = Options(seconds=40.0, clients=3, ops=200, faults=False)  # about 20 operations/s
+SPEED_SEEDS: Final = range(1, 6)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
-    if given.seed is not None:
-        return _one(given)
-    return _many(given)
+    with contextlib.suppress(BrokenPipeError):
+        if given.speed:
+            return _speed(given)
+        if given.seed is None:
+            return _many(given)
+        return _shrink(given) if given.shrink else _one(given)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.simulate", description=__doc__)
-    parser.add_argument("--seed", type=int, help="play this one")
-    parser.add_argument("--hash", action="store_true", help="print the hash of its trace")
-    parser.add_argument("--trace", action="store_true", help="print everything that happens")
-    parser.add_argument("--seeds", type=int, default=50, help="how many to play (%(default)s)")
-    parser.add_argument("--start", type=int, default=1, help="the first one (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of faults (%(default)s)")
-    parser.add_argument("--ops", type=int, default=50, help="of each client (%(default)s)")
-    parser.add_argument("--clients", type=int, default=4, help="at once (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=3, help="of the cluster (%(default)s)")
-    parser.add_argument("--calm", action="store_true", help="no faults")
-    parser.add_argument("--only", default="", help="kinds of faults, with commas; else as drawn")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    parser.add_argument(
+        "--seed-limit",
+        type=float,
+        default=SEED_LIMIT_S,
+        help="real seconds for one seed; 0: no limit (%(default)g)",
+    )
+    one = parser.add_argument_group("one seed")
+    one.add_argument("--seed", type=int, help="play this one")
+    one.add_argument("--hash", action="store_true", help="print the hash of its trace alone")
+    one.add_argument("--trace", action="store_true", help="print everything that happens")
+    one.add_argument("--timeline", action="store_true", help="print what matters of it, as a table")
+    one.add_argument("--shrink", action="store_true", help="make a failing run small")
+    one.add_argument("--shrink-runs", type=int, default=RUNS_MAX, help="at most (%(default)s)")
+    one.add_argument("--shrink-s", type=float, default=SECONDS_MAX, help="at most (%(default)g)")
+    many = parser.add_argument_group("many seeds")
+    many.add_argument("--seeds", type=int, default=50, help="how many (%(default)s)")
+    many.add_argument("--start", type=int, default=1, help="the first one (%(default)s)")
+    many.add_argument("--jobs", type=int, default=2, help="processes at once (%(default)s)")
+    many.add_argument("--stop", action="store_true", help="at the first failure")
+    many.add_argument(
+        "--failures", type=int, default=5, help="printed in full, at most (%(default)s)"
+    )
+    many.add_argument(
+        "--require-probes",
+        nargs="?",
+        const="",
+        metavar="NAMES",
+        help="a probe that was never reached is a failure: those that runs tell of, and these",
+    )
+    parser.add_argument("--speed", action="store_true", help="measure it, on one core")
+    add_flags(parser)
     return parser
 
 
-def _options(given: argparse.Namespace) -> Options:
-    return Options(
-        seconds=given.seconds,
-        clients=given.clients,
-        ops=given.ops,
-        nodes=given.nodes,
-        faults=not given.calm,
-        kinds=tuple(name for name in given.only.split(",") if name),
-    )
-
-
-def _command(given: argparse.Namespace, seed: int) -> str:
-    words = ["python -m tools.simulate", f"--seed {seed}"]
-    defaults = _parser()
-    for name in ("seconds", "ops", "clients", "nodes", "only"):
-        value = getattr(given, name)
-        if value != defaults.get_default(name):
-            words.append(f"--{name} {value}")
-    return " ".join([*words, "--calm"] if given.calm else words)
+# ---------------------------------------------------------------- one seed
 
 
 def _one(given: argparse.Namespace) -> int:
-    began = time.monotonic()
-    verdict = judge(given.seed, _options(given), sys.stdout if given.trace else None)
-    if given.hash:
+    options = options_of(given)
+    told = io.StringIO() if given.timeline else None
+    with _watchdog(given.seed_limit):
+        verdict = judge(given.seed, options, sys.stdout if given.trace else told)
+    if given.output == "json":
+        print(json.dumps(_as_json(verdict, options), indent=2))
+    elif given.hash:
         print(verdict.digest)
     else:
-        print(_line(verdict), f"in {time.monotonic() - began:.1f} s")
-        if verdict.result is not None:
-            print({name: round(value, 3) for name, value in verdict.result.counters.items()})
-    for problem in verdict.problems:
-        print(problem)
+        if told is not None:
+            print(table(list(events(told.getvalue().splitlines()))))
+        print(_line(verdict), f"in {verdict.cpu_s:.1f} s")
+        if verdict.result is not None and verdict.result.counters:
+            counters = verdict.result.counters.items()
+            print(", ".join(f"{name} {value:g}" for name, value in counters if value))
+        _report(verdict, options, print, problems_max=len(verdict.problems))
     return 1 if verdict.problems else 0
 
 
 def _line(verdict: Verdict) -> str:
+    faults = ", ".join(f"{name} {count}" for name, count in verdict.faults.items()) or "none"
     return (
         f"seed {verdict.seed}: {'FAILED' if verdict.problems else 'ok'}, {verdict.seconds:.1f} simulated seconds, "
-        f"{verdict.operations} operations ({verdict.unknown} unknown), faults {verdict.faults}"
+        f"{verdict.operations} operations ({verdict.failed} failed, {verdict.unknown} unknown), faults: {faults}"
     )
 
 
-def _many(given: argparse.Namespace) -> int:
-    began = time.monotonic()
-    failed: list[int] = []
-    seconds, operations, unknown = 0.0, 0, 0
-    faults: dict[str, int] = {}
-    for count, verdict in enumerate(_verdicts(given), 1):
-        seconds += verdict.seconds
-        operations += verdict.operations
-        unknown += verdict.unknown
-        for name, times in verdict.faults.items():
-            faults[name] = faults.get(name, 0) + times
-        if verdict.problems:
-            failed.append(verdict.seed)
-            print(f"\nseed {verdict.seed} FAILED; replay: {_command(given, verdict.seed)}")
-            for problem in verdict.problems[:3]:
-                print(f"  {problem}"[:2000])
-        elapsed = time.monotonic() - began
-        print(f"\r{count} of {given.seeds} seeds, {len(failed)} failed, {elapsed:.0f} s", end="")
-        sys.stdout.flush()
-    print(f"\n{seconds:.0f} simulated seconds, {operations} operations, {unknown} unknown")
-    print("faults: " + ", ".join(f"{name} {times}" for name, times in sorted(faults.items())))
-    if failed:
-        print(f"failed: {' '.join(map(str, failed))}")
-    return 1 if failed else 0
-
-
-def _verdicts(given: argparse.Namespace) -> Iterator[Verdict]:
-    seeds = range(given.start, given.start + given.seeds)
-    work: Iterable[tuple[int, Options]] = ((seed, _options(given)) for seed in seeds)
-    if given.jobs == 1:
-        yield from map(_judged, work)
+def _report(
+    verdict: Verdict, options: Options, say: Callable[[str], None], *, problems_max: int
+) -> None:
+    """A failure, and what to do about it."""
+    if not verdict.problems:
         return
-    with multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=50) as pool:
-        yield from pool.imap_unordered(_judged, work)
+    for problem in verdict.problems[:problems_max]:
+        say(f"  {problem}")
+    if len(verdict.problems) > problems_max:
+        say(f"  and {len(verdict.problems) - problems_max} more")
+    say(f"replay: {command(verdict.seed, options)}")
+    say(f"shrink: {command(verdict.seed, options)} --shrink")
 
 
-def _judged(work: tuple[int, Options]) -> Verdict:
-    return judge(*work)._replace(result=None)
+def _as_json(verdict: Verdict, options: Options) -> dict[str, Any]:
+    return {
+        "seed": verdict.seed,
+        "problems": verdict.problems,
+        "kind": verdict.kind,
+        "digest": verdict.digest,
+        "simulated_s": verdict.seconds,
+        "cpu_s": verdict.cpu_s,
+        "operations": {
+            "ok": verdict.operations,
+            "failed": verdict.failed,
+            "unknown": verdict.unknown,
+        },
+        "faults": verdict.faults,
+        "probes": verdict.probes,
+        "command": command(verdict.seed, options),
+    }
+
+
+@contextmanager
+def _watchdog(limit_s: float) -> Iterator[None]:
+    """After so many real seconds: say where it hangs, and end the process."""
+    if not limit_s:
+        yield
+        return
+    faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+# ---------------------------------------------------------------- shrinking
+
+
+def _shrink(given: argparse.Namespace) -> int:
+    options, seed = options_of(given), given.seed
+    progress = sys.stderr
+
+    def tell(text: str) -> None:
+        print(text, file=progress, flush=True)
+
+    def play(chosen: Options) -> Verdict:
+        """In a process of its own: a run that dies or hangs is a result like any other."""
+        verdicts = Fleet(judge, jobs=1, limit_s=given.seed_limit).play([(seed, chosen)])
+        return next(verdict for verdict in verdicts if verdict is not None)
+
+    verdict = play(options)
+    if not verdict.problems:
+        print(_line(verdict))
+        return 0
+    tell(f"seed {seed} fails: {verdict.kind}; {describe(options, verdict)}")
+    shrinker = Shrinker(
+        play, options, verdict, runs_max=given.shrink_runs, seconds_max=given.shrink_s, tell=tell
+    )
+    shrunk = shrinker.shrink()
+    for line in shrunk_lines(seed, shrunk, timeline_of(seed, shrunk)):
+        print(line)
+    return 1
+
+
+def timeline_of(seed: int, shrunk: Shrunk) -> list[Event]:
+    """Of a minimal run, played once more; nothing if it would end this process or hang."""
+    if shrunk.verdict.kind in {"hang", "died"}:
+        return []
+    told = io.StringIO()
+    judge(seed, shrunk.options, told)
+    return list(events(told.getvalue().splitlines()))
+
+
+def shrunk_lines(seed: int, shrunk: Shrunk, rows: Sequence[Event]) -> Iterator[str]:
+    """What a minimal run looks like, for people."""
+    word = "minimal" if shrunk.is_minimal else "smaller (a limit was reached)"
+    yield f"{word} after {shrunk.runs} runs: {describe(shrunk.options, shrunk.verdict)}"
+    if rows:
+        yield table(rows)
+    for problem in shrunk.verdict.problems[:PROBLEMS_SHOWN]:
+        yield f"  {problem}"
+    yield f"replay: {command(seed, shrunk.options)} --timeline"
+
+
+# ---------------------------------------------------------------- many seeds
+
+
+def _many(given: argparse.Namespace) -> int:
+    options = options_of(given)
+    in_json = given.output == "json"
+    progress = Progress(sys.stderr if in_json else sys.stdout, given.seeds)
+    names = (given.require_probes or "").split(",")
+    totals = Totals(name for name in names if name)
+    fleet = Fleet(judge, jobs=given.jobs, limit_s=given.seed_limit)
+    work = ((seed, options) for seed in range(given.start, given.start + given.seeds))
+    verdicts = fleet.play(work)
+    status = 0
+
+    def say(text: str) -> None:
+        progress.clear()
+        print(text, file=sys.stderr if in_json else sys.stdout, flush=True)
+
+    try:
+        for verdict in verdicts:
+            if verdict is not None:
+                totals.add(verdict)
+                if verdict.problems and totals.failures <= given.failures:
+                    say(f"seed {verdict.seed} FAILED: {verdict.kind}")
+                    _report(verdict, options, say, problems_max=PROBLEMS_SHOWN)
+                if verdict.problems and given.stop:
+                    break
+            progress.show(totals)
+    except KeyboardInterrupt:
+        say("interrupted")
+        status = INTERRUPTED
+    finally:
+        verdicts.close()  # type: ignore[attr-defined]  # a generator, whose end ends the workers
+    totals.elapsed_s = progress.elapsed_s()
+    progress.clear()
+    print(json.dumps(totals.as_json(), indent=2) if in_json else "\n".join(totals.lines()))
+    missed = totals.missed() if given.require_probes is not None else []
+    if missed:
+        say(f"FAILED: probes that were never reached: {', '.join(missed)}")
+    return status or (1 if totals.failures or missed else 0)
+
+
+def _speed(given: argparse.Namespace) -> int:
+    """A calm cluster under load, with all checks on, in this process."""
+    totals = Totals()
+    for seed in SPEED_SEEDS:
+        with _watchdog(given.seed_limit):
+            totals.add(replace(judge(seed, SPEED), result=None))
+    done = sum(totals.operations.values())
+    rate = done / totals.seconds
+    if given.output == "json":
+        print(json.dumps({**totals.as_json(), "operations_per_simulated_s": rate}, indent=2))
+    else:
+        print(
+            f"{totals.speed:.1f} simulated seconds per second of one core, {rate:.1f} operations per simulated "
+            f"second; {totals.seconds:.0f} simulated seconds, {totals.failures} of {totals.seeds} seeds failed"
+        )
+    return 1 if totals.failures else 0
 
 
 if __name__ == "__main__":

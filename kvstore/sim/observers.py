@@ -91,6 +91,7 @@ class Observers:
             apply(group, entries)
 
         def checked_leadership(group: int, term: int, is_leader: bool) -> None:
+            self.cluster.trace.note("leads" if is_leader else "follows", name, group, term)
             if is_leader:
                 other = self._leaders.setdefault((group, term), name)
                 if other != name:

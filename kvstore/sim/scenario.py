@@ -41,6 +41,8 @@ class Options:
     kinds: tuple[str, ...] = ()  # exactly these kinds of faults; what the seed draws if empty
     mean_s: float = 0.0  # between two faults; as the seed draws it if 0
     hold_s: float = 0.0  # how long a fault lasts, about; as the seed draws it if 0
+    faults_kept: frozenset[int] | None = None  # numbers of the faults that happen; all if None
+    ops_kept: frozenset[tuple[int, int]] | None = None  # (client's place, number); all if None
     config: NodeConfig | None = None  # as the seed draws it if None
     plant: Callable[[SimCluster, Server], None] | None = None
 

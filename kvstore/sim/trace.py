@@ -1,10 +1,16 @@
-"""What happened in a run, as one hash: two runs of a seed are the same run exactly if their hashes are equal."""
+"""What happened in a run, as one hash: two runs of a seed are the same run exactly if their hashes are equal.
+
+A line of the trace is `TIME KIND DETAILS`, in virtual seconds with six digits. The details of what concerns one node or
+client begin with its name; those of a fault begin with its number. `kvstore.sim.timeline` makes a table of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TextIO
+from typing import Final, TextIO
+
+LINES_MAX: Final = 256  # that wait to be hashed: one long update is quicker than many short ones
 
 
 class Trace:
@@ -14,15 +20,24 @@ class Trace:
         self.events = 0
         self._time = loop.time
         self._hash = hashlib.blake2b(digest_size=16)
+        self._lines: list[str] = []
         self._sink = sink
 
     def note(self, kind: str, *details: object) -> None:
         """`details` must print alike in every process: no addresses, no sets."""
         line = f"{self._time():.6f} {kind} {' '.join(map(str, details))}\n"
         self.events += 1
-        self._hash.update(line.encode())
+        lines = self._lines
+        lines.append(line)
+        if len(lines) >= LINES_MAX:
+            self._take_up()
         if self._sink is not None:
             self._sink.write(line)
 
     def digest(self) -> str:
+        self._take_up()
         return self._hash.hexdigest()
+
+    def _take_up(self) -> None:
+        self._hash.update("".join(self._lines).encode())
+        self._lines.clear()
