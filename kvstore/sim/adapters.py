@@ -18,6 +18,7 @@ from kvstore.errors import EngineClosed
 from kvstore.ports import FramePipe
 from kvstore.sim.disk import SimDisk
 from kvstore.sim.network import SimHost, SimNetwork
+from kvstore.sim.process import Process
 from kvstore.sim.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,13 +49,15 @@ class Machine:
         self.call_s = QUICK_S
         self.wall_jump_s = 0.0
         self.boots = 0
+        self._process: Process | None = None  # that runs on it, or ran last
         self._rate = 1.0
         self._time = asyncio.get_running_loop().time
         self._mono_at, self._mono = 0.0, 0.0
 
-    def boot(self) -> None:
+    def boot(self, process: Process) -> None:
         """A new process, or a new machine: its monotonic clock begins anywhere."""
         self.boots += 1
+        self._process, process.clock_rate = process, self._rate
         self._mono_at = self._time()
         self._mono = self.rng.uniform(100.0, 100_000.0)
 
@@ -64,6 +67,8 @@ class Machine:
         now = self._time()
         self._mono, self._mono_at = self.monotonic(), now
         self._rate = rate
+        if self._process is not None:
+            self._process.clock_rate = rate
 
     def monotonic(self) -> float:
         return self._mono + (self._time() - self._mono_at) * self._rate
@@ -112,14 +117,11 @@ class SimExecutor:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._running: dict[int, asyncio.Future[object]] = {}
 
     async def run(self, work: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
         rng, future = self._machine.rng, loop.create_future()
         seconds = rng.uniform(*self._machine.call_s)
-        self._running[id(future)] = future
-        future.add_done_callback(lambda _: self._running.pop(id(future), None))
         share = rng.random()
         loop.call_later(seconds * share, self._do, work, future, seconds * (1 - share))
         result: T = await future

@@ -44,7 +44,7 @@ class TracedNetwork(SimNetwork):
 
     def delivered(self, at: float, number: int, frame: bytes) -> None:
         super().delivered(at, number, frame)
-        self.trace.note("frame", number, len(frame), self.fingerprint)
+        self.trace.frame(number, len(frame), self.fingerprint)
 
 
 class SimNode(Node):
@@ -143,8 +143,8 @@ class SimCluster:
     async def _boot(self, server: Server) -> None:
         assert not server.running
         machine = server.machine
-        machine.boot()
         process = server.process = Process(server.name)
+        machine.boot(process)
         adapters = SimAdapters(machine, self.network, self.seed)
 
         async def started() -> SimNode:
@@ -238,7 +238,7 @@ class SimCluster:
         unique = f"{name}.{self._clients_made}"
         process = Process(unique)
         machine = Machine(unique, random.Random(f"{self.seed}/{unique}"), self.trace)
-        machine.boot()
+        machine.boot(process)
         host = self.network.host(unique)
 
         async def started() -> Database:

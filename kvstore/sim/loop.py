@@ -23,6 +23,7 @@ from contextvars import Context
 from typing import Any, Final, TypeVar, TypeVarTuple
 
 from kvstore.sim.process import (
+    PROCESS,
     Process,
     ProcessHandle,
     ProcessTimerHandle,
@@ -40,6 +41,7 @@ EXECUTOR_S: Final = (0.000_1, 0.005)  # how long a blocking call takes, drawn fr
 RESOLUTION_S: Final = (
     0.000_001  # time goes on by this at least, or a delay below the clock's last bit never ends
 )
+ROUNDING_S: Final = 1e-9  # above what a clock loses in its last bits: a timer is not early by that
 INSTANT_S: Final = 0.001
 STEPS_MAX: Final = 50_000  # of the loop within one such instant of virtual time
 COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections
@@ -92,28 +94,33 @@ class SimLoop(asyncio.BaseEventLoop):
         return self._now
 
     def _run_once(self) -> None:
-        """One step: with nothing ready, go to the next timer; then run what is ready now."""
-        self.steps += 1
-        if self.steps % COLLECT_STEPS == 0:
-            gc.collect()
+        """Steps until the loop is stopped: with nothing ready, go to the next timer; then run what is ready now.
+
+        One call makes them all, and what each step needs is at hand in locals: this is the simulator's hottest code.
+        """
         ready: deque[events.Handle] = self._ready  # type: ignore[attr-defined]
-        timers = self._timers
-        if not ready:
-            while timers and timers[0][2].cancelled():
-                heapq.heappop(timers)
-            self._jump()
-        self._here += 1
-        if self._here > STEPS_MAX:
-            names = sorted({repr(handle) for handle in ready})
-            raise SimLivelock(f"{STEPS_MAX} steps at {self._now:.3f}; now {names[:8]}")
-        while (
-            timers and timers[0][0] <= self._now
-        ):  # never early, or it might be armed again for ever
-            ready.append(heapq.heappop(timers)[2])
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()  # noqa: SLF001  # as asyncio does
+        timers, due, take, pop = self._timers, ready.append, ready.popleft, heapq.heappop
+        while True:
+            self.steps += 1
+            if self.steps % COLLECT_STEPS == 0:
+                gc.collect()
+            if not ready:
+                while timers and timers[0][2]._cancelled:  # noqa: SLF001  # as asyncio does
+                    pop(timers)
+                self._jump()
+            self._here += 1
+            if self._here > STEPS_MAX:
+                names = sorted({repr(handle) for handle in ready})
+                raise SimLivelock(f"{STEPS_MAX} steps at {self._now:.3f}; now {names[:8]}")
+            now = self._now
+            while timers and timers[0][0] <= now:  # never early, or it might be armed for ever
+                due(pop(timers)[2])
+            for _ in range(len(ready)):
+                handle = take()
+                if not handle._cancelled:  # noqa: SLF001
+                    handle._run()  # noqa: SLF001
+            if self._stopping:  # type: ignore[attr-defined]
+                return
 
     def _jump(self) -> None:
         if not self._timers:
@@ -122,11 +129,12 @@ class SimLoop(asyncio.BaseEventLoop):
                 tasks += process.tasks.values()
             names = ", ".join(task.get_name() for task in tasks)
             raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
-        self._now = max(self._now + RESOLUTION_S, self._timers[0][0])
-        if self._now > self._here_s + INSTANT_S:
-            self._here, self._here_s = 0, self._now
-        if self._now > self._end:
-            raise SimTimeout(f"not done at {self._now:.3f}, after {self.steps} steps")
+        now, at = self._now + RESOLUTION_S, self._timers[0][0]
+        self._now = now = max(now, at)
+        if now > self._here_s + INSTANT_S:
+            self._here, self._here_s = 0, now
+            if now > self._end:
+                raise SimTimeout(f"not done at {now:.3f}, after {self.steps} steps")
 
     def create_task(
         self,
@@ -148,8 +156,9 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
-        self._check_closed()  # type: ignore[attr-defined]
-        process = process_of(context)
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
+        process = PROCESS.get() if context is None else context.get(PROCESS)
         if process is None:
             handle = events.Handle(callback, args, self, context)
         else:
@@ -159,6 +168,15 @@ class SimLoop(asyncio.BaseEventLoop):
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
     def call_at(
         self,
         when: float,
@@ -166,11 +184,16 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        self._check_closed()  # type: ignore[attr-defined]
-        process = process_of(context)
+        """A process counts what is left by its own clock, as it would on a machine of its own."""
+        if self._closed:  # type: ignore[attr-defined]
+            self._check_closed()  # type: ignore[attr-defined]
+        process = PROCESS.get() if context is None else context.get(PROCESS)
         if process is None:
             timer = events.TimerHandle(when, callback, args, self, context)
         else:
+            if process.clock_rate != 1.0:
+                now = self._now
+                when = now + (when - now) / process.clock_rate + ROUNDING_S
             timer = ProcessTimerHandle(process, when, callback, args, self, context)
             if process.dead:
                 return timer

@@ -35,6 +35,7 @@ class Process:
         self.name = name
         self.dead = False
         self.paused = False
+        self.clock_rate = 1.0  # of its machine's monotonic clock, by which its timers go
         self.parked: list[events.Handle] = []
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # that have not ended, by number
         self._deaths: dict[int, asyncio.Future[None]] = {}
@@ -104,15 +105,17 @@ def outside(function: Callable[..., T], *args: Any) -> T:
 
 
 class ProcessHandle(events.Handle):
-    """A callback of a process."""
+    """A callback of a process. Sets what its parents would, without their calls: there are thousands in each second."""
 
     __slots__ = ("_process",)
 
     def __init__(
         self, process: Process, callback: Any, args: Any, loop: Any, context: Context | None
     ) -> None:
-        super().__init__(callback, args, loop, context)
         self._process = process
+        self._callback, self._args, self._loop = callback, args, loop
+        self._context = contextvars.copy_context() if context is None else context
+        self._cancelled, self._repr, self._source_traceback = False, None, None
 
     def _run(self) -> None:
         process = self._process
@@ -130,8 +133,11 @@ class ProcessTimerHandle(events.TimerHandle):
     def __init__(
         self, process: Process, when: float, callback: Any, args: Any, loop: Any, context: Any
     ) -> None:
-        super().__init__(when, callback, args, loop, context)
         self._process = process
+        self._when, self._scheduled = when, False
+        self._callback, self._args, self._loop = callback, args, loop
+        self._context = contextvars.copy_context() if context is None else context
+        self._cancelled, self._repr, self._source_traceback = False, None, None
 
     def _run(self) -> None:
         process = self._process

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import resource
@@ -188,6 +189,7 @@ def _serve(
         os.dup2(log.fileno(), sys.stderr.fileno())
         faulthandler.enable(log)
         _limit_memory()
+        gc.freeze()  # what is imported stays: collections, of which each seed has some, need not look
         for count in range(1, recycle + 1):
             try:
                 seed, options = connection.recv()

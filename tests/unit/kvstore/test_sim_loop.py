@@ -20,6 +20,8 @@ from kvstore.link import Hello
 from kvstore.sim import loop as sim
 from kvstore.sim.loop import EPOCH_S, SimDeadlock, SimError, SimLivelock, SimLoop, SimTimeout
 from kvstore.sim.network import SimNetwork
+from kvstore.sim.process import Process
+from kvstore.sim.trace import Trace
 from kvstore.streams import PeerLink, Stream, accept
 
 ROOT = Path(__file__).parents[3]
@@ -305,3 +307,37 @@ def test_another_seed_gives_another_history():
 if __name__ == "__main__":
     ballast = [bytearray(int(sys.argv[1]) * 37) for _ in range(int(sys.argv[1]) * 1000)]
     print(history(5, 320))
+
+
+def test_timers_of_a_process_go_by_its_machines_clock_and_are_not_early() -> None:
+    async def main(loop: SimLoop) -> list[float]:
+        slept = []
+        for rate in (0.96, 1.0, 1.04):
+            process = Process("n1")
+            process.clock_rate = rate
+            began = loop.time()
+            await process.call(asyncio.sleep(2.0))
+            slept.append((loop.time() - began) * rate)
+        return slept
+
+    for seconds in sim.run(main, 1):
+        assert 2.0 <= seconds < 2.000_01
+
+
+def test_a_traces_hash_is_of_all_events_and_of_frames_in_their_place() -> None:
+    async def main(loop: SimLoop) -> list[str]:
+        digests = []
+        for order in ("ef", "fe", "eef", "e", "f"):
+            trace = Trace(loop)
+            for each in order:
+                if each == "e":
+                    trace.note("op", 1)
+                else:
+                    trace.frame(7, 10, 4711)
+            assert trace.digest() == trace.digest()
+            assert trace.events == len(order)
+            digests.append(trace.digest())
+        return digests
+
+    digests = sim.run(main, 1)
+    assert len({*digests}) == len(digests)
