@@ -34,7 +34,7 @@ __all__ = ["Verdict", "judge", "main"]
 SEED_LIMIT_S: Final = 120.0
 INTERRUPTED: Final = 130
 PROBLEMS_SHOWN: Final = 3
-SPEED: Final = Options(seconds=40.0, clients=3, ops=200, faults=False)  # about 20 operations/s
+SPEED: Final = Options(seconds=25.0, clients=9, ops=100, faults=False)  # 20 operations/s, about
 SPEED_SEEDS: Final = range(1, 6)
 
 

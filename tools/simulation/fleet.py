@@ -35,6 +35,7 @@ from tools.simulation.judging import Verdict
 
 TICK_S: Final = 1.0
 GRACE_S: Final = 10.0  # which a worker has for dumping where it hangs, before it is killed
+START_S: Final = 60.0  # which a new process has until it asks for work
 JOIN_S: Final = 5.0
 RECYCLE_SEEDS: Final = 100
 RECYCLE_BYTES: Final = 1 << 30
@@ -106,9 +107,7 @@ class Fleet:
             return worker.take()
         if self._limit_s and time.monotonic() > worker.deadline_at + self._grace_s:
             worker.end()
-            return worker.failure(
-                f"hang: no end within {self._limit_s:g} s, nor did its watchdog say where"
-            )
+            return worker.failure(f"hang: no end within {self._limit_s:g} s, and no word of where")
         return None
 
 
@@ -123,6 +122,7 @@ class _Worker:
         self._limit_s = limit_s
         self._log = log
         self._seed = 0
+        self._is_ready = False
         self._process = context.Process(
             target=_serve, args=(theirs, judge, limit_s, recycle, str(log)), daemon=True
         )
@@ -131,17 +131,20 @@ class _Worker:
 
     def give(self, item: Work, limit_s: float) -> None:
         self._seed = item[0]
-        self.deadline_at = time.monotonic() + limit_s
+        self.deadline_at = time.monotonic() + (limit_s if self._is_ready else START_S)
         with contextlib.suppress(OSError):  # it is dead: `take` will say so
             self.connection.send(item)
 
-    def take(self) -> Verdict:
-        """The verdict that has come; or what became of the process, if it has ended."""
+    def take(self) -> Verdict | None:
+        """The verdict that has come; or what became of the process, if it has ended. None: it has started, no more."""
         try:
             verdict, is_last = self.connection.recv()
         except (EOFError, OSError):
             self.end(wait_s=JOIN_S)
             return self.failure(self._death())
+        if verdict is None:
+            self._is_ready, self.deadline_at = True, time.monotonic() + self._limit_s
+            return None
         assert isinstance(verdict, Verdict)
         if is_last:
             self.end(wait_s=JOIN_S)
@@ -190,6 +193,7 @@ def _serve(
         faulthandler.enable(log)
         _limit_memory()
         gc.freeze()  # what is imported stays: collections, of which each seed has some, need not look
+        connection.send((None, False))  # from now on time counts
         for count in range(1, recycle + 1):
             try:
                 seed, options = connection.recv()
