@@ -433,8 +433,22 @@ class Node:
             if replica is None or replica.evaluator is None or preferred not in up:
                 continue
             for replica_id, node in replica.membership.nodes:
-                if node == preferred and _caught_up(self.host, number, replica_id):
+                if node == preferred and self._may_lead(number, replica_id):
                     self._transfer(number, replica_id)
+
+    def _may_lead(self, number: int, replica_id: int) -> bool:
+        """Whether a follower would take over at once: it answered lately, and has all but the newest entries.
+
+        A stopped process keeps its streams up for a stall timeout; a transfer to it stops the range's writes in vain.
+        """
+        assert self.host is not None
+        status = self.host.raft(number).status()
+        peer = status["peers"].get(replica_id)
+        if peer is None:
+            return False
+        silent_s = self.adapters.clock.monotonic() - float(peer["acked_sent_at"])
+        lags = int(status["last"]) - int(peer["match"])
+        return silent_s < self.config.raft.election_timeout_s and lags <= CAUGHT_UP_ENTRIES
 
     def _transfer(self, number: int, replica_id: int) -> None:
         assert self.host is not None
@@ -457,7 +471,7 @@ class Node:
                 return
             for replica in led:
                 for replica_id, node in replica.membership.nodes:
-                    if node in up and _caught_up(self.host, replica.range_id, replica_id):
+                    if node in up and self._may_lead(replica.range_id, replica_id):
                         self._transfer(replica.range_id, replica_id)
                         break
             await asyncio.sleep(0.05)
@@ -488,13 +502,6 @@ def _raft_config(config: NodeConfig) -> RaftConfig:
         append_bytes_max=raft.append_bytes,
         uncommitted_bytes_max=raft.uncommitted_bytes,
     )
-
-
-def _caught_up(host: Host, range_id: int, replica_id: int) -> bool:
-    """Whether a follower has all but the newest entries, so that handing over is quick."""
-    status = host.raft(range_id).status()
-    peer = status["peers"].get(replica_id)
-    return peer is not None and int(peer["match"]) + CAUGHT_UP_ENTRIES >= int(status["last"])
 
 
 def production_adapters(config: NodeConfig) -> Adapters:

@@ -162,4 +162,5 @@ class Progress:
             "entries_in_flight": self.entries_in_flight,
             "bytes_in_flight": self.bytes_in_flight,
             "acked_probe": self.acked_probe,
+            "acked_sent_at": self.acked_sent_at,
         }

@@ -214,6 +214,17 @@ def test_a_paused_leader_is_replaced_and_follows_when_it_goes_on():
         assert database.get(b"a") == b"2"
 
 
+def test_while_a_node_is_stopped_its_ranges_are_written_by_others_and_not_handed_back_to_it():
+    """With the product's own timeouts: the stopped node's streams look alive for longer than a call may take."""
+    with LocalCluster(3, splits=[b"g", b"n"]) as cluster, kvstore.Client(cluster.endpoints) as db:
+        for key in (b"a", b"h", b"z"):
+            db.put(key, b"1")
+        cluster.pause(cluster.busiest())
+        for number in range(20):
+            for key in (b"a", b"h", b"z"):
+                db.put(key, b"%d" % number)  # within the default timeout of a call
+
+
 def test_sigterm_drains_and_exits_0():
     with LocalCluster(3, settings=FAST) as cluster:
         assert cluster.terminate(0) == 0
