@@ -26,7 +26,8 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from kvstore.errors import ConfigError
+from kvstore.bootstrap import parse_address
+from kvstore.errors import ConfigError, InvalidArgument
 from kvstore.limits import KIB, MESSAGE_BYTES_MAX, MIB
 from kvstore.quantities import (
     SIZE_BYTES_MAX,
@@ -78,7 +79,9 @@ class NodeSection(Section, frozen=True, kw_only=True):
     ] = ""
     join: Annotated[
         tuple[str, ...],
-        says("HOST:PORT of members that an empty node asks to be let in."),
+        says(
+            "HOST:PORT of members that an empty node asks to be let in. Not possible yet: refused."
+        ),
     ] = ()
 
 
@@ -136,8 +139,8 @@ class LogSection(Section, frozen=True, kw_only=True):
     sync_mode: Annotated[
         Literal["auto", "inline", "thread"],
         says(
-            "Where fdatasync runs: on the event loop, in a worker thread, or as measured "
-            "(inline while its 99th percentile is under 1ms)."
+            "Where fdatasync runs: on the event loop, in a worker thread, or as measured (inline while its "
+            "median is under 1ms, else where the loop goes on sooner)."
         ),
     ] = "auto"
     flush_bytes: Annotated[
@@ -187,7 +190,9 @@ class LimitsSection(Section, frozen=True, kw_only=True):
 
     inbox_bytes: Annotated[
         QueueSize,
-        says("Messages received and not yet handled; at least one whole message (9MiB)."),
+        says(
+            "Messages received and not yet handled, of nodes and of clients each; at least one whole message (9MiB)."
+        ),
     ] = 64 * MIB
     requests_in_flight: Annotated[
         int, Meta(ge=1, le=10_000_000, description="Requests accepted and not yet answered.")
@@ -195,17 +200,12 @@ class LimitsSection(Section, frozen=True, kw_only=True):
 
 
 class ClientSection(Section, frozen=True, kw_only=True):
-    """Defaults of the client that runs inside the node (embedded use, HTTP)."""
+    """The client that runs inside the node, for HTTP and for what ranges ask each other."""
 
     timeout_s: Annotated[
         Duration,
-        says("Time for one call, its retries included."),
+        says("Time for one call that has none of its own, its retries included."),
     ] = 5.0
-    backoff_s: Annotated[
-        Duration,
-        says("The first pause before a retry; it doubles."),
-    ] = 0.005
-    backoff_max_s: Annotated[Duration, says("The longest pause before a retry.")] = 0.5
 
 
 class TxnSection(Section, frozen=True, kw_only=True):
@@ -504,10 +504,22 @@ def _agreements(config: NodeConfig) -> Iterator[tuple[bool, str]]:
         config.txn.anchor_timer_s < config.txn.orphan_timer_s,
         "txn.anchor_timer must be below txn.orphan_timer",
     )
-    yield (
-        config.client.backoff_s <= config.client.backoff_max_s,
-        "client.backoff must be at most client.backoff_max",
-    )
+    node = config.node
+    for name, address in (("listen", node.listen), ("advertise", node.advertise)):
+        yield (
+            _is_address(address) or (name == "advertise" and not address),
+            f"node.{name}: not an address of the form HOST:PORT: {address!r}",
+        )
+    for address in node.join:
+        yield _is_address(address), f"node.join: not an address of the form HOST:PORT: {address!r}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse_address(text)
+    except InvalidArgument:
+        return False
+    return True
 
 
 def _unit(key: Key) -> str:

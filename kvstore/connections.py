@@ -41,7 +41,7 @@ class ClientConnection:
             requests = _decode.decode(memoryview(payload)[1:])
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise FrameError(f"requests do not decode: {error}") from error
-        self._store.accept(self, requests)
+        self._store.accept(self, requests, len(payload))
 
     def answer(self, reply: Reply) -> None:
         if not self._replies:

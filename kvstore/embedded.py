@@ -17,8 +17,9 @@ from kvstore.adapters.production import ProductionAdapters
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import NodeConfig, RaftSection
-from kvstore.errors import DataDirectoryError
+from kvstore.errors import CorruptionError, DataDirectoryError, VersionMismatch
 from kvstore.node import Node
+from replication.errors import LogFormatError, LogMismatch
 
 if TYPE_CHECKING:
     from kvstore.node import OnPipe
@@ -62,7 +63,11 @@ async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Da
             on_close=lambda: node.stop(drain=False),
         )
         await database.start()
-    except BaseException:
+    except BaseException as error:
         await node.stop(drain=False)
+        if isinstance(error, LogFormatError):
+            raise VersionMismatch(f"{path}: {error}") from error
+        if isinstance(error, LogMismatch):
+            raise CorruptionError(f"{path}: {error}") from error
         raise
     return database

@@ -7,7 +7,7 @@ import tomllib
 import msgspec
 
 from kvstore.bootstrap import META_RANGE_ID, InitRequest, NodePlan, RangePlan
-from kvstore.errors import DataDirectoryError
+from kvstore.errors import DataDirectoryError, VersionMismatch
 from kvstore.replica import new_config
 from replication.types import Membership
 from txn import keycode, mvcc
@@ -44,17 +44,19 @@ def encode_identity(identity: Identity) -> bytes:
 
 
 def decode_identity(data: bytes) -> Identity:
-    """Raises: DataDirectoryError: not such a file, or of a newer format."""
+    """Raises: DataDirectoryError: not such a file; VersionMismatch: of a newer format."""
     try:
         tables = tomllib.loads(data.decode())
         newer = tables.get("format", 0)
         if isinstance(newer, int) and newer > FORMAT_VERSION:
-            raise DataDirectoryError(
-                f"{FILE_NAME} has format {newer}, this version reads {FORMAT_VERSION}: use a newer version"
+            raise VersionMismatch(
+                f"{FILE_NAME} has format {newer}, this version of Kvorum reads {FORMAT_VERSION}"
             )
         return msgspec.convert(tables, Identity)
     except (ValueError, msgspec.ValidationError) as error:
-        raise DataDirectoryError(f"{FILE_NAME} is damaged: {error}") from error
+        raise DataDirectoryError(
+            f"{FILE_NAME} is damaged ({error}): put back a good copy, or name another --dir"
+        ) from error
 
 
 def identity_of(request: InitRequest) -> Identity:

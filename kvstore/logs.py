@@ -1,10 +1,11 @@
 """What a process of Kvorum logs: events with fields, as one JSON object a line, or as text for people.
 
-A module takes `log = structlog.get_logger(__name__)` and says `log.info("range split", range=7, at=key)`: the event is
+A module takes `log = logs.logger(__name__)` and says `log.info("range split", range=7, at=key)`: the event is
 a constant text, what varies goes into fields. Keys and values of users are not logged at `info` or above.
 Records of other libraries (aiohttp, asyncio) pass through the same renderer. The hot path logs nothing per operation.
 
-Only a program sets logging up (`kvstore`, `kvctl`, tools), never the library: who embeds a node decides for himself.
+Only a program sets logging up (`kvstore`, `kvctl`, tools), never the library: who embeds a node decides for himself. Until
+then our records are plain ones of the standard library, with the fields as `extra`: nothing below a warning is seen.
 """
 
 from __future__ import annotations
@@ -23,6 +24,23 @@ LIBRARIES_LEVEL: Final = (
     logging.WARNING
 )  # of loggers that are not ours: their chatter is not our operators' concern
 OURS: Final = ("kvstore", "txn", "replication", "tools")
+
+
+_chain: Final[list[Processor]] = [
+    structlog.stdlib.filter_by_level,
+    structlog.stdlib.render_to_log_kwargs,
+]
+
+
+def logger(name: str) -> structlog.stdlib.BoundLogger:
+    """The logger of a module. What structlog or the program is configured to does not matter, but for `set_up`."""
+    wrapped: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=_chain,
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    return wrapped
 
 
 def set_up(level: Level = "info", format: Format = "auto", stream: TextIO | None = None) -> None:  # noqa: A002  # the configuration's word
@@ -50,13 +68,14 @@ def set_up(level: Level = "info", format: Format = "auto", stream: TextIO | None
     for name in OURS:
         logging.getLogger(name).setLevel(level.upper())
 
+    _chain[:] = [
+        structlog.stdlib.filter_by_level,
+        structlog.contextvars.merge_contextvars,
+        *_shared(as_json=as_json),
+        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+    ]
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.contextvars.merge_contextvars,
-            *_shared(as_json=as_json),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
+        processors=_chain,
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,  # so that a second set_up reaches loggers that exist

@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
-import structlog
 
 from kvstore import identity as identities
+from kvstore import logs
 from kvstore.bootstrap import InitRequest, check
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
-from kvstore.errors import DataDirectoryError, KVError, NotReady, WrongCluster
+from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
 from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
@@ -28,12 +28,13 @@ from kvstore.status import node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
 from replication.codec import decode_membership, decode_messages
-from replication.errors import FrameError, NotLeader, ProposalDropped
+from replication.errors import FrameError, LogMismatch, NotLeader, ProposalDropped
 from replication.host import Host
 from replication.ports import LogFiles
 from replication.raft import RaftConfig
 from replication.turns import HostLimits
-from replication.wal import Wal
+from replication.types import HardState
+from replication.wal import GroupLog, Wal
 from txn import keycode
 from txn.evaluate import Limits
 from txn.gc import SWEEPS_PER_RETENTION
@@ -49,7 +50,7 @@ BALANCE_S: Final = 1.0
 DRAIN_S: Final = 2.0
 CAUGHT_UP_ENTRIES: Final = 64
 
-log = structlog.get_logger("kvstore.node")
+log = logs.logger("kvstore.node")
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 _decode_config = msgspec.msgpack.Decoder(ReplicaConfig).decode
 
@@ -145,12 +146,17 @@ class Node:
         found = identities.decode_identity(stored) if stored is not None else None
         if found is not None:
             self._check_address(found)
+        elif self._join:
+            raise ConfigError(
+                "a node cannot join a running cluster yet: name all nodes in `kvctl init`, and start this one without "
+                "--join (node.join)"
+            )
         self.address = await self.adapters.serve(self._listen, self._on_pipe, self)
         if self._advertise:
             self.address = self._advertise
         if found is None:
             self.state = "waiting"
-            log.info("waiting", address=self.address, message="run kvctl init")
+            log.info("waiting", address=self.address, hint="run kvctl init")
         else:
             await self._open(found)
 
@@ -233,6 +239,7 @@ class Node:
                 sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
             ),
             requests_max=config.limits.requests_in_flight,
+            inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
@@ -258,14 +265,15 @@ class Node:
             run_in_thread=adapters.executor.run,
             on_fatal=self._on_fatal,
             limits=HostLimits(
-                flush_hops=0
-            ),  # uvloop writes at once: nothing to wait for before a sync
+                inbox_bytes_max=config.limits.inbox_bytes,
+                flush_hops=0,  # uvloop writes at once: nothing to wait for before a sync
+            ),
         )
         self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)
         store.on_deadline = self._arm
         store.on_turn_end = self.connections.flush
-        self._add_replicas(recovered)
+        self._add_replicas(recovered, damaged=bool(wal.recovery and wal.recovery.damage))
         for node in found.nodes:
             if node.node_id != found.node_id:
                 peers.add(node.node_id, node.address)
@@ -281,13 +289,24 @@ class Node:
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
 
-    def _add_replicas(self, recovered: Any) -> None:
+    def _add_replicas(self, recovered: dict[int, GroupLog], *, damaged: bool) -> None:
+        """Every range that the engine has a row of. Raises: LogMismatch: the log knows of others, so rows were lost.
+
+        damaged: records of any range may be lost. A range without any may have voted, so it is not begun anew.
+        """
         assert self.store is not None
         assert self.host is not None
         assert self.engine is not None
-        rows = list(self.engine.scan(keycode.RANGE, bytes([keycode.RANGE[0] + 1])))
-        for _, data in rows:
-            row = decode_range_row(data)
+        found = self.engine.scan(keycode.RANGE, bytes([keycode.RANGE[0] + 1]))
+        rows = [decode_range_row(data) for _, data in found]
+        known = {row.range_id: row for row in rows}
+        lost = [
+            group for group, kept in recovered.items() if group not in known and not kept.tombstone
+        ]
+        if lost:
+            raise LogMismatch(f"the log has ranges {lost} of which the engine has no rows")
+        unknown = GroupLog(HardState(), (0, 0), [], suspect=True) if damaged else None
+        for row in rows:
             stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
             assert stored is not None, "a range has its configuration row"
             config = _decode_config(stored)
@@ -296,7 +315,7 @@ class Node:
             self.host.add_group(
                 row.range_id,
                 config.replica_id,
-                recovered.get(row.range_id),
+                recovered.get(row.range_id, unknown),
                 decode_membership(config.membership),
                 replica.applied,
                 installed=(config.installed_index, config.installed_term),

@@ -14,6 +14,7 @@ import msgspec
 
 from kvstore import limits
 from kvstore.errors import CompareFailed, InvalidArgument
+from kvstore.keytext import escape
 
 if TYPE_CHECKING:
     from kvstore.transactions import Transaction
@@ -138,10 +139,12 @@ async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
         case Check(key=key, value=value):
             present = await tx.get(key)
             if present != value:
-                wanted = "be absent" if value is None else f"have the value {value[:64]!r}"
-                raise CompareFailed(
-                    message=f"the key {key!r} does not {wanted}; nothing was written"
-                )
+                shown = escape(key)
+                if value is None:
+                    found = f"the key {shown} is not absent"
+                else:
+                    found = f"the key {shown} does not have the value {escape(value[:64])}"
+                raise CompareFailed(message=f"{found}; nothing was written")
     return {}
 
 

@@ -101,6 +101,7 @@ class Store:
         clock: Clock,
         limits: Limits,
         requests_max: int,
+        inbox_bytes_max: int,
         oracle_window_ms: int,
     ) -> None:
         self.node, self.cluster = node, cluster
@@ -124,10 +125,18 @@ class Store:
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
         self._requests_max = requests_max
+        self._inbox_bytes_max = inbox_bytes_max
+        self._inbox_bytes = 0
         self._host: Host
         self._remote: RemoteCalls
         self._overlay = Overlay(engine)
         self._inbox: deque[tuple[Asker, Request]] = deque()
+        self._frames: deque[tuple[int, int]] = (
+            deque()
+        )  # of the inbox: number of its last request, bytes
+        self._queued = self._handled = (
+            0  # requests that were ever put into the inbox, and taken out
+        )
         self._local: list[tuple[Evaluator, int, Reply]] = []
         self._touched: dict[int, Replica] = {}  # evaluators that something happened to, this turn
         self._staged: dict[int, Replica] = {}  # whose rows are in the overlay
@@ -156,9 +165,11 @@ class Store:
 
     # -- what arrives
 
-    def accept(self, asker: Asker, requests: Sequence[Request]) -> None:
-        """Requests of one frame. More than fit are refused at once, each with Throttled."""
+    def accept(self, asker: Asker, requests: Sequence[Request], size_bytes: int = 0) -> None:
+        """Requests of one frame of `size_bytes`. More than fit, in number or in bytes, are refused at once with Throttled."""
         room = self._requests_max - self.open_requests
+        if self._inbox_bytes + size_bytes > self._inbox_bytes_max:
+            room = 0
         if len(requests) > room:
             for request in requests[max(0, room) :]:
                 self.counters["requests_throttled"] += 1
@@ -173,6 +184,11 @@ class Store:
                 self._oracle_client.asked(asker, request)
             else:
                 self._inbox.append((asker, request))
+        queued = self._handled + len(self._inbox)
+        if queued > self._queued:
+            self._queued = queued
+            self._frames.append((queued, size_bytes))
+            self._inbox_bytes += size_bytes
         self._host.wake()
 
     def local_answer(self, evaluator: Evaluator, call_id: int, reply: Reply) -> None:
@@ -193,9 +209,13 @@ class Store:
                 evaluator.issued = max(evaluator.issued, self._oracle_client.issued)
                 evaluator.tick(now)
         inbox = self._inbox
-        for _ in range(min(len(inbox), REQUESTS_PER_TURN)):
+        taken = min(len(inbox), REQUESTS_PER_TURN)
+        for _ in range(taken):
             asker, request = inbox.popleft()
             self._dispatch(asker, request, now)
+        self._handled += taken
+        while self._frames and self._frames[0][0] <= self._handled:
+            self._inbox_bytes -= self._frames.popleft()[1]
         if inbox:
             self._host.wake()  # the next turn goes on: this batch travels while that one is evaluated
         while self._local:

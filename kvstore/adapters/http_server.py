@@ -14,11 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
-import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry, exposition
 
-from kvstore import limits, operations
+from kvstore import limits, logs, operations
 from kvstore.adapters import http_openapi, http_page
 from kvstore.adapters.http_wire import (
     VERSION_HEADER,
@@ -53,13 +52,14 @@ BODY_TIMEOUT_S: Final = 30.0
 REQUEST_TIMEOUT_S_MAX: Final = 300.0
 PAGE_BYTES_MAX: Final = 4 * limits.MIB
 _KV_PATH: Final = "/v1/kv/"
+_REFUSALS: Final = {404: "unknown_path", 405: "method_not_allowed"}
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
 
 _T = TypeVar("_T")
 Observe = Callable[[str, str, float], None]  # (operation, outcome, seconds)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-log = structlog.get_logger(__name__)
+log = logs.logger(__name__)
 
 
 class NodeSurface(Protocol):
@@ -101,9 +101,25 @@ def add_routes(
 ) -> None:
     """Serve `node` on `app`. `observe` is told of every request for data, for metrics."""
     gateway = _Gateway(node, observe, settings or HttpSection())
+    app.middlewares.append(_typed_refusals)
     add = app.router.add_route
     for method, path, operation, handler in gateway.routes():
         add(method, path, gateway.answering(operation, handler))
+
+
+@web.middleware
+async def _typed_refusals(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """What aiohttp refuses by itself (no such path, another method, no upgrade) is JSON with a code, as all else."""
+    try:
+        return await handler(request)
+    except web.HTTPClientError as error:
+        code = _REFUSALS.get(error.status, "invalid_argument")
+        text = f"{request.method} {request.path}: {error.reason.lower()}; see /v1/openapi.json"
+        response = _error_response(KVError(text, code=code))
+        response.set_status(error.status)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
 
 
 class _Gateway:
@@ -175,9 +191,12 @@ class _Gateway:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("at", "timeout"))
         database, at = self._database(), query.integer("at", 1, VERSION_MAX)
-        source = database if at is None else database.snapshot(at=at)
-        async with _reading(self._timeout(query)):
-            entry = await source.get_entry(key)
+        timeout_s = self._timeout(query)
+        async with _reading(timeout_s):
+            if at is None:
+                entry = await database.get_entry(key, timeout=timeout_s)
+            else:
+                entry = await database.snapshot(at=at).get_entry(key)
         if entry is None:
             raise NotFound("no such key")
         return web.Response(

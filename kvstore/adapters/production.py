@@ -18,6 +18,7 @@ from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
 from kvstore.adapters.ws_transport import WsNetwork
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
+from kvstore.identity import FILE_NAME
 from kvstore.metrics import NodeMetrics
 from kvstore.ports import FramePipe, Network
 from kvstore.status import VERSION
@@ -50,8 +51,15 @@ class ProductionAdapters:
 
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(
+                self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
+            )
+        except OSError as error:
+            raise DataDirectoryError(
+                f"{directory} cannot hold the data ({error.strerror}): name another --dir"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,6 +68,12 @@ class ProductionAdapters:
             raise DataDirectoryError(
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
+        if not (self._directory / FILE_NAME).exists() and any(self._directory.glob("wal/*.log")):
+            # the log is begun after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
+            self._unlock()
+            raise DataDirectoryError(
+                f"{directory} holds a log but no {FILE_NAME}: put that file back, or name another --dir"
+            )
         return DirectoryFiles(self._directory)
 
     def open_engine(self, *, empty: bool = False) -> RocksEngine:
@@ -83,11 +97,14 @@ class ProductionAdapters:
             app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http
         )
         assert isinstance(self.network, WsNetwork)
-        return await self.network.serve(address, on_pipe, app)
+        return await self.network.serve(address, on_pipe, app, self._config.http.shutdown_timeout_s)
 
     async def close(self) -> None:
         await self.network.close()
         self.executor.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

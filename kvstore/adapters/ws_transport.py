@@ -195,15 +195,24 @@ class WsNetwork:
             _dialled.reset(token)
         return self._keep(WsPipe(self, socket, slot[-1], path))
 
-    async def serve(self, address: str, on_pipe: OnPipe, app: web.Application | None = None) -> str:
-        """Listen, beside the routes that `app` has already. Raises: OSError: the address is not to be had."""
+    async def serve(
+        self,
+        address: str,
+        on_pipe: OnPipe,
+        app: web.Application | None = None,
+        shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S,
+    ) -> str:
+        """Listen, beside the routes that `app` has already; `close` waits so long for their open requests.
+
+        Raises: OSError: the address is not to be had.
+        """
         if app is None:
             app = web.Application()
         self.attach(app, on_pipe)
         runner = web.AppRunner(
             app,
             access_log=None,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            shutdown_timeout=shutdown_timeout_s,
             handle_signals=False,
         )
         await runner.setup()

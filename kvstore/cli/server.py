@@ -25,6 +25,7 @@ from kvstore import config as configuration
 from kvstore import logs
 from kvstore.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 from kvstore.errors import ConfigError, KVError
+from replication.errors import LogFormatError, LogMismatch
 
 if TYPE_CHECKING:
     from kvstore.node import Node
@@ -67,7 +68,7 @@ def start(
         str | None, typer.Option("--advertise", help="HOST:PORT at which others reach it.")
     ] = None,
     join: Annotated[
-        str | None, typer.Option("--join", help="HOST:PORT,... of members to ask for entry.")
+        str | None, typer.Option("--join", help="HOST:PORT,... of members. Not possible yet.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A TOML file.", show_default=False)
@@ -77,7 +78,7 @@ def start(
         int | None, typer.Option("--parent-fd", envvar=PARENT_FD_VARIABLE, hidden=True)
     ] = None,
 ) -> None:
-    """Run a node until SIGTERM. An empty directory waits for `kvctl init`, or joins the cluster of --join."""
+    """Run a node until SIGTERM. An empty directory waits for `kvctl init`."""
     flags = {
         "node.dir": directory and str(directory),
         "node.listen": listen,
@@ -166,7 +167,7 @@ def advice(error: BaseException) -> tuple[str, str]:
         "wrong_cluster": "this directory belongs to another cluster: choose another --dir",
         "version_mismatch": "the data is of a newer version: start it with that version of Kvorum",
         "LogFormatError": "the log is of a newer version: start it with that version of Kvorum",
-        "LogMismatch": "the log and the data contradict each other: restore this node from its peers, in an empty --dir",
+        "LogMismatch": "`wal` and `rocks` in --dir do not belong together: put both back as they were",
         "LogWriteFailed": "the disk failed: look after it, then start the node again",
         "disk_full": "make room, then start the node again",
         "config_error": "see `kvstore config print-default`",
@@ -174,7 +175,8 @@ def advice(error: BaseException) -> tuple[str, str]:
     code = error.code if isinstance(error, KVError) else type(error).__name__
     text = error.message if isinstance(error, KVError) else str(error) or repr(error)
     hint = hints.get(code, "")
-    return _snake(code), f"{text}: {hint}" if hint and hint not in text else text
+    told = hint in text or ("--dir" in hint and "--dir" in text)
+    return _snake(code), text if told else f"{text}: {hint}"
 
 
 def _run(settings: configuration.NodeConfig, asked: Start) -> int:
@@ -193,7 +195,7 @@ def _run(settings: configuration.NodeConfig, asked: Start) -> int:
     except Exception as error:
         # whatever ends a node is told in one line; the traceback is in the log
         code, message = advice(error)
-        if not isinstance(error, KVError | OSError):
+        if not isinstance(error, KVError | OSError | LogMismatch | LogFormatError):
             log.exception("node failed")
         sys.stderr.write(f"error: {code}: {' '.join(message.split())}\n")
         return EXIT_ERROR

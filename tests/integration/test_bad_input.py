@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +19,7 @@ from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.link import Hello
 from kvstore.node import Node
 from kvstore.streams import connect
-from txn.messages import Failure, Prepare, Read, Reply
+from txn.messages import Failure, Prepare, Read, ReadReply, Reply
 from txn.types import Write
 
 CLIENT_PATH = "/v1/stream"
@@ -131,6 +133,29 @@ async def test_more_requests_than_the_node_takes_on_are_throttled(tmp_path):
         throttled = [each for each in replies if isinstance(each, Failure)]
         assert len(throttled) == 20
         assert {each.code for each in throttled} == {"throttled"}
+
+
+async def test_more_bytes_than_wait_for_a_turn_are_throttled_and_there_is_room_afterwards(tmp_path):
+    limits_ = LimitsSection(inbox_bytes=10 << 20)
+    async with one_node(tmp_path, limits_) as (node, _):
+        told: asyncio.Queue[Any] = asyncio.Queue()
+        asker = SimpleNamespace(answer=told.put_nowait)
+        for number in range(1, 5):  # frames of 4 MiB, before any turn: two fit
+            node.store.accept(asker, [Read(number, 0, 0, 0, [b"before"])], 4 << 20)
+        refused = [told.get_nowait() for _ in range(told.qsize())]
+        assert [(each.id, each.code) for each in refused] == [(3, "throttled"), (4, "throttled")]
+        assert [type(await told.get()) for _ in range(2)] == [ReadReply, ReadReply]
+        node.store.accept(asker, [Read(5, 0, 0, 0, [b"before"])], 8 << 20)
+        assert type(await told.get()) is ReadReply
+
+
+async def test_a_node_that_is_to_join_says_that_it_cannot(tmp_path):
+    adapters = EmbeddedAdapters(NodeConfig())
+    node = Node(str(tmp_path), ADDRESS, "", NodeConfig(), adapters, join=("127.0.0.1:7400",))
+    with pytest.raises(errors.ConfigError, match="kvctl init"):
+        await node.start()
+    await node.stop(drain=False)
+    assert not (tmp_path / "node.toml").exists()
 
 
 async def test_a_node_of_another_cluster_does_not_take_a_second_init(tmp_path):

@@ -351,6 +351,25 @@ def test_start_without_a_directory_says_what_to_do():
     assert "--dir DIR" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--listen", "here"], "node.listen: not an address of the form HOST:PORT: 'here'"),
+        (["--listen", "127.0.0.1:99999"], "node.listen: not an address"),
+        (["--advertise", "a"], "node.advertise: not an address"),
+        (["--join", "127.0.0.1"], "node.join: not an address"),
+    ],
+)
+def test_an_address_that_is_none_is_told_in_one_line_before_anything_is_touched(
+    tmp_path, words, part
+):
+    done = CliRunner().invoke(server.app, ["start", "--dir", str(tmp_path / "d"), *words])
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert part in done.stderr
+    assert not (tmp_path / "d").exists()
+
+
 def test_our_packages_are_recognized(monkeypatch):
     server.check_packages()
     import replication
@@ -376,6 +395,12 @@ def test_what_ends_a_node_is_told_with_what_to_do(error, code, part):
     found, message = server.advice(error)
     assert found == code
     assert part in message
+
+
+def test_what_a_message_says_already_is_not_said_again():
+    in_use = errors.DataDirectoryError("d is in use: stop it, or name another --dir")
+    assert server.advice(in_use) == ("data_directory_error", str(in_use))
+    assert server.advice(errors.KVError("odd", code="odd")) == ("odd", "odd")
 
 
 def test_a_keyboard_interrupt_exits_130():

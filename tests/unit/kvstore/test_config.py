@@ -4,6 +4,7 @@ is printed is read back; and every key has a unit, a default and a meaning.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -196,12 +197,41 @@ def test_a_value_that_is_malformed_or_out_of_its_limits_is_told_with_its_source(
             "network.ping_interval must be below network.stall_timeout",
         ),
         ({"txn.anchor_timer": "2s"}, "txn.anchor_timer must be below txn.orphan_timer"),
-        ({"client.backoff": "1s"}, "client.backoff must be at most client.backoff_max"),
     ],
 )
 def test_two_keys_at_odds_are_refused(flags, rule):
     with pytest.raises(ConfigError, match=rule.replace(".", r"\.")):
         config.load(flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("node.listen", "here", "'here'"),
+        ("node.listen", "", "''"),
+        ("node.listen", "a:99999", "'a:99999'"),  # a socket would take it modulo 65536
+        ("node.advertise", "a:-1", "'a:-1'"),
+        ("node.join", "a:1,b", "'b'"),
+    ],
+)
+def test_what_is_no_address_is_refused(key, value, shown):
+    with pytest.raises(
+        ConfigError,
+        match=f"{key}: not an address of the form HOST:PORT: {shown}".replace(".", r"\."),
+    ):
+        config.load(flags={key: value})
+
+
+def test_every_key_is_read_by_the_product():
+    package = Path(config.__file__).parent
+    sources = [
+        file.read_text(encoding="utf-8")
+        for file in sorted(package.rglob("*.py"))
+        if file.name != "config.py" and "sim" not in file.relative_to(package).parts
+    ]
+    for key in KEYS.values():
+        name = re.compile(rf"\b{key.section}\.{key.attribute}\b|\b\w+\.{key.attribute}\b(?!\()")
+        assert any(name.search(text) for text in sources), f"{key.name} has no effect"
 
 
 def test_a_file_that_cannot_be_read_is_a_configuration_error(tmp_path: Path):
@@ -257,17 +287,18 @@ texts = st.text(st.sampled_from(ODD_CHARACTERS), max_size=20)
 
 
 @given(
-    listen=texts,
-    join=st.lists(texts, max_size=3),
+    directory=texts,
+    ports=st.lists(st.integers(min_value=0, max_value=65_535), max_size=3),
     election_timeout_s=st.floats(min_value=0.5, max_value=600_000),
     cache_bytes=st.integers(min_value=1 << 20, max_value=1 << 44),
 )
 def test_any_configuration_that_is_rendered_is_read_back(
-    listen, join, election_timeout_s, cache_bytes
+    directory, ports, election_timeout_s, cache_bytes
 ):
     base = NodeConfig()
+    join = [f"[::1]:{port}" for port in ports]
     wanted = NodeConfig(
-        node=msgspec.structs.replace(base.node, listen=listen, join=tuple(join)),
+        node=msgspec.structs.replace(base.node, dir=directory, join=tuple(join)),
         raft=msgspec.structs.replace(base.raft, election_timeout_s=election_timeout_s),
         storage=msgspec.structs.replace(base.storage, cache_bytes=cache_bytes),
     )

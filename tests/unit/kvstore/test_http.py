@@ -194,8 +194,14 @@ async def test_a_timeout_is_handed_to_the_client(http, database):
     assert database.timeouts == [0.25, 30.0]
 
 
+async def test_a_read_has_the_requests_timeout_and_not_the_clients(http, database):
+    assert (await http.get("/v1/kv/a?timeout=20s")).status == 200
+    assert (await http.get("/v1/kv/a")).status == 200
+    assert database.timeouts == [20.0, 30.0]
+
+
 async def test_a_read_that_takes_too_long_is_a_typed_timeout(http, database, monkeypatch):
-    async def never(key):
+    async def never(key, *, timeout):
         await asyncio.get_running_loop().create_future()
 
     monkeypatch.setattr(database, "get_entry", never)
@@ -368,6 +374,22 @@ async def test_errors_carry_what_the_caller_may_do(http, database, error, status
     assert body["code"] == error.code
     assert body["retryable"] is error.retryable
     assert body["maybe_committed"] is error.maybe_committed
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/scan", 404, "unknown_path"),
+        ("POST", "/v1/kv/a", 405, "method_not_allowed"),
+        ("DELETE", "/", 405, "method_not_allowed"),
+    ],
+)
+async def test_a_path_or_method_that_does_not_exist_is_a_typed_refusal(
+    http, method, path, status, code
+):
+    response = await http.request(method, path)
+    assert await refusal(response) == (status, code)
+    assert ("Allow" in response.headers) == (status == 405)
 
 
 async def test_an_error_has_its_fields_as_details(http, database):

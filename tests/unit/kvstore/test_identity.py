@@ -7,7 +7,7 @@ import pytest
 
 from kvstore import identity
 from kvstore.bootstrap import META_RANGE_ID, mint_cluster_id, plan
-from kvstore.errors import DataDirectoryError
+from kvstore.errors import DataDirectoryError, VersionMismatch
 from txn import keycode, mvcc
 from txn.state import decode_range_row
 
@@ -43,7 +43,7 @@ def test_a_damaged_identity_is_refused(text):
 def test_a_newer_format_is_refused_and_says_so():
     data = identity.encode_identity(identity.identity_of(requests()[0]))
     newer = data.replace(b"format = 1", b"format = 2")
-    with pytest.raises(DataDirectoryError, match="use a newer version"):
+    with pytest.raises(VersionMismatch, match="has format 2, this version of Kvorum reads 1"):
         identity.decode_identity(newer)
 
 

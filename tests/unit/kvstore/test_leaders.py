@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -41,10 +42,10 @@ class Host:
         self.transfers.append((group, to))
 
 
-def leader(host: Host, *, up: bool = True) -> Node:
+def leader(host: Host, *, up: bool = True) -> Any:
     """A node that leads RANGE, which prefers the other one."""
     clock = SimpleNamespace(monotonic=lambda: NOW)
-    node = Node("d", "a:1", "", NodeConfig(), SimpleNamespace(clock=clock))
+    node: Any = Node("d", "a:1", "", NodeConfig(), cast("Any", SimpleNamespace(clock=clock)))
     replica = SimpleNamespace(
         range_id=RANGE,
         evaluator=object(),

@@ -20,7 +20,9 @@ def as_before() -> Iterator[None]:
     """Logging is of the whole process: give it back as it was."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    chain = logs._chain[:]
     yield
+    logs._chain[:] = chain
     structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -128,6 +130,27 @@ def test_a_second_set_up_replaces_the_first_even_for_loggers_that_exist():
     log.info("two")
     assert [record["event"] for record in objects(first)] == ["one"]
     assert [record["event"] for record in objects(second)] == ["two"]
+
+
+def test_a_modules_logger_follows_set_up_and_needs_nothing_else():
+    log = logs.logger("kvstore.node")
+    stream = io.StringIO()
+    logs.set_up("info", "json", stream)
+    log.bind(node=3).info("ready", ranges=5)
+    log.debug("too little")
+    (record,) = objects(stream)
+    assert (record["event"], record["node"], record["ranges"]) == ("ready", 3, 5)
+    assert record["logger"] == "kvstore.node"
+
+
+def test_before_set_up_a_module_logs_as_the_standard_library_does(caplog, capsys):
+    log = logs.logger("kvstore.node")
+    log.info("nobody asked")
+    with caplog.at_level(logging.INFO, "kvstore"):
+        log.info("ready", ranges=5)
+    (record,) = caplog.records
+    assert (record.getMessage(), record.ranges) == ("ready", 5)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_importing_the_module_sets_nothing_up():

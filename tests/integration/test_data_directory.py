@@ -1,0 +1,120 @@
+"""Claims: a data directory that is not whole (identity, log or rows gone, a format of tomorrow, records rotten) is refused
+with a typed error and left as it is; a range whose vote may be forgotten is not begun anew."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from kvstore.config import NodeConfig, RaftSection
+from kvstore.embedded import ADDRESS, EmbeddedAdapters
+from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
+from kvstore.node import Node
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK_BYTES = 4096
+
+
+@pytest.fixture
+async def data(tmp_path):
+    """A directory in which some rows were written and the node was stopped."""
+    async with kvstore.open(tmp_path / "data") as db:
+        for number in range(40):
+            await db.put(b"k%d" % number, b"v")
+    return tmp_path / "data"
+
+
+async def refusal(directory) -> KVError:
+    """What opening ends in; the second time as the first, so nothing was changed by it."""
+    found = []
+    for _ in range(2):
+        with pytest.raises(KVError) as caught:
+            await kvstore.open(directory)
+        found.append((type(caught.value), str(caught.value)))
+    assert found[0] == found[1]
+    return caught.value
+
+
+async def test_without_its_identity_a_directory_is_not_taken_for_an_empty_one(data):
+    kept = (data / "node.toml").rename(data.parent / "kept.toml")
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "holds a log but no node.toml" in str(error)
+    kept.rename(data / "node.toml")
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k1") == b"v"
+
+
+async def test_what_an_unfinished_initialisation_left_is_no_obstacle(tmp_path):
+    (tmp_path / "rocks").mkdir()
+    (tmp_path / "rocks" / "000004.log").write_bytes(b"x")
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+
+
+async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data):
+    kept = (data / "rocks").rename(data.parent / "rocks")
+    error = await refusal(data)
+    assert isinstance(error, CorruptionError)
+    assert "the log has ranges [1, 2, 3] of which the engine has no rows" in str(error)
+    shutil.rmtree(data / "rocks")
+    kept.rename(data / "rocks")
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k1") == b"v"
+
+
+async def test_without_its_log_a_node_does_not_start(data):
+    shutil.rmtree(data / "wal")
+    assert isinstance(await refusal(data), CorruptionError)
+
+
+async def test_a_newer_format_is_a_version_mismatch(data):
+    file = data / "node.toml"
+    file.write_text(file.read_text().replace("format = 1", "format = 2"))
+    assert isinstance(await refusal(data), VersionMismatch)
+
+
+async def test_a_path_that_cannot_be_a_directory_says_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    error = await refusal(tmp_path / "file")
+    assert isinstance(error, DataDirectoryError)
+    assert "name another --dir" in str(error)
+
+
+async def test_a_range_of_which_the_rotten_log_says_nothing_is_not_begun_anew(data):
+    """The system's last range wrote nothing but its beginning: with that gone, nobody knows how it voted."""
+    (segment,) = sorted((data / "wal").glob("*.log"))
+    image = bytearray(segment.read_bytes())
+    used = [start for start in range(0, len(image), BLOCK_BYTES) if any(image[start : start + 64])]
+    assert len(used) > 20
+    for start in used[: len(used) // 2]:
+        image[start + 8] ^= 0xFF  # every batch header of the first half
+    segment.write_bytes(image)
+
+    config = NodeConfig(raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05))
+    node = Node(str(data), ADDRESS, "", config, EmbeddedAdapters(config))
+    try:
+        await node.start()
+        assert node.host is not None
+        assert 3 in node.host.refused
+        assert 3 not in node.host.groups()
+        assert "vote" in node.host.refused[3]
+    finally:
+        await node.stop(drain=False)
+
+
+def test_a_program_that_opens_a_store_prints_what_it_prints_and_nothing_else(tmp_path):
+    program = (
+        "import kvstore\n"
+        f"with kvstore.Client.open({str(tmp_path / 'data')!r}) as db:\n"
+        "    db.put(b'a', b'1'); print(db.get(b'a'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("b'1'\n", "")
