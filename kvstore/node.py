@@ -48,6 +48,7 @@ CLIENT_PATH: Final = "/v1/stream"
 FLUSH_CHECK_S: Final = 0.5
 BALANCE_S: Final = 1.0
 DRAIN_S: Final = 2.0
+DRAIN_TERMS_MAX: Final = 3
 CAUGHT_UP_ENTRIES: Final = 64
 
 log = logs.logger("kvstore.node")
@@ -477,15 +478,22 @@ class Node:
             pass  # the next round looks again
 
     async def _drain(self) -> None:
-        """Leadership goes to others while we are still here to help them."""
+        """Leadership goes to others while we are still here to help them.
+
+        A range that keeps coming back is kept: the others are stopping too, and it would go to and fro until time is up.
+        """
         assert self.host is not None
         assert self.store is not None
         assert self.peers is not None
         up = {each["node"] for each in self.peers.status() if each["up"]}
         until = self.adapters.clock.monotonic() + DRAIN_S
+        terms: dict[int, dict[int, None]] = {}  # range -> terms in which it is handed over
         while self.adapters.clock.monotonic() < until:
             led = [each for each in self.store.replicas.values() if each.evaluator is not None]
             led = [each for each in led if any(n in up for _, n in each.membership.nodes)]
+            for each in led:
+                terms.setdefault(each.range_id, {})[self.host.raft(each.range_id).term] = None
+            led = [each for each in led if len(terms[each.range_id]) <= DRAIN_TERMS_MAX]
             if not led:
                 return
             for replica in led:

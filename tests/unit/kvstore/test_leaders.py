@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from kvstore.config import NodeConfig
-from kvstore.node import CAUGHT_UP_ENTRIES, Node
+from kvstore.node import CAUGHT_UP_ENTRIES, DRAIN_TERMS_MAX, Node
 from replication.errors import ProposalDropped
 from replication.progress import NEVER, Progress
 
@@ -27,13 +27,15 @@ class Host:
         self.peer = Progress(last + 1)
         self.peer.match, self.peer.acked_sent_at = match, answered_at
         self.last = last
+        self.term = 3
         self.transfers: list[tuple[int, int]] = []
         self.busy = False
 
     def raft(self, group: int) -> SimpleNamespace:
         assert group == RANGE
         return SimpleNamespace(
-            status=lambda: {"last": self.last, "peers": {THEIRS: self.peer.status()}}
+            term=self.term,
+            status=lambda: {"last": self.last, "peers": {THEIRS: self.peer.status()}},
         )
 
     def transfer_leadership(self, group: int, to: int) -> None:
@@ -97,3 +99,16 @@ async def test_a_draining_node_hands_over_to_who_answers(silent_s, handed):
     await asyncio.sleep(0)
     draining.cancel()
     assert host.transfers == ([(RANGE, THEIRS)] if handed else [])
+
+
+async def test_a_range_that_is_handed_back_by_another_draining_node_stays():
+    """Nodes that stop together would else hand it to and fro, an election each time, until their time is up."""
+    host = Host(5, 5, NOW)
+    node = leader(host)
+    draining = asyncio.ensure_future(node._drain())
+    await asyncio.sleep(0)
+    for _ in range(9):  # handed over, and back
+        host.term += 2
+        await asyncio.sleep(0.06)
+    await draining
+    assert len(host.transfers) == DRAIN_TERMS_MAX
