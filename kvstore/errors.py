@@ -320,9 +320,9 @@ class NotLeader(KVError):
     def __init__(
         self, range_id: int = 0, node: int = 0, address: str = "", message: str = ""
     ) -> None:
-        super().__init__(
-            message or f"not the leader of range {range_id}; the leader is node {node or 'unknown'}"
-        )
+        which = f"range {range_id}" if range_id else "the range"
+        who = f"the leader is node {node}" if node else "no leader is known"
+        super().__init__(message or f"not the leader of {which}; {who}")
         self.range_id = range_id
         self.node = node
         self.address = address

@@ -6,6 +6,7 @@ command line that cannot be understood exits 2; `status` exits 0, 10 (degraded) 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,15 @@ from kvstore import bootstrap
 from kvstore.adapters import http_client
 from kvstore.cli import data, health, views
 from kvstore.cli.init import initialize
-from kvstore.cli.output import EXIT_INTERRUPTED, Format, Notation, console, fail, print_json
+from kvstore.cli.output import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    Format,
+    Notation,
+    console,
+    fail,
+    print_json,
+)
 from kvstore.cli.shape import ADMIN_OPTIONS, hoisting
 from kvstore.errors import KVError
 from kvstore.quantities import parse_duration
@@ -65,6 +74,11 @@ def guarded(work: Callable[[], T]) -> T:
         return work()
     except KVError as error:
         fail(error)
+    except (
+        BrokenPipeError
+    ):  # `| head` has what it wanted; the interpreter's own flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_ERROR) from None
     except (OSError, EOFError) as error:
         fail(KVError(str(error), code="io_error"))
     except KeyboardInterrupt:

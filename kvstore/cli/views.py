@@ -81,6 +81,8 @@ def _tolerance(health: Health) -> str:
     if health.fault_tolerance < 0:
         return "parts of the key space cannot be read or written now"
     count = health.fault_tolerance
+    if count == 0:
+        return "every key is served now, and no longer if one more node fails"
     return f"{count} node{'' if count == 1 else 's'} may fail and every key is still served"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -290,6 +292,20 @@ def test_an_export_is_imported_again(kvctl, database, tmp_path):
     done = kvctl("import", str(file))
     assert done.stderr == "2 rows imported\n"
     assert database.plain() == before
+
+
+def test_a_reader_that_went_away_is_no_news(tmp_path):
+    """As with `kvctl export | head -1`."""
+    program = (
+        "from kvstore.cli import admin\n"
+        "def work():\n    raise BrokenPipeError(32, 'Broken pipe')\n"
+        "try:\n    admin.guarded(work)\nexcept BaseException as error:\n    print('lost', error.exit_code, flush=True)\n"
+        "    raise SystemExit(error.exit_code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_an_import_of_many_rows_goes_in_batches(kvctl, database, tmp_path):

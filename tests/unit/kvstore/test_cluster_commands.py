@@ -63,6 +63,7 @@ def test_a_cluster_with_all_nodes_and_leaders_is_ok():
 def test_a_node_that_is_down_degrades_it():
     found = health.assess(three("leader", "follower", "follower", down=[3]))
     assert (found.verdict, found.fault_tolerance) == ("degraded", 0)
+    assert "no longer if one more node fails" in views._tolerance(found)
     assert found.ranges[0].problem == "under-replicated"
     assert found.problems == ["h:3 is unreachable", "1 range under-replicated: 1"]
     assert found.nodes[2].node_id == 3  # the others name it
