@@ -160,6 +160,7 @@ _GROUPS: Final[
     "wal": "Of the log",
     "engine": "Of the storage engine",
     "host": "Of the replication host",
+    "raft": "Of the replicas here",
     "peers": "Of the connections to other nodes",
     "requests": "Of the requests of clients",
     "transactions": "Of the transactions in progress",

@@ -32,6 +32,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "ranges": [_range(node, replica) for replica in store.replicas.values()],
         "engine": {**engine.stats(), "flushes_total": node.flushes},
         "host": figures,
+        "raft": {"leaderships_begun_total": store.leaderships_begun},
         "requests": {**store.counters, "open": store.open_requests},
         "connections": {
             "open": len(node.connections.open),

@@ -119,6 +119,7 @@ class Store:
             "read_index_rounds": 0,
             "oracle_rounds": 0,
         }
+        self.leaderships_begun = 0
         self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
         self.on_turn_end: Callable[[], None] = lambda: None
@@ -417,6 +418,7 @@ class Store:
             if group == META_RANGE_ID:
                 self._oracle_client.stop_term()
         if is_leader:
+            self.leaderships_begun += 1
             replica.term_started = False
             replica.evaluator = Evaluator(
                 replica.state, self.engine, replica.output, self.limits, term

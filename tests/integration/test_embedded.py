@@ -3,12 +3,19 @@ a second user of its directory, and refuses a directory that is not its own, wit
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 import kvstore
 from kvstore import errors
+from kvstore.bootstrap import mint_cluster_id, plan
+from kvstore.client import Database
 from kvstore.config import NodeConfig
+from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.identity import FILE_NAME
+from kvstore.metrics import NodeMetrics
+from kvstore.node import Node
 
 
 async def test_what_was_written_is_there_after_reopening(tmp_path):
@@ -122,3 +129,19 @@ async def test_many_large_values_are_read_in_several_answers(tmp_path):
             await db.put(key, key * 500_000)
         found = await db.get_many(keys)
         assert found == {key: key * 500_000 for key in keys}
+
+
+async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):
+    config = NodeConfig()
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    cluster = mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], [])
+    await node.initialize(plan(cluster, [ADDRESS])[0])
+    database = Database(node.adapters.network, [ADDRESS], node.adapters.clock, random.Random(1))
+    await database.start()
+    await database.put(b"a", b"1")
+    registry = NodeMetrics(node.status, "0").registry
+    assert node.status()["raft"] == {"leaderships_begun_total": 3}  # of three ranges, one each
+    assert registry.get_sample_value("kvorum_raft_leaderships_begun_total") == 3
+    await database.close()
+    await node.stop(drain=False)
