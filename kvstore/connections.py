@@ -64,6 +64,7 @@ class Connections:
         self.dirty: list[ClientConnection] = []
         self.open: dict[int, ClientConnection] = {}
         self.cut_off = 0
+        self.malformed = 0  # streams of any kind that ended because of what was sent on them
 
     def add(self, store: Store, stream: Stream) -> None:
         connection = ClientConnection(self, store, stream)

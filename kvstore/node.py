@@ -354,13 +354,19 @@ class Node:
 
     async def _on_pipe(self, path: str, pipe: FramePipe) -> None:
         kind = {CLIENT_PATH: "client", PEER_PATH: "peer", SNAPSHOT_PATH: "snapshot"}[path]
-        stream = await accept(
-            pipe,
-            Hello(cluster=self.cluster_id, node=self.node_id, kind="node", address=self.address),
-            limits=self._link_limits,
-            check=self._check(kind),
-            monotonic=self.adapters.clock.monotonic,
-        )
+        try:
+            stream = await accept(
+                pipe,
+                Hello(
+                    cluster=self.cluster_id, node=self.node_id, kind="node", address=self.address
+                ),
+                limits=self._link_limits,
+                check=self._check(kind),
+                monotonic=self.adapters.clock.monotonic,
+            )
+        except FrameError as error:
+            self._malformed(kind, error)
+            raise
         self._streams[id(stream)] = stream
         try:
             if self.store is None or self.state == "stopped":
@@ -371,10 +377,17 @@ class Node:
                 assert self.peers is not None
                 self.peers.heard_from(stream.peer.node)
                 stream.on_message = self._receiver(kind, stream.peer.node)
-            await stream.wait_closed()
+            ended = await stream.wait_closed()
+            if isinstance(ended, FrameError):
+                self._malformed(kind, ended)
         finally:
             stream.abort()
             self._streams.pop(id(stream), None)
+
+    def _malformed(self, kind: str, error: FrameError) -> None:
+        """Somebody does not speak our protocol: his connection ends, and the operator can see it."""
+        self.connections.malformed += 1
+        log.warning("malformed", kind=kind, error=str(error))
 
     def _receiver(self, kind: str, node: int) -> Callable[[bytes], None]:
         host = self.host

@@ -37,6 +37,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "connections": {
             "open": len(node.connections.open),
             "cut_off_total": node.connections.cut_off,
+            "malformed_total": node.connections.malformed,
         },
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),

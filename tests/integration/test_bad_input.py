@@ -113,9 +113,26 @@ async def test_somebody_who_is_no_member_gets_no_peer_stream(tmp_path):
     ],
 )
 async def test_a_malformed_message_ends_its_stream_and_nothing_else(tmp_path, payload):
-    async with one_node(tmp_path) as (node, _):
+    async with one_node(tmp_path) as (node, db):
         ended = await ask(node, payload)
         assert isinstance(ended, Exception)
+        await db.get(b"before")
+        assert node.status()["connections"]["malformed_total"] == 1
+
+
+async def until_it_ends(pipe):
+    while True:
+        await pipe.receive()
+
+
+async def test_a_malformed_handshake_ends_its_connection_and_is_counted(tmp_path):
+    async with one_node(tmp_path) as (node, db):
+        pipe = await node.adapters.network.dial(ADDRESS, CLIENT_PATH, 1.0)
+        await pipe.send(b"rubbish")
+        with pytest.raises(errors.PipeClosed):
+            await until_it_ends(pipe)
+        await db.get(b"before")
+        assert node.status()["connections"]["malformed_total"] == 1
 
 
 async def test_a_prepare_for_a_key_that_the_range_does_not_hold_is_refused(tmp_path):
