@@ -232,11 +232,13 @@ class SimCluster:
 
     # -- clients
 
-    async def client(self, name: str, timeout_s: float = 5.0) -> Client:
-        """A new client process; its database is started, or tries to (each call then fails until it is)."""
+    async def client(
+        self, name: str, timeout_s: float = 5.0, process: Process | None = None
+    ) -> Client:
+        """A new client, in a process of its own unless one is given; returns when its database is started."""
         self._clients_made += 1
         unique = f"{name}.{self._clients_made}"
-        process = Process(unique)
+        process = process or Process(unique)
         machine = Machine(unique, random.Random(f"{self.seed}/{unique}"), self.trace)
         machine.boot(process)
         host = self.network.host(unique)

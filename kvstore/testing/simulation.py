@@ -1,0 +1,261 @@
+"""`@simulate`: a test plays on many seeds of a simulated cluster, and the first seed that fails can be played again alone.
+
+    @simulate(seeds=100)
+    async def test_transfers_keep_the_sum(cluster, db): ...
+
+An argument named `cluster` gets a SimCluster, one named `db` its client; whatever else a test takes stays the business of
+pytest (fixtures, parametrize). What comes out is a plain function: no plugin for asyncio is needed, and none interferes.
+The test runs as a client process of the simulation, while random faults come and, after a while, end. Each seed has a
+cluster and an event loop of its own. A test fails with its own exception, to which a note is added: the seed, the command
+that plays it again, and what had been done to the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import unittest
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, TracebackType
+from typing import Any, Final, overload
+
+import structlog
+
+from kvstore.adapters.real_world import kept_out
+from kvstore.sim import cluster as internal
+from kvstore.sim import loop as simulated
+from kvstore.sim.loop import SimError, SimTimeout
+from kvstore.sim.process import Process, ProcessDied
+from kvstore.testing import seeds as wishes
+from kvstore.testing.simulated_cluster import (
+    CALL_TIMEOUT_S,
+    RUN,
+    TEST,
+    Run,
+    SimCluster,
+    check_faults,
+)
+
+Test = Callable[..., Coroutine[Any, Any, None]]
+Played = Callable[..., None]
+
+SEEDS: Final = 100
+TIMEOUT_S: Final = 120.0
+CLUSTER, DB = "cluster", "db"  # the arguments that are ours
+FRAMES_MAX: Final = 20
+
+
+class SimulationFailed(AssertionError):
+    """The test passed, but something else in its simulation did not: the message says what."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """As the arguments of `simulate`."""
+
+    seeds: int | tuple[int, ...] = SEEDS
+    faults: bool | tuple[str, ...] = True
+    nodes: int = 3
+    splits: tuple[bytes, ...] = internal.SPLITS
+    call_timeout_s: float = CALL_TIMEOUT_S
+    timeout_s: float = TIMEOUT_S
+
+
+@overload
+def simulate(test: Test, /) -> Played: ...
+@overload
+def simulate(
+    *,
+    seeds: int | Sequence[int] = SEEDS,
+    faults: bool | Sequence[str] = True,
+    nodes: int = 3,
+    splits: Sequence[bytes] = internal.SPLITS,
+    call_timeout_s: float = CALL_TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S,
+) -> Callable[[Test], Played]: ...
+def simulate(
+    test: Test | None = None,
+    /,
+    *,
+    seeds: int | Sequence[int] = SEEDS,
+    faults: bool | Sequence[str] = True,
+    nodes: int = 3,
+    splits: Sequence[bytes] = internal.SPLITS,
+    call_timeout_s: float = CALL_TIMEOUT_S,
+    timeout_s: float = TIMEOUT_S,
+) -> Played | Callable[[Test], Played]:
+    """Play an `async def` test on many seeds; `@simulate` alone takes every default.
+
+    Args:
+        seeds: 1 to so many, or exactly these. pytest's --kvorum-seeds N and --kvorum-seed N go over it, and so do the
+        environment variables KVORUM_SEEDS and KVORUM_SEED.
+        faults: True: each seed draws its kinds; False: none; or these kinds (kvstore.testing.FAULTS). They end after at
+        most 10 virtual seconds; `await cluster.recover()` ends them before.
+        nodes, splits, call_timeout_s: of the cluster, as in SimCluster.
+        timeout_s: virtual seconds that one seed may take.
+
+    Raises, from the test: what the test raises; SimTimeout; SimulationFailed.
+    """
+    options = Options(
+        seeds if isinstance(seeds, int) else tuple(seeds),
+        faults if isinstance(faults, bool) else tuple(faults),
+        nodes,
+        tuple(splits),
+        call_timeout_s,
+        timeout_s,
+    )
+    if not isinstance(options.faults, bool):
+        check_faults(options.faults)
+    if test is None:
+        return lambda given: _decorated(given, options)
+    return _decorated(test, options)
+
+
+def _decorated(test: Test, options: Options) -> Played:
+    if not inspect.iscoroutinefunction(inspect.unwrap(test)):
+        raise TypeError(f"@simulate is for `async def`, which {test!r} is not")
+    signature = inspect.signature(test)
+    ours = [name for name in (CLUSTER, DB) if name in signature.parameters]
+
+    @functools.wraps(test)
+    def played(*args: Any, **kwargs: Any) -> None:
+        __tracebackhide__ = True
+        for seed in wishes.chosen(options.seeds):
+            error = _play(seed, options, ours, test, args, kwargs)
+            if error is not None:
+                raise error.with_traceback(_of_the_test(error, inspect.unwrap(test).__code__))
+
+    theirs = [each for name, each in signature.parameters.items() if name not in ours]
+    played.__signature__ = signature.replace(parameters=theirs)  # type: ignore[attr-defined]
+    return played
+
+
+def _play(
+    seed: int, options: Options, ours: list[str], test: Test, args: Any, kwargs: Any
+) -> BaseException | None:
+    """One seed. Returns what it failed with, with its note."""
+    run = Run(seed)
+    try:
+        with _quiet_nodes(), kept_out(f"user/{seed}", SimError):
+            simulated.run(lambda _loop: _played(run, options, ours, test, args, kwargs), seed)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the caller raises it
+        if not _is_skip(error):
+            error.add_note(_note(run))
+        return error
+    return None
+
+
+async def _played(
+    run: Run, options: Options, ours: list[str], test: Test, args: Any, kwargs: Any
+) -> None:
+    RUN.set(run)
+    process = Process(TEST)
+    given = dict(kwargs)
+    cluster: SimCluster | None = None
+    if ours:
+        cluster = SimCluster(
+            nodes=options.nodes, splits=options.splits, call_timeout_s=options.call_timeout_s
+        )
+        await cluster.start()
+        if CLUSTER in ours:
+            given[CLUSTER] = cluster
+    stack: list[Coroutine[Any, Any, None]] = []
+
+    async def whole() -> None:
+        if cluster is not None:
+            db = await cluster.connect(TEST)
+            if DB in ours:
+                given[DB] = db
+            if options.faults:
+                kinds = options.faults if isinstance(options.faults, tuple) else ()
+                cluster.begin_chaos(kinds)
+        stack.append(test(*args, **given))
+        await stack[0]
+
+    try:
+        async with asyncio.timeout(options.timeout_s) as limit:
+            await process.call(whole())
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        at = "".join(f"\n    {line}" for line in _waiting_at(stack[0] if stack else None))
+        limit_s = options.timeout_s
+        raise SimTimeout(
+            f"no end within {limit_s:g} virtual seconds; the test waits at{at}"
+        ) from None
+    except ProcessDied:
+        raise SimulationFailed("the process of the test was killed") from None
+    _judge(run)
+
+
+def _judge(run: Run) -> None:
+    for cluster in run.clusters:
+        for failure in cluster.failures():
+            failure.add_note(
+                "raised in a process that `cluster.spawn` started and nobody waited for"
+            )
+            raise failure
+        if cluster.problems:
+            text = "\n".join(cluster.problems)
+            raise SimulationFailed(f"the test passed, but in its simulated cluster:\n{text}")
+
+
+# --- what a failure says --------------------------------------------------------------------------
+
+
+def _note(run: Run) -> str:
+    lines = [
+        f"Kvorum: seed {run.seed} fails. To play it again, alone:",
+        f"    {wishes.replay_line(run.seed)}",
+    ]
+    for cluster in run.clusters:
+        story = cluster.story()
+        lines.append(
+            "What was done to the cluster:" if story else "Nothing was done to the cluster."
+        )
+        lines += [f"    {event}" for event in story]
+        for problem in cluster.problems:
+            lines.append(f"Besides, in the cluster: {problem}")
+    return "\n".join(lines)
+
+
+def _of_the_test(error: BaseException, code: CodeType) -> TracebackType | None:
+    """The traceback from the test on, without the way to it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not code:
+        trace = trace.tb_next
+    return trace or error.__traceback__
+
+
+def _waiting_at(coro: Any) -> list[str]:
+    """Where a coroutine is suspended, outermost first."""
+    lines: list[str] = []
+    while coro is not None and len(lines) < FRAMES_MAX:
+        frame = getattr(coro, "cr_frame", None)
+        if frame is None:
+            break
+        name = frame.f_code.co_qualname
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {name}")
+        coro = coro.cr_await
+    return lines
+
+
+def _is_skip(error: BaseException) -> bool:
+    return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"  # pytest's
+
+
+@contextmanager
+def _quiet_nodes() -> Iterator[None]:
+    """Simulated nodes log to nobody, unless structlog has been configured: then its owner decides."""
+    if structlog.is_configured():
+        yield
+        return
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
