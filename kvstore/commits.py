@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
@@ -194,12 +195,14 @@ class Committer:
         age: int = 0,
         priority: int = 0,
         first: tuple[Call, Answer] | None = None,
+        on_rename: Callable[[bytes], None] | None = None,
     ) -> Done:
         """Commit once, or raise.
 
         Args: patient: conflicts are tried again under a new id. renames: an attempt that nobody refused because of its
         content (its ranges changed, or it was given up) may be tried again under a new id. txn_id: of the first
-        attempt, if it has one already. first: its only Prepare and the answer, if that has been sent.
+        attempt, if it has one already. first: its only Prepare and the answer, if that has been sent. on_rename: is told
+        every id that is taken here, before anything is sent under it: the last one is what to ask the outcome of.
         Raises: Conflict, CompareFailed, InvalidArgument, TransactionTooLarge, CommitUnknown, OutcomeExpired,
         DeadlineExceeded, Unavailable, Throttled.
         """
@@ -207,6 +210,8 @@ class Committer:
         while True:
             if not txn_id:
                 txn_id = self.txn_id(await self.begin_ts(deadline))
+                if on_rename is not None:
+                    on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
             parts = await self._cut(write_set, deadline)
             self.attempts += 1

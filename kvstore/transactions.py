@@ -384,9 +384,13 @@ class Transaction:
             txn_id=self._txn_id,
             age=self._age,
             priority=self._options.priority,
+            on_rename=self._renamed,
         )
         self._commit_version = done.version
         return done.txn_id
+
+    def _renamed(self, txn_id: bytes) -> None:
+        self._txn_id = txn_id
 
     async def rollback(self) -> None:
         """Give it up. Nothing has been sent, so nothing need be undone. May be called again."""

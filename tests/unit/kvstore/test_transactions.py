@@ -28,7 +28,7 @@ from kvstore.errors import (
 from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Outcome, Prepare, Read, Scan
-from txn.types import Write, WriteKind
+from txn.types import FenceReason, Write, WriteKind
 
 
 def now() -> float:
@@ -385,6 +385,24 @@ def test_a_lost_commit_is_learned_and_told_with_its_version():
             async with db.transaction(timeout=2.0) as tx:
                 tx.put(b"a", b"2")
         assert tx.commit_version is None
+
+    simulate(test)
+
+
+def test_the_id_of_an_unknown_commit_is_that_of_its_last_attempt():
+    """The first attempt was given up and is aborted for ever: an outcome asked by its id would say so of both."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.refuse(FenceReason.RECOVERY)
+        cluster.drop_replies(Prepare, times=100)
+        cluster.drop_replies(Outcome, times=100)
+        tx = db.transaction(timeout=2.0)
+        with pytest.raises(CommitUnknown):
+            async with tx:
+                tx.put(b"a", b"1")
+        attempts = list(dict.fromkeys(each.txn_id for each in cluster.of(Prepare)))
+        assert len(attempts) == 2
+        assert decode_token(tx.id) == (attempts[1], b"a")
 
     simulate(test)
 
