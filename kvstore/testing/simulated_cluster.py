@@ -43,9 +43,10 @@ FAULTS: Final = (
     "slow_path", "break", "flaky", "slow_disk", "sync_fails", "wall_jump", "drift", "flush", *CLIENT_FAULTS,
 )  # fmt: skip
 SHARE: Final = 0.4  # of the faults that a seed has, on average
-CHAOS_S: Final = 10.0  # random faults of a seed end after this, at the latest ...
+CHAOS_S: Final = 10.0  # a wave of random faults ends after this, at the latest ...
 CHAOS_FAULTS: Final = 25  # ... or after about so many
-FOREVER_S: Final = 1e9
+PEACE_S: Final = 5.0  # between two waves of them
+WAVES_MAX: Final = 1_000
 MEAN_S: Final = (0.01, 0.05, 0.3, 1.0)  # between two faults; short, for tests are
 HOLD_S: Final = (0.1, 0.5, 1.5, 3.0)  # how long a fault lasts, about
 DELAYS_S: Final = ((0.000_1, 0.001), (0.000_5, 0.005), (0.005, 0.05))  # of a frame
@@ -315,12 +316,12 @@ class SimCluster:
     async def chaos(
         self, *faults: str, mean_s: float = 0.0, hold_s: float = 0.0
     ) -> AsyncIterator[None]:
-        """Faults at random while the block runs; at its end, `recover`.
+        """Faults at random while the block runs, in waves with some seconds of peace between; at its end, `recover`.
 
         Args: faults: kinds, of FAULTS; those that the seed draws if there are none. mean_s: between two faults, hold_s: how
         long one lasts, both on average and virtual; as the seed draws it if 0.
         """
-        self.begin_chaos(faults, mean_s=mean_s, hold_s=hold_s, seconds=FOREVER_S)
+        self.begin_chaos(faults, mean_s=mean_s, hold_s=hold_s, waves=WAVES_MAX)
         try:
             yield
         finally:
@@ -332,24 +333,28 @@ class SimCluster:
         *,
         mean_s: float = 0.0,
         hold_s: float = 0.0,
-        seconds: float = 0.0,
+        waves: int = 1,
     ) -> None:
-        """Faults at random from now on, for about `seconds` (0: as the seed draws it, at most CHAOS_S), then `recover`."""
+        """The same from now on. A wave ends after at most CHAOS_S, with every fault of it, and PEACE_S later comes the next."""
         check_faults(faults)
-        draw = self._draw
-        drawn = [name for name in FAULTS if draw.random() < SHARE] or [draw.choice(FAULTS)]
-        kinds = list(faults) or drawn
-        mean_s = mean_s or draw.choice(MEAN_S)
-        hold_s = hold_s or draw.choice(HOLD_S)
-        harm = self._harm(kinds, mean_s, hold_s, seconds or min(CHAOS_S, mean_s * CHAOS_FAULTS))
+        harm = self._harm(faults, mean_s, hold_s, waves)
         self._chaos.append(outside(self._cluster().loop.create_task, harm))
 
-    async def _harm(self, kinds: list[str], mean_s: float, hold_s: float, seconds: float) -> None:
-        inner = self._cluster()
+    async def _harm(self, faults: Sequence[str], mean_s: float, hold_s: float, waves: int) -> None:
+        for _ in range(waves):
+            await self._wave(faults, mean_s, hold_s)
+            await asyncio.sleep(PEACE_S)
+
+    async def _wave(self, faults: Sequence[str], mean_s: float, hold_s: float) -> None:
+        inner, draw = self._cluster(), self._draw
+        drawn = [name for name in FAULTS if draw.random() < SHARE] or [draw.choice(FAULTS)]
+        kinds = faults or drawn
+        mean_s = mean_s or draw.choice(MEAN_S)
+        hold_s = hold_s or draw.choice(HOLD_S)
+        seconds = min(CHAOS_S, mean_s * CHAOS_FAULTS)
         of_clients = [name for name in kinds if name in CLIENT_FAULTS]
         of_nodes = [name for name in kinds if name not in CLIENT_FAULTS]
-        rng = random.Random(f"{inner.seed}/nemesis{len(self._nemeses)}")
-        nemesis = Nemesis(inner, rng, self._client_hosts)
+        nemesis = Nemesis(inner, random.Random(draw.getrandbits(64)), self._client_hosts)
         self._nemeses.append(nemesis)
         workers: asyncio.Task[None] | None = None
         if of_clients:
@@ -365,9 +370,10 @@ class SimCluster:
             if workers is not None:
                 workers.cancel()
         await nemesis.heal()
+        self._nemeses.remove(nemesis)
 
     async def _harm_workers(self, kinds: list[str], mean_s: float, hold_s: float) -> None:
-        rng = random.Random(f"{self._cluster().seed}/workers")
+        rng = random.Random(self._draw.getrandbits(64))
         while True:
             await asyncio.sleep(rng.expovariate(1 / mean_s))
             alive = [worker.name for worker in self._workers.values() if worker.running]
@@ -387,7 +393,8 @@ class SimCluster:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for nemesis in self._nemeses:
+        nemeses, self._nemeses = self._nemeses, []
+        for nemesis in nemeses:
             await nemesis.heal()
 
     # --- for who runs the test --------------------------------------------------------------------
