@@ -35,7 +35,11 @@ class LoopThread:
 
         self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # there are too many threads, or none are allowed
+            self._loop.close()
+            raise
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it there and wait. An interrupt (Ctrl-C) cancels it."""

@@ -42,7 +42,7 @@ REFUSED: Final[tuple[tuple[Any, str, str], ...]] = (
     (subprocess.Popen, "__init__", PROCESS_ADVICE),
 )
 
-OURS: Final = str(Path(__file__).resolve().parents[1])
+OURS: Final = str(Path(__file__).resolve().parents[1]) + os.sep
 INSTALLED: Final = tuple(
     dict.fromkeys(
         os.path.realpath(path) + os.sep
@@ -87,6 +87,8 @@ def _refused(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread or (of_tests and _is_installed(sys._getframe(1))):  # noqa: SLF001
             return real(*args, **kwargs)
+        if args and isinstance(args[0], socket.socket):
+            args[0].close()  # its owner expects an OSError, and would leave it open
         raise error(f"{title} has no place in a simulated test: {advice}")
 
     return refuse

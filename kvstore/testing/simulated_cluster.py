@@ -65,10 +65,17 @@ class Story(Trace):
         super().note(kind, *details)
         if kind in EVENTS:
             at = asyncio.get_running_loop().time() - self._began
-            self.lines.append(f"{at:9.4f} s  {kind} {' '.join(map(str, details))}".rstrip())
+            self.lines.append(f"{at:9.4f} s  {_told(kind, details)}")
             if len(self.lines) > EVENTS_KEPT:
                 self.lines.pop(0)
                 self.left_out += 1
+
+
+def _told(kind: str, details: tuple[object, ...]) -> str:
+    if kind == "crash" and len(details) == 3:
+        name, power, _batches_lost = details
+        return f"crash {name}, and its power" if power else f"crash {name}"
+    return f"{kind} {' '.join(map(str, details))}".rstrip()
 
 
 @dataclass

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 import logging
 import unittest
@@ -124,10 +125,11 @@ def _decorated(test: Test, options: Options) -> Played:
     @functools.wraps(test)
     def played(*args: Any, **kwargs: Any) -> None:
         __tracebackhide__ = True
-        for seed in wishes.chosen(options.seeds):
-            error = _play(seed, options, ours, test, args, kwargs)
-            if error is not None:
-                raise error.with_traceback(_of_the_test(error, inspect.unwrap(test).__code__))
+        with _small_heap():
+            for seed in wishes.chosen(options.seeds):
+                error = _play(seed, options, ours, test, args, kwargs)
+                if error is not None:
+                    raise error.with_traceback(_of_the_test(error, inspect.unwrap(test).__code__))
 
     theirs = [each for name, each in signature.parameters.items() if name not in ours]
     played.__signature__ = signature.replace(parameters=theirs)  # type: ignore[attr-defined]
@@ -146,6 +148,8 @@ def _play(
         if not _is_skip(error):
             error.add_note(_note(run))
         return error
+    finally:
+        gc.collect()  # now, and not in the middle of what comes later
     return None
 
 
@@ -179,6 +183,7 @@ async def _played(
     try:
         async with asyncio.timeout(options.timeout_s) as limit:
             await process.call(whole())
+        _judge(run)
     except TimeoutError:
         if not limit.expired():
             raise
@@ -188,8 +193,12 @@ async def _played(
             f"no end within {limit_s:g} virtual seconds; the test waits at{at}"
         ) from None
     except ProcessDied:
+        if not process.dead:
+            raise
         raise SimulationFailed("the process of the test was killed") from None
-    _judge(run)
+    finally:
+        # what tasks of dead processes have failed with is of no interest when they are taken away
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
 
 def _judge(run: Run) -> None:
@@ -224,7 +233,9 @@ def _note(run: Run) -> str:
 
 
 def _of_the_test(error: BaseException, code: CodeType) -> TracebackType | None:
-    """The traceback from the test on, without the way to it."""
+    """The traceback from the test on, without the way to it; none of what was raised here about the test."""
+    if isinstance(error, SimTimeout | SimulationFailed):
+        return None
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code is not code:
         trace = trace.tb_next
@@ -246,6 +257,16 @@ def _waiting_at(coro: Any) -> list[str]:
 
 def _is_skip(error: BaseException) -> bool:
     return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"  # pytest's
+
+
+@contextmanager
+def _small_heap() -> Iterator[None]:
+    """Each seed collects garbage at its end: what was there before (all of pytest) need not be looked at each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -55,11 +55,11 @@ def test_the_buggy_shop_is_caught_and_its_seed_plays_again_alone(tmp_path):
     write(tmp_path, 0)
     found = play(tmp_path, "test_shop.py")
     assert found.returncode == 1, found.stdout + found.stderr
-    test, seed = REPLAY.search(found.stdout).groups()
+    [(test, seed)] = REPLAY.findall(found.stdout)
     assert 1 <= int(seed) <= 100
     assert "assert sum(sold) == 5" in found.stdout
     again = play(tmp_path, test, "--kvorum-seed", seed)
-    assert REPLAY.search(again.stdout).groups() == (test, seed)
+    assert REPLAY.findall(again.stdout) == [(test, seed)]
     story = found.stdout[found.stdout.index("Kvorum: seed") : found.stdout.index("test_shop.py:")]
     assert story in again.stdout
 

@@ -1,0 +1,414 @@
+"""Claims of `@simulate`: one seed is one run, the first that fails is named and plays again alone, the test runs as a process
+beside real faults, other arguments stay pytest's, and what the real world has is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+import traceback
+import unittest
+import uuid
+
+import pytest
+from _pytest.outcomes import Skipped
+
+from kvstore import Client, Database
+from kvstore.sim.loop import SimError, SimTimeout
+from kvstore.sim.process import PROCESS
+from kvstore.testing import FAULTS, SimCluster, SimulationFailed, seeds, simulate
+from kvstore.testing.seeds import Wish, chosen, replay_line
+
+
+@pytest.fixture(autouse=True)
+def _no_wishes(monkeypatch):
+    """What this run of pytest was told is not for these tests."""
+    monkeypatch.setattr(seeds, "command_lines", [])
+    monkeypatch.delenv("KVORUM_SEED", raising=False)
+    monkeypatch.delenv("KVORUM_SEEDS", raising=False)
+
+
+@pytest.fixture
+def number() -> int:
+    return 5
+
+
+def note_of(error: BaseException) -> str:
+    return "\n".join(error.__notes__)
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+
+
+def test_it_stops_at_the_first_seed_that_fails_and_names_it():
+    played: list[int] = []
+
+    @simulate(seeds=10, faults=False)
+    async def fails(cluster: SimCluster) -> None:
+        played.append(cluster.seed)
+        assert cluster.seed < 4
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    assert played == [1, 2, 3, 4]
+    note = note_of(caught.value)
+    assert "seed 4 fails" in note
+    assert "::test_it_stops_at_the_first_seed_that_fails_and_names_it --kvorum-seed 4" in note
+
+
+def test_the_traceback_begins_in_the_test():
+    @simulate(seeds=1, faults=False)
+    async def fails(db: Database) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        fails()
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert frames[-1] == "fails"
+    assert len(frames) == 3  # this test, the decorator, the test
+
+
+def test_the_command_line_goes_over_the_environment_and_that_over_the_test(monkeypatch):
+    assert chosen(3, {}) == [1, 2, 3]
+    assert chosen((7, 3), {"KVORUM_SEEDS": "2"}) == [7, 3]
+    assert chosen(3, {"KVORUM_SEEDS": "2"}) == [1, 2]
+    assert chosen((7, 3), {"KVORUM_SEEDS": "2", "KVORUM_SEED": "9"}) == [9]
+    monkeypatch.setattr(seeds, "command_lines", [Wish(seed=4), Wish(seeds=1)])
+    assert chosen(3, {"KVORUM_SEEDS": "2"}) == [1]
+    monkeypatch.setattr(seeds, "command_lines", [Wish(seed=4)])
+    assert chosen(3, {"KVORUM_SEED": "9"}) == [4]
+    monkeypatch.setattr(seeds, "command_lines", [])
+    for wrong in ({"KVORUM_SEED": "x"}, {"KVORUM_SEEDS": "0"}):
+        with pytest.raises(ValueError, match="seeds|number"):
+            chosen(3, wrong)
+
+
+def test_without_pytest_the_environment_plays_a_seed_again():
+    assert replay_line(4, {}) == "set KVORUM_SEED=4 and run the same again"
+    line = replay_line(4, {"PYTEST_CURRENT_TEST": "a/test_b.py::test_c[x y] (call)"})
+    assert line == "pytest 'a/test_b.py::test_c[x y]' --kvorum-seed 4"
+
+
+def test_one_seed_is_one_run_and_two_are_two():
+    def fingerprint(seed: int) -> list[str]:
+        seen: list[str] = []
+
+        @simulate(seeds=[seed])
+        async def test(cluster: SimCluster, db: Database) -> None:
+            async def add() -> None:
+                await asyncio.sleep(cluster.rng.random())
+                await db.put(uuid.uuid4().bytes, b"%d" % cluster.rng.randrange(100))
+
+            await asyncio.gather(*(add() for _ in range(10)))
+            await cluster.recover()
+            seen.extend((cluster.fingerprint(), *cluster.story()))
+
+        test()
+        return seen
+
+    first = fingerprint(3)
+    ballast = [bytearray(1000 + each) for each in range(5_000)]  # other addresses
+    assert fingerprint(3) == first
+    assert fingerprint(4) != first
+    assert ballast
+
+
+# --- around it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letter", ["a", "b"])
+@simulate(seeds=2, faults=False)
+async def test_fixtures_and_parameters_stay_pytests(
+    db: Database, number: int, letter: str, cluster: SimCluster
+) -> None:
+    assert number == 5
+    assert letter in {"a", "b"}
+    assert await db.get(letter.encode()) is None
+    await db.put(letter.encode(), b"each seed has its own cluster")
+    assert len(cluster.nodes) == 3
+
+
+class TestMethods:
+    @simulate(seeds=2, faults=False, nodes=1, splits=())
+    async def test_a_method_is_played_too(self, db: Database, number: int) -> None:
+        assert isinstance(self, TestMethods)
+        assert number == 5
+        await db.put(b"k", b"v")
+
+
+class TestOfUnittest(unittest.TestCase):
+    @simulate(seeds=1, faults=False)
+    async def test_and_one_of_unittest(self, db: Database) -> None:
+        await db.put(b"k", b"v")
+        self.assertEqual(await db.get(b"k"), b"v")  # noqa: PT009
+
+
+@simulate
+async def test_without_a_cluster_there_is_virtual_time_alone() -> None:
+    await asyncio.sleep(100.0)
+
+
+@simulate(seeds=2)
+async def test_a_test_may_make_clusters_of_its_own() -> None:
+    async with SimCluster(nodes=1) as one, SimCluster(nodes=2, splits=()) as two:
+        first, second = await one.connect(), await two.connect()
+        await first.put(b"k", b"1")
+        assert await second.get(b"k") is None
+        assert one.seed == two.seed
+
+
+def test_what_is_skipped_is_skipped_and_makes_no_sense_is_refused():
+    @simulate
+    async def skips(db: Database) -> None:
+        pytest.skip("for a reason")
+
+    with pytest.raises(Skipped) as caught:
+        skips()
+    assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(TypeError, match="async def"):
+        simulate(lambda: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="no fault 'fire'"):
+        simulate(faults=["fire"])
+    with pytest.raises(SimError, match="@simulate"):
+        asyncio.run(SimCluster().start())
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_test_that_never_ends_is_told_where_it_waits():
+    @simulate(seeds=1, timeout_s=30)
+    async def waits(db: Database) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(SimTimeout, match="no end within 30 virtual seconds") as caught:
+        waits()
+    outer, inner = caught.value.args[0].splitlines()[1:]
+    assert outer.endswith("in test_a_test_that_never_ends_is_told_where_it_waits.<locals>.waits")
+    assert inner.endswith("in Event.wait")
+
+
+def test_a_task_that_fails_unseen_fails_the_test():
+    async def broken() -> None:
+        raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def passes(db: Database) -> None:
+        task = asyncio.create_task(broken())
+        await asyncio.sleep(1.0)
+        del task
+
+    with pytest.raises(SimulationFailed, match="unseen"):
+        passes()
+
+
+def test_a_process_that_fails_unseen_fails_the_test():
+    async def broken(own: Database) -> None:
+        raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def passes(cluster: SimCluster) -> None:
+        await cluster.spawn(broken)
+        await asyncio.sleep(1.0)
+
+    with pytest.raises(KeyError, match="unseen"):
+        passes()
+
+
+def test_every_fault_has_its_effect_somewhere_and_the_note_tells_of_it():
+    @simulate(seeds=2, faults=FAULTS)
+    async def fails(cluster: SimCluster, db: Database) -> None:
+        async def forever(own: Database) -> None:
+            while True:
+                await own.increment(b"n")
+
+        await cluster.spawn(forever)
+        await asyncio.sleep(5.0)
+        assert cluster.seed != 2
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    note = note_of(caught.value)
+    assert "What was done to the cluster" in note
+    assert "fault" in note
+    assert "crash" in note
+
+
+# --- the real world -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "time.time()",
+        "time.monotonic()",
+        "time.perf_counter_ns()",
+        "time.sleep(0.01)",
+        "threading.Thread(target=print).start()",
+        "subprocess.run(['true'], check=False)",
+        "socket.create_connection(('127.0.0.1', 9), 0.1)",
+        "Client('127.0.0.1:9').get(b'k')",
+    ],
+)
+def test_the_real_world_is_refused(asked):
+    names = {
+        "Client": Client,
+        "socket": socket,
+        "subprocess": subprocess,
+        "threading": threading,
+        "time": time,
+    }
+
+    @simulate(seeds=1, faults=False)
+    async def asks() -> None:
+        eval(asked, names)
+
+    before = (time.time, threading.Thread.start, socket.socket.connect, os.urandom)
+    with pytest.raises(SimError, match="has no place in a simulated test"):
+        asks()
+    assert before == (time.time, threading.Thread.start, socket.socket.connect, os.urandom)
+
+
+def test_a_connection_of_asyncio_is_refused():
+    @simulate(seeds=1)
+    async def asks() -> None:
+        await asyncio.open_connection("127.0.0.1", 9)
+
+    with pytest.raises(SimError, match="no sockets"):
+        asks()
+
+
+def test_libraries_may_read_clocks_and_random_goes_on_as_if_nothing_had_been():
+    drawn: list[float] = []
+    names = {"random": random}  # the module's own generator, which users' code draws from
+
+    @simulate(seeds=[5, 5, 6], faults=False)
+    async def draws() -> None:
+        logging.getLogger("mine").info("it is %s", "some time")
+        drawn.append(eval("random.random()", names))
+
+    state = eval("random.getstate()", names)
+    draws()
+    assert eval("random.getstate()", names) == state
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# --- faults by name -------------------------------------------------------------------------------
+
+
+@simulate(seeds=2, faults=False)
+async def test_a_killed_leader_is_followed_by_another_and_comes_back(
+    cluster: SimCluster, db: Database
+) -> None:
+    await db.put(b"m", b"1")
+    leader = cluster.leader_of(b"m")
+    assert leader is not None
+    cluster.kill(leader, power=True)
+    assert leader not in cluster.running
+    assert await db.get(b"m") == b"1"
+    assert cluster.leader_of(b"m") not in {leader, None}
+    await cluster.restart(leader)
+    assert cluster.running == cluster.nodes
+
+
+@simulate(seeds=2, faults=False)
+async def test_a_partition_is_felt_until_it_is_healed(cluster: SimCluster, db: Database) -> None:
+    other = await cluster.connect("other", timeout_s=2.0)
+    cluster.partition("other")
+    with pytest.raises(TimeoutError):
+        await other.get(b"k")
+    await db.put(b"k", b"1")
+    cluster.heal()
+    assert await other.get(b"k", timeout=20.0) == b"1"
+    cluster.partition(["n1", "n2"], ["test", "n3"], one_way=True)
+    cluster.slow("n3")
+    await cluster.recover()
+    assert await db.get(b"k") == b"1"
+
+
+@simulate(seeds=2, faults=False)
+async def test_a_slow_network_takes_its_time_until_it_is_healed(
+    cluster: SimCluster, db: Database
+) -> None:
+    async def took() -> float:
+        began = asyncio.get_running_loop().time()
+        await db.get(b"k")
+        return asyncio.get_running_loop().time() - began
+
+    await took()
+    cluster.slow("test", delay_s=(0.3, 0.4))
+    assert await took() > 0.5
+    cluster.heal()
+    await took()
+    assert await took() < 0.5
+
+
+@simulate(seeds=1, faults=False)
+async def test_a_spawned_process_is_its_own_and_dies_without_finally(
+    cluster: SimCluster, db: Database
+) -> None:
+    cleaned: list[str] = []
+    mine = PROCESS.get()
+
+    async def forever(own: Database) -> None:
+        assert PROCESS.get() is not mine
+        try:
+            while True:
+                await own.increment(b"n")
+        finally:
+            cleaned.append("up")
+
+    async def sums(own: Database) -> int:
+        return int(await own.get(b"n", b"0"))
+
+    worker = await cluster.spawn(forever, "teller")
+    await asyncio.sleep(1.0)
+    cluster.pause("teller")
+    await asyncio.sleep(0.5)
+    before = await db.get(b"n")
+    await asyncio.sleep(1.0)
+    assert await db.get(b"n") == before
+    cluster.resume("teller")
+    await asyncio.sleep(1.0)
+    assert await db.get(b"n") != before
+    assert worker.running
+    cluster.kill("teller")
+    assert not worker.running
+    await asyncio.sleep(1.0)
+    assert cleaned == []
+    assert await (await cluster.spawn(sums)).wait() == int(await db.get(b"n", b"0"))
+
+
+@simulate(seeds=2)
+async def test_names_that_nobody_has_are_refused(cluster: SimCluster) -> None:
+    for wrong in (
+        lambda: cluster.kill("n9"),
+        lambda: cluster.kill("test"),
+        lambda: cluster.pause("nobody"),
+        lambda: cluster.partition("n1", "nobody"),
+        lambda: cluster.slow(["n1", "nobody"]),
+    ):
+        with pytest.raises(ValueError, match="n9|test|nobody"):
+            wrong()
+    with pytest.raises(ValueError, match="there is a 'test' already"):
+        await cluster.connect("test")
+    with pytest.raises(ValueError, match="no node"):
+        await cluster.restart("test")
+
+
+@simulate(seeds=1, faults=False)
+async def test_chaos_comes_in_waves_and_leaves_everything_running(
+    cluster: SimCluster, db: Database
+) -> None:
+    async with cluster.chaos("crash", "partition", mean_s=0.05):
+        for number in range(10):
+            await db.put(b"n", b"%d" % number)
+            await asyncio.sleep(0.5)
+    assert cluster.running == cluster.nodes
+    assert any("crash" in line for line in cluster.story())
+    assert await db.get(b"n", timeout=5.0) == b"9"
