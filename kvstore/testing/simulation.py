@@ -125,6 +125,8 @@ def _decorated(test: Test, options: Options) -> Played:
     @functools.wraps(test)
     def played(*args: Any, **kwargs: Any) -> None:
         __tracebackhide__ = True
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the one that does not raise
+            raise SimError("a simulated test brings its own event loop: call it from plain code")
         with _small_heap():
             for seed in wishes.chosen(options.seeds):
                 error = _play(seed, options, ours, test, args, kwargs)

@@ -177,6 +177,12 @@ def test_what_is_skipped_is_skipped_and_makes_no_sense_is_refused():
     with pytest.raises(SimError, match="@simulate"):
         asyncio.run(SimCluster().start())
 
+    async def calls() -> None:
+        skips()
+
+    with pytest.raises(SimError, match="its own event loop"):
+        asyncio.run(calls())
+
 
 # --- what goes wrong ------------------------------------------------------------------------------
 
@@ -412,3 +418,13 @@ async def test_chaos_comes_in_waves_and_leaves_everything_running(
     assert cluster.running == cluster.nodes
     assert any("crash" in line for line in cluster.story())
     assert await db.get(b"n", timeout=5.0) == b"9"
+
+
+@simulate(seeds=3, faults=False)
+async def test_at_the_end_of_a_wave_every_fault_of_it_ends(
+    cluster: SimCluster, db: Database
+) -> None:
+    cluster.begin_chaos(("pause", "blackout"), mean_s=0.02, hold_s=1000.0)  # 8 s each by themselves
+    await asyncio.sleep(1.0)
+    assert cluster.running == cluster.nodes
+    await db.put(b"k", b"1", timeout=5.0)
