@@ -38,7 +38,7 @@ def run(directory: Path, module: str, *words: str) -> subprocess.CompletedProces
         env={**environment, "PYTHONPATH": path, "MYPYPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 

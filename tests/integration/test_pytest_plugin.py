@@ -94,6 +94,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(60)
 def test_a_failing_seed_reads_well_beside_pytest_asyncio(project):
     done = play(project)
     assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
