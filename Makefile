@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow coverage check fmt bench sim nightly bank realdata clean
+.PHONY: help venv demo test test-slow coverage check fmt bench sim nightly plants bank realdata clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ sim: venv  ## whole clusters under simulated faults, SEEDS of them
 
 nightly: venv  ## NIGHTLY_SEEDS simulated clusters; rare paths that none of them took are a failure
 	$(BIN)/python -m tools.simulate --seeds $(NIGHTLY_SEEDS) --jobs $(JOBS) --require-probes $(ARGS)
+
+plants: venv  ## every planted bug must be caught; writes the table in tests/sim/README.md
+	$(BIN)/python -m tests.sim.plant_table --jobs $(JOBS) $(ARGS)
 
 bank: venv  ## transfers between accounts while nodes die; no money may be lost
 	$(BIN)/python -m tools.bank $(ARGS)

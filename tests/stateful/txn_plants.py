@@ -11,13 +11,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 from unittest.mock import patch
 
+from msgspec import structs
+
 from txn import apply, evaluate, keycode, recovery
-from txn.commands import AbortUnstaged, OutboxDone
+from txn.commands import AbortUnstaged, OutboxDone, PreparePart
 from txn.evaluate import Evaluator, prepare_reply
 from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.recovery import Recovery
-from txn.state import ABSENT, Answer, Outbox, RangeState, Staged, TerminalRow, encode_row
+from txn.state import ABSENT, Answer, Outbox, Part, RangeState, Staged, TerminalRow, encode_row
 from txn.types import Guard, PartStatus, TxnStatus
 
 Patches = list[tuple[Any, str, Any]]
@@ -36,7 +38,19 @@ def _guards_not_held() -> Patches:
 
 
 def _guards_not_validated() -> Patches:
+    """What a transaction read is protected, and not compared with what is there."""
     return [(Evaluator, "_newer_than", lambda *_: None)]
+
+
+def _guards_until_prepared() -> Patches:
+    """What a transaction read is protected until its part is prepared, and not until it ends."""
+    command_of = Evaluator._command
+
+    def command(self: Evaluator, pending: Pending, ts: int) -> Any:
+        made = command_of(self, pending, ts)
+        return structs.replace(made, guards=[]) if isinstance(made, PreparePart) else made
+
+    return [(Evaluator, "_command", command)]
 
 
 def _conditions_not_held() -> Patches:
@@ -45,6 +59,7 @@ def _conditions_not_held() -> Patches:
 
 
 def _reads_pass_latches() -> Patches:
+    """Readers do not wait for writers that were there before."""
     return [
         (LatchTable, "blocker_of_read", lambda *_: None),
         (LatchTable, "blocker_of_scan", lambda *_: None),
@@ -52,6 +67,7 @@ def _reads_pass_latches() -> Patches:
 
 
 def _reads_pass_intents() -> Patches:
+    """Readers do not ask about undecided writes."""
     return [(Evaluator, "_undecided", lambda *_: False)]
 
 
@@ -113,6 +129,19 @@ def _versions_forgotten() -> Patches:
         (apply, "find_txn", lambda *_: 0),
         (recovery, "find_txn", lambda *_: 0),
     ]
+
+
+def _resolved_part_forgotten() -> Patches:
+    """A part leaves no row when it is resolved."""
+    resolve = apply._resolve_part
+
+    def forget(
+        state: RangeState, overlay: apply.Overlay, part: Part, ts: int, *, hinted: bool
+    ) -> None:
+        resolve(state, overlay, part, ts, hinted=hinted)
+        overlay.delete(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id))
+
+    return [(apply, "_resolve_part", forget)]
 
 
 def _decided_with_min() -> Patches:
@@ -199,6 +228,7 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
     "guards_not_held": (_guards_not_held, 60),
     "guards_not_validated": (_guards_not_validated, 30),
+    "guards_until_prepared": (_guards_until_prepared, 60),
     "conditions_not_held": (_conditions_not_held, 120),
     "reads_pass_latches": (_reads_pass_latches, 15),
     "reads_pass_intents": (_reads_pass_intents, 10),
@@ -208,12 +238,21 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "abort_record_without_fence": (_abort_record_without_fence, 15),
     "evaluated_twice": (_evaluated_twice, 5),
     "versions_forgotten": (_versions_forgotten, 15),
+    "resolved_part_forgotten": (_resolved_part_forgotten, 15),
     "decided_with_min": (_decided_with_min, 15),
     "any_prepared_is_committed": (_any_prepared_is_committed, 10),
     "invisible_while_latched": (_invisible_while_latched, 15),
     "invisible_for_ever": (_invisible_for_ever, 120),
     "outbox_dropped_early": (_outbox_dropped_early, 10),
 }
+
+SWITCHES: Final[dict[str, str]] = {
+    "stale_min_ts": "timestamps are fetched in advance",
+    "joins_a_sent_batch": "a part takes a timestamp that was asked for before it latched",
+    "unconfirmed_answers": "a deposed leader's answers are believed",
+    "proposed_again": "what a term lost is proposed in the next one",
+}
+"""What the harness does for a switch, for people."""
 
 
 @contextmanager

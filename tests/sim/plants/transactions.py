@@ -1,0 +1,152 @@
+"""Bugs of the transaction protocol, under whole clusters. Those of `tests/stateful/txn_plants.py` are planted here as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import txn.apply
+from kvstore.reads import Page
+from kvstore.transactions import _OwnPages
+from tests.sim import directed_txn
+from tests.sim.plants.base import CALM, CLIENTS, Directed, Patches, Plant, Seeds
+from tests.stateful import txn_plants
+from txn import keycode
+from txn.state import Part, RangeState
+
+
+def _core(name: str) -> Callable[[], Patches]:
+    return txn_plants.PLANTS[name][0]
+
+
+def _outbox_lost() -> Patches:
+    return [(txn.apply, "_post", lambda _state, _overlay, _row: None)]
+
+
+def _status_forgotten(*, hinted_only: bool) -> Callable[[], Patches]:
+    """A part that was resolved (by a client's hint, though the record is not terminal yet) leaves no row."""
+
+    def patches() -> Patches:
+        resolve = txn.apply._resolve_part
+
+        def forget(state: RangeState, overlay: Any, part: Part, ts: int, *, hinted: bool) -> None:
+            resolve(state, overlay, part, ts, hinted=hinted)
+            if hinted or not hinted_only:
+                overlay.delete(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id))
+
+        return [(txn.apply, "_resolve_part", forget)]
+
+    return patches
+
+
+def _guards_without_gaps() -> Patches:
+    """A span that was read is guarded where rows were found, and not between them."""
+    following = _OwnPages.next
+
+    async def points(self: Any) -> Page:
+        guarded, self._guarded = self._guarded, None
+        page = await following(self)
+        self._guarded = guarded
+        for key, _ in page.rows:
+            if guarded is not None:
+                guarded.add_key(key)
+        return page
+
+    return [(_OwnPages, "next", points)]
+
+
+TRANSACTIONS: Final[dict[str, Plant]] = {
+    "outbox lost": Plant(
+        "the anchor's decision is not posted to the others",
+        _outbox_lost,
+        directed=Directed(directed_txn.a_decision_reaches_everybody),
+    ),
+    "outbox dropped early": Plant(
+        "an outbox row goes when its message is sent, not when that is acknowledged",
+        _core("outbox_dropped_early"),
+        directed=Directed(directed_txn.a_decision_reaches_everybody),
+    ),
+    "hint leaves no status": Plant(
+        "a part that a hint resolved is forgotten before the anchor's record is terminal",
+        _status_forgotten(hinted_only=True),
+        directed=Directed(directed_txn.a_hint_is_remembered_for_recovery),
+        model=("recovery_of_dropped_status",),
+    ),
+    "resolved part leaves no status": Plant(
+        "a part is forgotten as soon as it is resolved",
+        _status_forgotten(hinted_only=False),
+        Seeds(CLIENTS, 8),
+        Directed(directed_txn.a_hint_is_remembered_for_readers),
+        model=("forget", "reader_of_dropped_status"),
+    ),
+    "guards not validated": Plant(
+        "what a transaction read is protected, and not compared with what is there",
+        _core("guards_not_validated"),
+        Seeds(CALM, 6),
+        model=("no_guards",),
+    ),
+    "guards not held": Plant(
+        "what a transaction read is compared, and not protected until it ends",
+        _core("guards_not_held"),
+        directed=Directed(directed_txn.what_was_read_stays),
+        model=("no_guards",),
+    ),
+    "guards until prepared": Plant(
+        "what a transaction read is protected until its part is prepared only",
+        _core("guards_until_prepared"),
+        directed=Directed(directed_txn.what_was_read_stays),
+        model=("no_cmax",),
+    ),
+    "guards without gaps": Plant(
+        "a span that was read is guarded where rows were found, and not between them",
+        _guards_without_gaps,
+        directed=Directed(directed_txn.nothing_appears_where_nothing_was),
+    ),
+    "reads pass latches": Plant(
+        "readers do not wait for writers that were there before",
+        _core("reads_pass_latches"),
+        Seeds(CALM, 5),
+    ),
+    "reads pass intents": Plant(
+        "readers do not ask about undecided writes",
+        _core("reads_pass_intents"),
+        Seeds(CALM, 5),
+    ),
+    "volatile fence": Plant(
+        "FENCED is told to whoever recovers, and not written down",
+        _core("volatile_fence"),
+        Seeds(CLIENTS, 10),
+        model=("volatile_fence",),
+    ),
+    "abort without fence": Plant(
+        "the anchor's timer aborts, instead of asking",
+        _core("abort_without_fence"),
+        Seeds(CLIENTS, 6),
+        model=("abort_without_fence",),
+    ),
+    "evaluated twice": Plant(
+        "neither evaluation nor apply looks for what stands already",
+        _core("evaluated_twice"),
+        Seeds(CLIENTS, 6),
+    ),
+    "versions forgotten": Plant(
+        "a commit of one range that is sent again does not find what it wrote: it is applied twice",
+        _core("versions_forgotten"),
+        Seeds(CALM, 12),
+    ),
+    "decided with min": Plant(
+        "recovery commits at the smallest timestamp of the parts",
+        _core("decided_with_min"),
+        Seeds(CLIENTS, 6),
+    ),
+    "any prepared is committed": Plant(
+        "a reader is told COMMITTED as soon as one part is prepared",
+        _core("any_prepared_is_committed"),
+        Seeds(CALM, 6),
+    ),
+    "invisible while latched": Plant(
+        "readers are told that a part is absent, though its entry is in flight",
+        _core("invisible_while_latched"),
+        Seeds(CALM, 6),
+    ),
+}
