@@ -31,6 +31,7 @@ META: Final = 1
 LOW, MIDDLE, HIGH = 2, 3, 4  # ranges up to h, up to p, and from there on
 KEYS: Final = {LOW: b"a", MIDDLE: b"k", HIGH: b"z"}
 WAIT_S: Final = 30.0
+LEVEL_S: Final = 10.0  # within which a claim that replicas become level has to hold
 LIMIT_S: Final = 300.0
 
 Look = Callable[[Message], bool]  # whether the message arrives
@@ -134,7 +135,7 @@ class Stage:
         raft = self.raft(name, group)
         return raft.applied_index >= raft.term_start_index > 0
 
-    async def level(self, *groups: int) -> None:
+    async def level(self, *groups: int, wait_s: float = WAIT_S) -> None:
         """All replicas have applied all that the leader has committed."""
 
         def is_level() -> bool:
@@ -145,12 +146,12 @@ class Stage:
                     return False
             return len(servers) == len(self.cluster.servers)
 
-        await self.until(is_level, "replicas are level")
+        await self.until(is_level, "replicas are level", wait_s)
 
     async def compare(self, group: int) -> None:
         """A claim: the replicas of a range become level, and then their rows are equal."""
         try:
-            await self.level(group)
+            await self.level(group, wait_s=LEVEL_S)
         except NotReached:
             self.claim(False, f"the replicas of range {group} do not become level")
             return
