@@ -85,7 +85,9 @@ def test_a_seed_that_hangs_ends_the_run_with_where_it_hung(
 @pytest.mark.slow
 def test_a_planted_bug_shrinks_to_fewer_faults_and_operations_that_show_it_still() -> None:
     name = "applied index leads its rows"
-    options = replace(PLANTS[name].options, seconds=6.0, ops=30)
+    proof = PLANTS[name].seeds
+    assert proof is not None
+    options = replace(proof.options, seconds=6.0, ops=30)
     with planted(name):
         failed = (judge(seed, options) for seed in range(1, 20))
         verdict = next(each for each in failed if each.problems)
