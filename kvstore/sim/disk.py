@@ -129,6 +129,11 @@ class SimDisk:
         self._check(f"write file {name}")
         self._files[name] = bytes(data)
 
+    def unsynced(self, segment: int) -> int:
+        """How many writes to a segment would be lost with the power; 0 if there is no such segment."""
+        file = self._segments.get(segment)
+        return len(file.unsynced) if file is not None else 0
+
     # -- faults ----------------------------------------------------------------------------------------------------
 
     def fail_sync(self, after: int = 0) -> None:

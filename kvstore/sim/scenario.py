@@ -138,11 +138,13 @@ class _Scenario:
                 if self._options.faults:
                     await self._nemesis.run(self._options.seconds)
                 await self._nemesis.heal()
+                self._observers.calm()
                 supervisor = self._loop.create_task(self._supervise())
                 await self._peace()
                 supervisor.cancel()
             finally:
                 watch.cancel()
+                self._observers.look()
                 result.problems += cluster.problems
                 result.history, result.initial = self._workload.history, self._workload.initial
                 result.operations = self._workload.done

@@ -1,0 +1,269 @@
+"""How the observers are attached: each process of a node is watched from the moment its parts are there.
+
+Methods of its own objects are replaced, one by one, by ones that look and go on. The virtual time, the draws and the
+order of events stay as they are without observers, but for one timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import kvstore.replica
+from kvstore.sim.cluster import Server, SimCluster
+from kvstore.sim.observers.answers import Answers
+from kvstore.sim.observers.consensus import Consensus, NodeDisk
+from kvstore.sim.observers.contents import Contents, EntryRows
+from kvstore.sim.observers.oracle import Timestamps
+from kvstore.sim.observers.report import Report
+from kvstore.sim.observers.transactions import Place, Transactions
+from kvstore.sim.process import outside
+from kvstore.store import META_RANGE_ID
+from replication.types import Entry
+from txn.commands import Batch
+from txn.messages import Prepare
+from txn.messages import Timestamps as TimestampsReply
+from txn.state import Answer, RangeState
+
+LOOK_S: Final = 1.0
+DECIDED_WITHIN_S: Final = 10.0  # beyond the timers: elections, restarts, what was queued
+
+
+class Observers:
+    """All invariants of one cluster. Make it before the cluster starts; run `watch` as a task of the world, within
+    `watching_outcomes`."""
+
+    def __init__(self, cluster: SimCluster) -> None:
+        self.cluster = cluster
+        self.entries = 0  # applied, on all replicas
+        self.report = Report(lambda text: outside(cluster.problem, text))
+        self.consensus = Consensus(self.report)
+        self.contents = Contents(self.report)
+        self.oracle = Timestamps(self.report)
+        self.transactions = Transactions(self.report, self.oracle)
+        self.answers = Answers(self.report, self.transactions, lambda: self.oracle.handed_out)
+        self.calm_since: float | None = None
+        self.undecided_s = 0.0  # the longest that was seen since
+        self._effects: dict[tuple[int, int], tuple[EntryRows, int]] = {}
+        self._time = asyncio.get_running_loop().time
+        cluster.on_open.append(self._attach)
+
+    def _attach(self, server: Server) -> None:
+        _Node(self, server).attach()
+
+    # -- an entry is applied
+
+    def entry(self, node: str, state: RangeState, entry: Entry) -> None:
+        """One entry was applied by a replica; what it wrote was collected by `apply_batch`."""
+        index, row = entry.index, state.row
+        own, closed_ts = self._effects.pop((row.range_id, index), (None, row.closed_ts))
+        rows = own.rows if own is not None else {}
+        strange = own.strange if own is not None else []
+        if self.contents.applied(node, row, index, rows, strange) and own is not None:
+            place = Place(row.range_id, index, node)
+            self.transactions.applied(place, rows, closed_ts, self._time())
+
+    @contextmanager
+    def watching_outcomes(self) -> Iterator[None]:
+        """What an entry writes is seen only from within: apply goes through a batch of its own for each."""
+        module: Any = kvstore.replica
+        apply_batch = module.apply_batch
+
+        def checked(state: RangeState, overlay: Any, batch: Batch) -> list[Answer]:
+            row = state.row
+            own = EntryRows(overlay, self.contents.spans(row))
+            answers: list[Answer] = apply_batch(state, own, batch)
+            own.close()
+            self._effects[row.range_id, row.applied_index + 1] = (own, row.closed_ts)
+            return answers
+
+        module.apply_batch = checked
+        try:
+            yield
+        finally:
+            module.apply_batch = apply_batch
+
+    # -- what is looked at now and then
+
+    def calm(self) -> None:
+        """From now on nothing goes wrong any more: everything has to come to its end (I22)."""
+        self.calm_since = self._time()
+
+    async def watch(self) -> None:
+        """Look at every running node again and again."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.look()
+
+    def look(self) -> None:
+        """Memory against rows (I17), ranges against each other (I16), what is undecided against the time (I22)."""
+        rows = []
+        for server in self.cluster.running():
+            node = server.node
+            if node is None or node.store is None:
+                continue
+            for replica in node.store.replicas.values():
+                state = replica.state
+                rows.append(state.row)
+                if not state.row.installing:
+                    self.contents.compare_memory(server.name, state, server.machine.directory.rows)
+        self.contents.compare_ranges(rows)
+        if self.calm_since is not None:
+            timers = self.cluster.config.txn
+            bound_s = timers.orphan_timer_s + timers.anchor_timer_s + DECIDED_WITHIN_S
+            now, ghost = self._time(), self.transactions
+            self.undecided_s = max(self.undecided_s, ghost.oldest_undecided(now, self.calm_since))
+            ghost.undecided_too_long(now, self.calm_since, bound_s)
+
+
+class _Node:
+    """One process of a node."""
+
+    def __init__(self, observers: Observers, server: Server) -> None:
+        self._all = observers
+        self._server, self._name = server, server.name
+        node: Any = server.node
+        self._host, self._store = node.host, node.store
+        self._disk = NodeDisk()
+        self._asked: dict[tuple[Any, int], tuple[Any, int]] = {}  # by asker and id: request, range
+        self._asked_at: dict[tuple[Any, int], int] = {}  # of the oracle: handed out by then
+
+    def attach(self) -> None:
+        rows = self._server.machine.directory.rows
+        boots = self._server.machine.boots
+        for group in self._host.groups():
+            self._all.consensus.opened(self._name, boots, self._host.raft(group))
+        for replica in self._store.replicas.values():
+            if not replica.state.row.installing:
+                self._all.contents.begins(self._name, replica.state, rows)
+                if replica.range_id == META_RANGE_ID:
+                    self._all.oracle.found(replica.state.oracle_hi)
+        self._watch_host()
+        self._watch_log()
+        self._watch_store()
+        self._watch_answers()
+        self._watch_oracle()
+
+    def _watch_host(self) -> None:
+        host, disk, name, consensus = self._host, self._disk, self._name, self._all.consensus
+        carry_out, send = host._carry_out, host._peers.send  # noqa: SLF001 - observers look inside
+
+        def checked_carry_out(replica: Any, ready: Any) -> None:
+            consensus.ready(name, disk, replica.raft, ready)
+            carry_out(replica, ready)
+
+        def checked_send(node: int, messages: Any) -> None:
+            consensus.told(name, messages)
+            send(node, messages)
+
+        host._carry_out = checked_carry_out  # noqa: SLF001
+        host._peers.send = checked_send  # noqa: SLF001
+
+    def _watch_log(self) -> None:
+        host, disk, name, consensus = self._host, self._disk, self._name, self._all.consensus
+        lane = host._lane  # noqa: SLF001
+        take, done, reset = lane.take, lane.done, lane.reset
+        machine = self._server.machine
+
+        def checked_take(now: float) -> Any:
+            job = take(now)
+            if job is not None:
+                consensus.sealed(disk)
+            return job
+
+        def checked_done(job: Any, seconds: float, *, threaded: bool) -> Any:
+            consensus.synced(name, disk, job.batch.number, machine.disk.unsynced(job.batch.segment))
+            return done(job, seconds, threaded=threaded)
+
+        def checked_reset(group: int, last: tuple[int, int]) -> None:
+            consensus.reset(disk, host.raft(group), last)
+            reset(group, last)
+
+        lane.take, lane.done, lane.reset = checked_take, checked_done, checked_reset
+
+    def _watch_store(self) -> None:
+        store, host, name, observers = self._store, self._host, self._name, self._all
+        apply, leadership, installed = store.apply, store.leadership, store.installed
+        rows = self._server.machine.directory.rows
+
+        def checked_apply(group: int, entries: Sequence[Entry]) -> None:
+            observers.entries += len(entries)
+            observers.consensus.apply(name, host.raft(group), entries)
+            apply(group, entries)
+            state = store.replicas[group].state
+            for entry in entries:
+                observers.entry(name, state, entry)
+
+        def checked_leadership(group: int, term: int, is_leader: bool) -> None:
+            leadership(group, term, is_leader)
+            evaluator = store.replicas[group].evaluator
+            if evaluator is not None and is_leader:
+                self._watch_evaluator(group, evaluator)
+
+        def checked_installed(replica: Any) -> None:
+            installed(replica)
+            observers.contents.begins(name, replica.state, rows)
+
+        store.apply, store.leadership, store.installed = (
+            checked_apply,
+            checked_leadership,
+            checked_installed,
+        )
+
+    def _watch_evaluator(self, group: int, evaluator: Any) -> None:
+        step, asked, transactions = evaluator.step, self._asked, self._all.transactions
+        name = self._name
+
+        def checked_step(request: Any, origin: Any, now: float) -> None:
+            asked[origin, request.id] = (request, group)
+            if type(request) is Prepare:
+                transactions.asked(name, request)
+            step(request, origin, now)
+
+        evaluator.step = checked_step
+
+    def _watch_answers(self) -> None:
+        store, asked, name = self._store, self._asked, self._name
+        answer, answers, oracle = store.answer, self._all.answers, self._all.oracle
+
+        def checked_answer(asker: Any, reply: Any) -> None:
+            question = asked.pop((asker, reply.id), None)
+            if question is not None:
+                request, group = question
+                answers.told(name, group, store.replicas[group].state.row.end, request, reply)
+            elif type(reply) is TimestampsReply:
+                oracle.handed(name, reply, self._asked_at.pop((asker, reply.id), 0))
+            answer(asker, reply)
+
+        store.answer = checked_answer
+
+    def _watch_oracle(self) -> None:
+        store, name, oracle = self._store, self._name, self._all.oracle
+        client = store._oracle_client  # noqa: SLF001
+        issue, asked = store.oracle.issue, client.asked
+        ask, give = client._ask, client._give  # noqa: SLF001
+        asked_at = 0
+
+        def checked_issue(count: int, wall_ms: int, now: float) -> int:
+            first: int = issue(count, wall_ms, now)
+            if first:
+                oracle.issued(name, first, count)
+            return first
+
+        def checked_asked(asker: Any, request: Any) -> None:
+            self._asked_at[asker, request.id] = oracle.handed_out
+            asked(asker, request)
+
+        def checked_ask(now: float) -> None:
+            nonlocal asked_at
+            asked_at = oracle.handed_out
+            ask(now)
+
+        def checked_give(wants: Any, reply: Any, now: float) -> None:
+            oracle.handed(name, reply, asked_at)
+            give(wants, reply, now)
+
+        store.oracle.issue, client.asked = checked_issue, checked_asked
+        client._ask, client._give = checked_ask, checked_give  # noqa: SLF001
