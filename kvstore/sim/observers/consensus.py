@@ -152,6 +152,7 @@ class Consensus:
         if found.last < before.last:
             what = f"its log ends at (term, index) {found.last}; {before.last} was durable"
             broken("durable log", what, group=number, node=node)
+            return
         for index in range(found.start_index + 1, min(seen.commit, before.last[1]) + 1):
             term = group.committed.get(index)
             if term is not None and before.holds(index, term) and not found.holds(index, term):
