@@ -140,8 +140,7 @@ class Answers:
             self._broken("I12", what, txn_id)
 
     def _acknowledged(self, request: Resolve, _reply: Ack, _end: bytes) -> None:
-        status = self._ghost.status.get((request.txn_id, request.locus))
-        if status not in (PartStatus.COMMITTED, *_NEVER):
+        if not self._ghost.over((request.txn_id, request.locus)):
             what = f"a Resolve of {request.locus!r} is acknowledged, and not applied"
             self._broken("I19", what, request.txn_id)
 

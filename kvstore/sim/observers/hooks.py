@@ -18,7 +18,7 @@ from kvstore.sim.observers.consensus import Consensus, NodeDisk
 from kvstore.sim.observers.contents import Contents, EntryRows
 from kvstore.sim.observers.oracle import Timestamps
 from kvstore.sim.observers.report import Report
-from kvstore.sim.observers.transactions import Place, Transactions
+from kvstore.sim.observers.transactions import Kept, Place, Transactions
 from kvstore.sim.process import outside
 from kvstore.store import META_RANGE_ID
 from replication.types import Entry
@@ -46,7 +46,7 @@ class Observers:
         self.answers = Answers(self.report, self.transactions, lambda: self.oracle.handed_out)
         self.calm_since: float | None = None
         self.undecided_s = 0.0  # the longest that was seen since
-        self._effects: dict[tuple[int, int], tuple[EntryRows, int]] = {}
+        self._effects: dict[tuple[int, int], tuple[EntryRows, int, Kept]] = {}
         self._time = asyncio.get_running_loop().time
         cluster.on_open.append(self._attach)
 
@@ -58,12 +58,12 @@ class Observers:
     def entry(self, node: str, state: RangeState, entry: Entry) -> None:
         """One entry was applied by a replica; what it wrote was collected by `apply_batch`."""
         index, row = entry.index, state.row
-        own, closed_ts = self._effects.pop((row.range_id, index), (None, row.closed_ts))
+        own, closed_ts, kept = self._effects.pop((row.range_id, index), (None, row.closed_ts, None))
         rows = own.rows if own is not None else {}
         strange = own.strange if own is not None else []
         if self.contents.applied(node, row, index, rows, strange) and own is not None:
             place = Place(row.range_id, index, node)
-            self.transactions.applied(place, rows, closed_ts, self._time())
+            self.transactions.applied(place, rows, closed_ts, self._time(), kept)
 
     @contextmanager
     def watching_outcomes(self) -> Iterator[None]:
@@ -76,7 +76,8 @@ class Observers:
             own = EntryRows(overlay, self.contents.spans(row))
             answers: list[Answer] = apply_batch(state, own, batch)
             own.close()
-            self._effects[row.range_id, row.applied_index + 1] = (own, row.closed_ts)
+            kept = Kept(row.start, row.end, row.gc_threshold, row.outcome_horizon)
+            self._effects[row.range_id, row.applied_index + 1] = (own, row.closed_ts, kept)
             return answers
 
         module.apply_batch = checked
@@ -185,6 +186,7 @@ class _Node:
 
     def _watch_store(self) -> None:
         store, host, name, observers = self._store, self._host, self._name, self._all
+        trace = observers.cluster.trace
         apply, leadership, installed = store.apply, store.leadership, store.installed
         rows = self._server.machine.directory.rows
 
@@ -197,6 +199,7 @@ class _Node:
                 observers.entry(name, state, entry)
 
         def checked_leadership(group: int, term: int, is_leader: bool) -> None:
+            trace.note("leads" if is_leader else "follows", name, group, term)
             leadership(group, term, is_leader)
             evaluator = store.replicas[group].evaluator
             if evaluator is not None and is_leader:

@@ -13,6 +13,8 @@ are read, not its commands: so what counts is what stands.
 - I11: no version appears at or below a timestamp at which its key was read. I12: no intent does, either (the read
   watermark's place is taken by fresh timestamps); what was promised to a reader holds.
 - I13: nothing appears at or below a range's closed timestamp (always 0 so far).
+- I15: a version goes only if no read at or above gc_threshold can see it; a status only below outcome_horizon, a COMMITTED part
+  when the record is not STAGED, a record when no part of it is undecided (txn/gc.py).
 - I19: a record that ends posts to every part that is undecided; an outbox row goes after its part is decided; a version is
   written once. I20: a txn_id comes with one write set.
 - I22: once nothing goes wrong any more, nothing stays undecided for longer than the timers say.
@@ -29,6 +31,7 @@ from kvstore.sim.observers.oracle import Timestamps
 from kvstore.sim.observers.report import Report
 from txn import keycode
 from txn.messages import Prepare
+from txn.mvcc import is_tombstone
 from txn.state import DecidedRow, OutboxRow, PreparedRow, StagedRow, TerminalRow
 from txn.types import Participant, PartStatus, begin_ts_of
 
@@ -50,6 +53,15 @@ class Place(NamedTuple):
     group: int
     entry: int  # its index
     node: str
+
+
+class Kept(NamedTuple):
+    """Of a range, after an entry: reads at or above `threshold`, and what began above `horizon`, count still."""
+
+    start: bytes
+    end: bytes
+    threshold: int
+    horizon: int
 
 
 class Served:
@@ -105,6 +117,7 @@ class Transactions:
         self._intents: dict[bytes, Part] = {}
         self._rows: dict[Part, PreparedRow] = {}  # of undecided parts
         self._closed: dict[int, int] = {}
+        self._kept: dict[int, Kept] = {}
         self._undecided: dict[tuple[Any, ...], tuple[float, int]] = {}  # since when, which range
 
     # -- what was asked
@@ -127,9 +140,16 @@ class Transactions:
     # -- what an entry writes
 
     def applied(
-        self, place: Place, rows: dict[bytes, bytes | None], closed_ts: int, now: float
+        self,
+        place: Place,
+        rows: dict[bytes, bytes | None],
+        closed_ts: int,
+        now: float,
+        kept: Kept | None = None,
     ) -> None:
         """The rows of an entry, which is applied for the first time."""
+        if kept is not None:
+            self._kept[place.group] = kept
         if closed_ts < self._closed.get(place.group, 0):
             self._broken("I13", place, b"", f"the closed timestamp goes back to {closed_ts}")
         outbox: list[bytes] = []
@@ -139,12 +159,18 @@ class Transactions:
             if family == keycode.LATEST:
                 if data is not None:
                     self._version(place, row_key[1:], data)
+                else:
+                    self._collected(place, row_key[1:], 0)
             elif family == keycode.ORACLE:
                 if data is not None:
                     self._oracle.bound_applied(int.from_bytes(data, "big"))
             elif family == keycode.OUTBOX:
                 outbox.append(row_key)
-            elif family != keycode.HISTORY:
+            elif family == keycode.HISTORY:
+                if data is None:
+                    key, _ = keycode.unescape(row_key, 1)
+                    self._collected(place, key, keycode.history_ts(row_key))
+            else:
                 key, at = keycode.unescape(row_key, 1)
                 self._row(place, family, row_key[at:], key, data, now)
                 if family == keycode.TERMINAL:
@@ -220,7 +246,7 @@ class Transactions:
                 self._prepared(place, (txn_id, key), _decode_prepared(data), now)
         elif family == keycode.DECIDED:
             if data is None:
-                self._broken("I1", place, txn_id, f"what became of {key!r} is forgotten")
+                self._part_forgotten(place, txn_id, key)
             else:
                 self._decided(place, (txn_id, key), _decode_decided(data))
         elif family == keycode.STAGED:
@@ -228,9 +254,62 @@ class Transactions:
                 self._staged(place, txn_id, key, _decode_staged(data).participants, now)
         elif family == keycode.TERMINAL:
             if data is None:
-                self._broken("I2", place, txn_id, "its record is forgotten")
+                self._record_forgotten(place, txn_id)
             else:
                 self._terminal(place, txn_id, _decode_terminal(data).commit_ts)
+
+    # -- what is collected
+
+    def _collected(self, place: Place, key: bytes, ts: int) -> None:
+        """I15. ts 0: the newest version, which may only be a tombstone."""
+        chain = self.versions.get(key, [])
+        at = next((at for at, each in enumerate(chain) if each[0] == ts), len(chain) - 1)
+        if at < 0:
+            self._broken("I15", place, b"", f"{key!r} has nothing that could go")
+            return
+        kept = self._kept.get(place.group)
+        threshold = kept.threshold if kept is not None else 0
+        version_ts, row = chain[at]
+        txn_id = row[8:24]
+        if version_ts > threshold:
+            what = f"{key!r} at {version_ts} goes, and the threshold is {threshold}"
+            self._broken("I15", place, txn_id, what)
+        elif not is_tombstone(row) and (at + 1 == len(chain) or chain[at + 1][0] > threshold):
+            what = f"{key!r} at {version_ts} goes, and a read at {threshold} sees it"
+            self._broken("I15", place, txn_id, what)
+
+    def _part_forgotten(self, place: Place, txn_id: bytes, locus: bytes) -> None:
+        if not self._below(txn_id, locus):
+            self._broken("I1", place, txn_id, f"what became of {locus!r} is forgotten")
+        elif (
+            self.status.get((txn_id, locus)) == PartStatus.COMMITTED
+            and self.record.get(txn_id) == STAGED
+        ):
+            what = f"what became of {locus!r} is forgotten, and the record is staged"
+            self._broken("I15", place, txn_id, what)
+
+    def _record_forgotten(self, place: Place, txn_id: bytes) -> None:
+        kept = self._kept.get(place.group)
+        if kept is None or begin_ts_of(txn_id) > kept.horizon:
+            self._broken("I2", place, txn_id, "its record is forgotten")
+        for participant in self._participants.get(txn_id, []):
+            if self.status.get((txn_id, participant.locus)) == PartStatus.PREPARED:
+                what = f"its record is forgotten, and part {participant.locus!r} is undecided"
+                self._broken("I15", place, txn_id, what)
+
+    def _below(self, txn_id: bytes, locus: bytes) -> bool:
+        """Whether the horizon of the range of `locus` forbids that anything of it is prepared any more."""
+        begin_ts = begin_ts_of(txn_id)
+        return any(
+            kept.start <= locus and (not kept.end or locus < kept.end) and begin_ts <= kept.horizon
+            for kept in self._kept.values()
+        )
+
+    def over(self, part: Part) -> bool:
+        """It is decided; or it never came, and its range's horizon forbids that it comes."""
+        if self.status.get(part) in (PartStatus.COMMITTED, *_NEVER):
+            return True
+        return part not in self.status and self._below(*part)
 
     # -- parts
 
@@ -364,7 +443,9 @@ class Transactions:
         elif txn_id in self.implied:
             what = f"aborted, but committed at {self.implied[txn_id]} since all are prepared"
             self._broken("I5", place, txn_id, what)
-        elif parts and not any(self.status.get(part) in _NEVER for part in parts):
+        elif parts and not any(
+            self.status.get(part) != PartStatus.COMMITTED and self.over(part) for part in parts
+        ):
             what = "aborted after it was staged, but no part is fenced"
             self._broken("I3", place, txn_id, what)
 
@@ -378,7 +459,7 @@ class Transactions:
                 self._broken("I19", place, txn_id, f"what is posted to {locus!r} is not the record")
             return
         self._undecided.pop(what, None)
-        if self.status.get((txn_id, locus)) not in (PartStatus.COMMITTED, *_NEVER):
+        if not self.over((txn_id, locus)):
             text = f"the outbox row for {locus!r} goes before its part is decided"
             self._broken("I19", place, txn_id, text)
 
@@ -386,7 +467,7 @@ class Transactions:
         """Its record has ended: who takes part is told, or knows."""
         for participant in self._participants.get(txn_id, []):
             locus = participant.locus
-            if self.status.get((txn_id, locus)) in (PartStatus.COMMITTED, *_NEVER):
+            if self.over((txn_id, locus)):
                 continue
             if locus == anchor_key or ("outbox", txn_id, locus) not in self._undecided:
                 what = f"its record ends, and nothing is posted to the undecided part {locus!r}"
