@@ -31,6 +31,7 @@ from replication.codec import decode_membership, decode_messages
 from replication.errors import FrameError, LogMismatch, NotLeader, ProposalDropped
 from replication.host import Host
 from replication.ports import LogFiles
+from replication.probes import chance, reached
 from replication.raft import RaftConfig
 from replication.turns import HostLimits
 from replication.types import HardState
@@ -49,6 +50,7 @@ FLUSH_CHECK_S: Final = 0.5
 BALANCE_S: Final = 1.0
 DRAIN_S: Final = 2.0
 DRAIN_TERMS_MAX: Final = 3
+HANDOVER_DOUBLINGS: Final = 6  # of the pause between two hand-overs in vain
 CAUGHT_UP_ENTRIES: Final = 64
 
 log = logs.logger("kvstore.node")
@@ -132,6 +134,9 @@ class Node:
         self._flushed_bytes = 0.0
         self._flushed_at = self.started_at
         self._preferred: dict[int, int] = {}
+        self._handovers: dict[
+            int, tuple[int, float]
+        ] = {}  # range -> (in vain so far, not again before)
         self._link_limits = LinkLimits(
             queue_bytes_max=config.network.queue_bytes,
             ping_interval_s=config.network.ping_interval_s,
@@ -427,7 +432,8 @@ class Node:
             written = self.host.stats()["synced_bytes"] - self._flushed_bytes
             age_s = self.adapters.clock.monotonic() - self._flushed_at
             limits = self.config.log
-            if written >= limits.flush_bytes or (written > 0 and age_s >= limits.flush_interval_s):
+            due = written >= limits.flush_bytes or age_s >= limits.flush_interval_s
+            if written > 0 and (due or chance("flush_early")):
                 await self.flush()
 
     async def flush(self) -> None:
@@ -451,7 +457,11 @@ class Node:
         self.host.flushed(noted)
 
     async def _balance_forever(self) -> None:
-        """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up."""
+        """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up.
+
+        A replica that follows well may still be unable to lead (its state is lost or damaged, its disk stuck). Each
+        hand-over to it in vain stops the range for an election timeout, so the next one waits twice as long.
+        """
         while True:
             await asyncio.sleep(BALANCE_S)
             self._balance()
@@ -461,12 +471,24 @@ class Node:
         assert self.store is not None
         assert self.peers is not None
         up = {each["node"] for each in self.peers.status() if each["up"]}
+        now = self.adapters.clock.monotonic()
         for number, preferred in self._preferred.items():
             replica = self.store.replicas.get(number)
-            if replica is None or replica.evaluator is None or preferred not in up:
+            if replica is None or replica.evaluator is None:
+                self._handovers.pop(number, None)
+                continue
+            in_vain, not_before = self._handovers.get(number, (0, 0.0))
+            if now < not_before:
+                continue
+            if chance("leadership_handed_on"):
+                preferred = next((n for _, n in replica.membership.nodes if n in up), preferred)
+            if preferred not in up:
                 continue
             for replica_id, node in replica.membership.nodes:
                 if node == preferred and self._may_lead(number, replica_id):
+                    reached("leadership_balanced")
+                    pause_s = BALANCE_S * (1 << min(in_vain, HANDOVER_DOUBLINGS))
+                    self._handovers[number] = in_vain + 1, now + pause_s
                     self._transfer(number, replica_id)
 
     def _may_lead(self, number: int, replica_id: int) -> bool:

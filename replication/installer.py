@@ -19,6 +19,7 @@ from typing import Protocol
 
 from replication.messages import InstallSnapshot
 from replication.ports import Machine
+from replication.probes import reached
 from replication.replica import Replica
 from replication.snapshot import Offer
 from replication.transfer import Transfers
@@ -88,7 +89,7 @@ class Installer:
         )
 
     def begins(self, group: int) -> None:
-        self._replicas[group].held = True
+        self._replicas[group].hold()
 
     def lost(self, group: int) -> None:
         replica = self._replicas.get(group)
@@ -122,12 +123,19 @@ class Installer:
         if replica.install == meta:
             self._host.begin_log(replica, meta, durable)
         else:
+            reached("snapshot_overtaken_by_commit")
             durable()
 
     def sent(self, group: int, other: int, ok: bool) -> None:
         replica = self._replicas.get(group)
         if replica is not None:
             replica.raft.snapshot_status(other, ok, self._now())
+            self._host.touch(group)
+
+    def unreadable(self, group: int) -> None:
+        replica = self._replicas.get(group)
+        if replica is not None:
+            replica.cannot_read(self._now())
             self._host.touch(group)
 
     def run_blocking(self, work: Then, then: Then) -> None:
@@ -144,5 +152,6 @@ class Installer:
             if raft.leader and not transfers.receiving(replica.group):
                 node = replica.node_of(raft.leader)
                 if node is not None:
+                    reached("snapshot_asked_for")
                     transfers.ask(replica.group, replica.id, raft.leader, node)
         return any_left

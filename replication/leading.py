@@ -19,6 +19,7 @@ from replication.messages import (
     SteppedDown,
     TimeoutNow,
 )
+from replication.probes import chance, reached
 from replication.progress import FOREVER, Progress, State
 from replication.quorum import agreed_value
 from replication.reads import ProbeTimes, ReadQueue
@@ -105,6 +106,7 @@ class Leader:
             and state.commit_index >= self.term_start_index
             and not self.transfer_to
         ):
+            reached("joint_left")
             self.append_membership(leave_joint(history.current))
 
     # ------------------------------------------------------------------ appending and committing
@@ -180,6 +182,8 @@ class Leader:
     ) -> None:
         config, log = self._state.config, self._state.log
         entries_max, bytes_max = config.inflight_entries_max, config.inflight_bytes_max
+        if chance("append_window_of_one"):
+            entries_max = 1
         checking, peer.check_now = peer.check_now, False
         if (
             checking
@@ -189,6 +193,7 @@ class Leader:
             self._send_append(replica, peer, [], 0)  # nothing to send: only check the log
         while peer.next <= log.last_index and peer.may_append(entries_max, bytes_max):
             if peer.next <= log.start_index:
+                reached("follower_behind_the_log")
                 peer.become_snapshot()
                 return
             window = entries_max - peer.entries_in_flight
@@ -271,12 +276,14 @@ class Leader:
         peer = self.peers.get(message.sender)
         if peer is None:
             return
-        log = self._state.log
+        state, log = self._state, self._state.log
         self._contact(peer, message.probe)
         if not message.success:
             resume, _ = log.last_index_within_term(message.hint_index, message.hint_term)
             if peer.refused(message.rejected_index, resume):
                 self.replicate_due = True
+                if chance("snapshot_for_a_tail") and state.applied_index > peer.match:
+                    peer.become_snapshot()
             return
         match = message.match_index
         assert match <= log.last_index, f"replica {message.sender} claims {match}: {message!r}"
@@ -302,8 +309,10 @@ class Leader:
         if peer.state is State.SNAPSHOT:
             if peer.snapshot_deadline is None or message.last_index < log.start_index:
                 return
+            reached("word_of_a_snapshot_lost")
             self._probe_after_snapshot(peer)  # installed, and the word of it was lost
         if peer.check_due and (peer.paused or peer.match < log.last_index):
+            reached("append_sent_again")
             peer.check_due = peer.paused = False
             peer.check_now = self.replicate_due = True
 
@@ -348,6 +357,10 @@ class Leader:
             start = self._lease_start = self._quorum_contact()
         return now < start + state.config.lease_s
 
+    def in_touch(self, replica: int, now: float) -> bool:
+        peer = self.peers.get(replica)
+        return peer is not None and peer.acked_sent_at > now - self._state.config.election_timeout_s
+
     def transfer(self, to: int) -> None:
         """Raises ProposalDropped if `to` is no voter, or another transfer is under way."""
         state = self._state
@@ -387,6 +400,7 @@ class Leader:
                 self.over = True
                 return
         if now >= self._transfer_until:
+            reached("transfer_given_up")
             self._end_transfer()
         if now >= self._beat_at:
             self._beat()

@@ -41,6 +41,7 @@ from replication.messages import (
     VoteRequest,
     VoteResponse,
 )
+from replication.probes import chance, reached
 from replication.progress import NEVER
 from replication.quorum import Election, election_result
 from replication.reads import ReadState
@@ -268,6 +269,10 @@ class RaftNode(ReplicaState):
         """Whether this replica still leads for certain at `now`: reads need no round. Ask again after reading."""
         return self._leading is not None and self._leading.lease_valid(now)
 
+    def in_touch(self, replica: int, now: float) -> bool:
+        """Whether this replica leads, and that one has answered it within the last election timeout."""
+        return self._leading is not None and self._leading.in_touch(replica, now)
+
     def transfer_leadership(self, to: int, now: float) -> None:
         """Hand leadership to a voter as soon as it has the whole log; given up after election_timeout_s.
 
@@ -354,6 +359,7 @@ class RaftNode(ReplicaState):
         assert token.term >= self._durable_term, f"{token} after term {self._durable_term}"
         self._durable_term, self._durable_vote = token.term, token.vote
         if token.term != self.term:
+            reached("durable_in_an_older_term")
             return
         news = self.log.durable(token.last_index, token.last_term)
         if self._leading is not None:
@@ -430,6 +436,7 @@ class RaftNode(ReplicaState):
         """A message of a later term; False if it is dealt with."""
         if isinstance(message, VoteRequest):
             if not message.transfer and (self._leading is not None or self._hears_leader()):
+                reached("vote_refused_while_led")
                 self._refuse_vote(message)
                 return False
             if not message.pre:
@@ -444,6 +451,7 @@ class RaftNode(ReplicaState):
 
     def _answer_stale(self, message: Message) -> None:
         """Whoever acts in an earlier term learns of this one. A stale answer is dropped."""
+        reached("stale_term")
         if isinstance(message, VoteRequest):
             self._refuse_vote(message)
         elif isinstance(message, AppendRequest | Heartbeat | InstallSnapshot):
@@ -470,6 +478,7 @@ class RaftNode(ReplicaState):
 
     def _end_if_over(self) -> None:
         if self._leading is not None and self._leading.over:
+            reached("quorum_lost")
             self._become_follower(self.term, NO_REPLICA)
 
     def _pre_campaign(self) -> None:
@@ -492,7 +501,8 @@ class RaftNode(ReplicaState):
         self._ack_index = NOTHING_TO_ACKNOWLEDGE
         self._ballots.clear()
         self._wait_s = self._draw_wait()
-        self._election_at = self.now + self._wait_s
+        impatient = chance("candidate_impatient")  # it hears no leader: its own vote may come early
+        self._election_at = self.now + (self.config.heartbeat_s if impatient else self._wait_s)
 
     def _request_votes(self, term: int, *, pre: bool, transfer: bool) -> None:
         log, membership = self.log, self.membership
@@ -507,6 +517,7 @@ class RaftNode(ReplicaState):
         membership = self.membership
         result = election_result(membership.voters, membership.voters_outgoing, self._ballots)
         if result is Election.LOST:
+            reached("election_lost")
             self._become_follower(self.term, NO_REPLICA)
         elif result is Election.WON:
             if self.role is Role.PRE_CANDIDATE:
@@ -530,6 +541,7 @@ class RaftNode(ReplicaState):
         )
         if not message.pre:
             if self._vote == message.sender:
+                reached("vote_given_again")
                 granted = True  # it asks again: the answer was lost
             elif granted:
                 self._vote = message.sender
@@ -570,9 +582,11 @@ class RaftNode(ReplicaState):
     def _on_append_request(self, message: AppendRequest) -> None:
         self._hear(message.sender)
         if self._installing is not None:
+            reached("append_while_installing")
             return  # the log is about to be replaced
         previous, entries = message.previous_index, message.entries
         if previous < self.commit_index:
+            reached("append_below_commit")
             entries = entries[self.commit_index - previous :]  # the rest is here, and equal (I3)
             previous = self.commit_index
         elif not self.log.matches(previous, message.previous_term):
@@ -597,6 +611,7 @@ class RaftNode(ReplicaState):
             entries = entries[known:]
         first, changed = entries[0].index, False
         if first <= log.last_index:
+            reached("conflict_truncated")
             assert first > self.commit_index, f"I3: {first} would replace what is committed"
             log.truncate_after(first - 1)
             changed = self.history.truncate_after(first - 1)
@@ -630,6 +645,7 @@ class RaftNode(ReplicaState):
 
     def _refuse_append(self, message: AppendRequest) -> None:
         hint = self.log.last_index_within_term(message.previous_index, message.previous_term)
+        reached("append_refused")
         self.send(
             AppendResponse(
                 self.group,
@@ -663,18 +679,21 @@ class RaftNode(ReplicaState):
                 self._installing = meta
                 self._install_due = True
                 return
+            reached("snapshot_not_needed")
             self.commit_index = meta.index  # the log has it all: nothing to install
         self._acknowledge(self.commit_index, 0)
 
     def _on_timeout_now(self, message: TimeoutNow) -> None:
         """The leader asks this replica to take over; it has given up its lease for the rest of its term."""
         if self.leader in {0, message.sender} and self._may_campaign():
+            reached("timeout_now")
             self._heard_at = NEVER
             self._campaign(transfer=True)
 
     def _on_stepped_down(self, message: SteppedDown) -> None:
         """The leader of this term leads no more: its lease is over, and the wait is short."""
         if self.leader in {0, message.sender}:
+            reached("leader_stepped_down")
             self.leader = 0
             self._ack_index = NOTHING_TO_ACKNOWLEDGE
             self._heard_at = NEVER

@@ -3,7 +3,7 @@
 Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
 
 - B1 `applied` is what the machine has; the core is told no other, and entries follow it without a gap.
-- B2 while `held`, the machine's state is being replaced: nothing is applied and no read is answered.
+- B2 while `held`, the machine's state is being replaced: nothing is applied, no read is answered, no vote is asked for.
 - B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
 """
 
@@ -16,6 +16,7 @@ from typing import Final
 
 from replication.messages import Message
 from replication.ports import Machine
+from replication.probes import chance, reached
 from replication.raft import RaftNode
 from replication.reads import ReadState
 from replication.ready import RaftConfig
@@ -43,6 +44,7 @@ class Replica:
         "reads",
         "routes",
         "stateless",
+        "unreadable",
     )
 
     def __init__(self, group: int, replica: int, raft: RaftNode, applied: int) -> None:
@@ -54,6 +56,9 @@ class Replica:
         self.routes = Routes()
         self.held = False
         self.stateless = False  # an installation was cut short: the replica asks for a snapshot
+        self.unreadable = (
+            False  # rows of the state are damaged: it leads nothing until a snapshot replaces them
+        )
         self.install: SnapshotMeta | None = None  # the core accepted this one
         self.led_term = 0  # the term whose leadership the machine was told; 0: none
 
@@ -71,7 +76,10 @@ class Replica:
         self.queue.add(entries)
         if self.held:
             return False
-        if entries[0].index <= self.applied:  # a snapshot brought it before its commit was known
+        if entries[0].index <= self.applied:
+            reached(
+                "committed_entries_skipped"
+            )  # a snapshot brought it before its commit was known
             self.raft.applied_to(min(entries[-1].index, self.applied))
         return len(self.queue) > 0
 
@@ -112,22 +120,37 @@ class Replica:
 
     def storage_is_stuck(self, now: float) -> None:
         """Lead nothing, so that others may, and do not campaign."""
+        reached("disk_stalled")
         self.raft.electable = False
         self.raft.step_down(now)
 
     def storage_moves(self) -> None:
-        self.raft.electable = not self.stateless
+        self.raft.electable = not (self.held or self.unreadable)
 
     # ------------------------------------------------------------ state from a snapshot
 
+    def cannot_read(self, now: float) -> None:
+        """The machine's state is damaged: whoever leads owes its state to others, so let somebody else lead."""
+        reached("unreadable_leader")
+        self.unreadable = True
+        self.raft.electable = False
+        self.raft.step_down(now)
+
+    def hold(self) -> None:
+        """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
+        self.held = True
+        self.raft.electable = False
+
     def lose_state(self) -> None:
         """The machine's state is gone: apply nothing, lead nothing; the log and the vote are as good as ever."""
-        self.held = self.stateless = True
-        self.raft.electable = False
+        reached("state_lost")
+        self.hold()
+        self.stateless = True
+        self.raft.step_down(self.raft.now)
 
     def has_state(self, machine: Machine, index: int) -> None:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
-        self.held = self.stateless = False
+        self.held = self.stateless = self.unreadable = False
         self.raft.electable = True
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:
@@ -140,6 +163,7 @@ class Replica:
 
     def live_log(self) -> list[Entry]:
         """What the log file holds of this group, from where it was compacted to."""
+        reached("log_carried")
         log = self.raft.log
         return log.slice(self.log_start + 1, log.handed_index)
 
@@ -148,6 +172,8 @@ class Replica:
         follower still needs, while that is not too much, and what follows `floor`, a snapshot in flight.
         """
         self.log_start = max(self.log_start, index)
+        if chance("log_tail_dropped"):
+            tail_bytes_max = 0
         upto = min(index, self._needed_after(tail_bytes_max))
         if floor is not None:
             upto = min(upto, floor)
@@ -177,6 +203,8 @@ class Applier:
     def apply(self) -> list[Replica]:
         """Apply one slice and answer. Returns the replicas it applied to; `groups` keeps what is left."""
         bytes_left, entries_left = self._limits.apply_bytes_max, self._limits.apply_entries_max
+        if chance("apply_slice_of_one"):
+            entries_left = 1
         done: list[tuple[Replica, int]] = []
         for group in list(self.groups):
             del self.groups[group]

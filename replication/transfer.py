@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from replication.errors import FrameError
 from replication.ports import Clock, Machine, Peers, SnapshotSink, SnapshotSource
+from replication.probes import chance, reached
 from replication.snapshot import (
     Chunk,
     End,
@@ -64,6 +65,9 @@ class Owner(Protocol):
 
     def sent(self, group: int, replica: int, ok: bool) -> None:
         """A stream to that replica ended."""
+
+    def unreadable(self, group: int) -> None:
+        """The group's state here could not be read: another replica has to lead, and send its own."""
 
     def run_blocking(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Do `work` away from the loop where there is one, and `then` on it. Failure is fatal."""
@@ -263,11 +267,14 @@ class Transfers:
                 except Exception as error:  # noqa: BLE001  # unreadable rows end this stream, not the node
                     sender.fail(f"cannot read: {error}")
                     self._end_sending(sending)
+                    self._owner.unreadable(sender.group)
                     return False
             sending.unsent = sender.next_frame(data, now)
         elif sending.retry_at is not None and now < sending.retry_at:
             return False
-        if not self._peers.send_snapshot_chunk(node, sending.unsent):
+        if chance("snapshot_queue_full") or not self._peers.send_snapshot_chunk(
+            node, sending.unsent
+        ):
             sending.retry_at = now + RETRY_S
             return False
         sending.unsent = sending.retry_at = None
@@ -318,6 +325,7 @@ class Transfers:
         try:
             data = receiver.receive(chunk, now)
         except SnapshotBroken as error:
+            reached("snapshot_broken")
             self._lose(receiving, str(error))
             return
         if data:
@@ -343,10 +351,12 @@ class Transfers:
         elif not refusal and len(self._receiving) >= self._limits.receiving_max:
             refusal = "busy"
         if refusal:
+            reached("snapshot_refused")
             self.counters["snapshots_refused"] += 1
             self._say(node, End(group, chunk.snapshot, False, refusal))
             return
         if current is not None:
+            reached("snapshot_replaced")
             self._lose(current, "replaced by a newer stream")
         self._owner.begins(group)
         sink = self._machine.snapshot_sink(group, receiver.offer.meta)
@@ -360,6 +370,7 @@ class Transfers:
         def log_is_durable() -> None:
             if self._receiving.get(receiver.group) is receiving:
                 del self._receiving[receiver.group]
+            reached("snapshot_installed")
             self.counters["snapshots_installed"] += 1
             self._say(receiver.node, End(receiver.group, receiver.snapshot, True))
 

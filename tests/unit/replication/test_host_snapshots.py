@@ -253,3 +253,49 @@ def test_a_damaged_chunk_is_noticed_and_the_sender_is_told():
     assert [ends[0].installed, ends[-1].installed] == [False, True]
     assert "checksum" in ends[0].reason
     assert slow.values(1) == leader.values(1)
+
+
+def test_a_replica_whose_state_is_being_replaced_does_not_campaign():
+    """It did, its stream broke off, and it led without a state for ever."""
+    world = World(nodes=3)
+    leader = led(world)
+    other = world.nodes[1 + leader.number % 3]
+    other.host._installer.begins(1)
+    leader.host.transfer_leadership(1, other.number)
+    world.advance(0.5)
+    assert world.leader() is leader
+    leader.crash()
+    world.advance(5.0)
+    assert world.leader() is not other
+
+
+def test_a_leader_that_loses_its_state_steps_down():
+    world = World(nodes=3)
+    leader = led(world)
+    leader.host._replicas[1].lose_state()
+    world.advance(5.0)
+    assert world.leader() is not leader
+
+
+def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_own():
+    """It led on, and each of its streams cost the follower its state anew."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    opened = leader.machine.snapshot_open
+
+    def unreadable(group):
+        source = opened(group)
+        chunks = iter([source.chunk()])
+        source.chunk = lambda: next(chunks)  # type: ignore[method-assign]  # then StopIteration: a broken read like any other
+        return source
+
+    leader.machine.snapshot_open = unreadable  # type: ignore[method-assign]
+    world.heal()
+    world.advance(30.0)
+    assert world.leader() is not leader
+    assert not slow.machine.states[1].installing
+    assert slow.values(1) == world.leader().values(1)
+    assert slow.host.stats()["snapshots_lost"] <= 1
+    leader.host.campaign(1)
+    world.advance(1.0)
+    assert world.leader() is not leader
