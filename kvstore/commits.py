@@ -34,6 +34,7 @@ from kvstore.errors import (
 from kvstore.links import Answer, Call
 from kvstore.ranges import RangeCache, Route
 from kvstore.router import Router
+from replication.probes import chance, reached
 from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State
 from txn.messages import Finalize, Outcome, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
@@ -231,6 +232,7 @@ class Committer:
             self.conflicts += conflicted
             if not ((conflicted and patient) or (drive.blameless and renames)):
                 raise error
+            reached("attempt_repeated")
             failures += 1
             wait_s = self._pause(failures)
             if self._router.monotonic() + wait_s >= deadline:
@@ -476,6 +478,7 @@ class _Drive:
             self._done.set_result(None)
 
     def _ask(self, request: Outcome) -> None:
+        reached("outcome_asked")
         if self._asked:  # the answer was not final: not at once again
             asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._send_outcome, request)
             return
@@ -493,6 +496,8 @@ class _Drive:
 
     def _tell(self, request: Request) -> None:
         """Finalize and hints: nobody waits for the answer; lost ones are made good by the anchor's record."""
+        if chance("hint_dropped"):
+            return
         router = self._committer.router
         assert isinstance(request, Finalize | Resolve)
         key = request.anchor_key if isinstance(request, Finalize) else request.locus

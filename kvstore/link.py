@@ -43,6 +43,7 @@ from kvstore.errors import (
 )
 from kvstore.limits import FRAME_BYTES_MAX, KIB, MESSAGE_BYTES_MAX, MIB
 from replication.errors import FrameError
+from replication.probes import reached
 
 PROTOCOL_VERSION: Final = 1
 PROTOCOL_VERSION_MIN: Final = 1  # the oldest that this program still speaks
@@ -472,12 +473,14 @@ class LinkCore:
             self._last_progress = now
             self._pinged_at = None
         elif self._waits() and now - self._last_progress >= limits.stall_timeout_s:
+            reached("peer_takes_nothing")
             waiting = self.queue_bytes
             self.close()
             raise PeerStalled(
                 f"nothing was taken for {limits.stall_timeout_s:g} s; {waiting} bytes wait"
             )
         elif self._pinged_at is not None and now - self._pinged_at >= limits.stall_timeout_s:
+            reached("peer_silent")
             self.close()
             raise PeerStalled(f"nothing came for {limits.stall_timeout_s:g} s, pings unanswered")
         quiet_since = min(self._last_sent, self._last_received)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from replication.probes import chance, reached
 from txn.evaluate import Evaluator
 from txn.latches import Pending, Waiter
 from txn.messages import Failure, GetTimestamps, Reply, Timestamps
@@ -145,7 +146,8 @@ class OracleClient:
         if self._evaluator is not None and oracle.serving:
             wall_ms = self._raise_bound(now)
             first = oracle.issue(fresh, wall_ms, now) if fresh else 0
-            if (first or not fresh) and store.lease_valid(META_RANGE_ID):
+            leased = store.lease_valid(META_RANGE_ID) and not chance("oracle_asked_remotely")
+            if (first or not fresh) and leased:
                 self._give(wants, Timestamps(0, oracle.last, first, fresh), now)
                 return
         self._in_flight = wants
@@ -162,6 +164,7 @@ class OracleClient:
                     want.evaluator.await_fresh[:0] = want.pendings
                     want.evaluator.await_read[:0] = want.readers
                     self._wanting[want.replica.range_id] = want.replica
+            reached("oracle_silent")
             self._not_before = self._store.clock.monotonic() + ASK_AGAIN_S
         self._store.wake()
 

@@ -15,6 +15,7 @@ import msgspec
 from kvstore.errors import CorruptionError
 from kvstore.ports import Engine
 from replication.codec import encode_membership
+from replication.probes import chance
 from replication.types import Membership, SnapshotMeta
 from txn import keycode
 from txn.state import RangeRow, decode_range_row, encode_row
@@ -55,9 +56,10 @@ class RangeSource:
             if data is not None:
                 head.append((key, data))
         yield _encode(head)
+        rows_max = 3 if chance("snapshot_chunks_small") else SLICE_ROWS_MAX
         for start, end in spans_of(row):
             cursor = self._view.scan(start, end)
-            while rows := cursor.take(SLICE_ROWS_MAX, SLICE_BYTES_MAX):
+            while rows := cursor.take(rows_max, SLICE_BYTES_MAX):
                 yield _encode(rows)
             cursor.close()
 

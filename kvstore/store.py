@@ -21,6 +21,7 @@ from kvstore.replica import Replica, ReplicaConfig
 from kvstore.snapshots import RangeSink, RangeSource
 from replication.errors import NotLeader, ProposalDropped
 from replication.host import Host
+from replication.probes import chance, reached
 from replication.turns import Deadlines
 from replication.types import Entry, SnapshotMeta
 from txn.apply import Overlay
@@ -168,7 +169,7 @@ class Store:
 
     def accept(self, asker: Asker, requests: Sequence[Request], size_bytes: int = 0) -> None:
         """Requests of one frame of `size_bytes`. More than fit, in number or in bytes, are refused at once with Throttled."""
-        room = self._requests_max - self.open_requests
+        room = 0 if chance("throttled") else self._requests_max - self.open_requests
         if self._inbox_bytes + size_bytes > self._inbox_bytes_max:
             room = 0
         if len(requests) > room:
@@ -311,8 +312,10 @@ class Store:
             try:
                 index = self._host.propose(replica.range_id, evaluator.term, encode_batch(batch))
             except NotLeader:
+                reached("deposed_before_it_proposed")
                 evaluator.dropped(pendings, "not_leader")
             except ProposalDropped:
+                reached("proposal_dropped")
                 evaluator.dropped(pendings, "throttled")
             else:
                 replica.inflight[index] = (batch, pendings)
@@ -322,10 +325,11 @@ class Store:
     def _confirm(self, replica: Replica) -> None:
         """N2: by the lease, looked at now, after the rows were; else by a read index."""
         answers, replica.output.confirm = replica.output.confirm, []
-        if self._host.lease_valid(replica.range_id):
+        if self._host.lease_valid(replica.range_id) and not chance("lease_not_used"):
             for origin, reply in answers:
                 self.answer(origin, reply)
             return
+        reached("read_index")
         self._context += 1
         self.counters["read_index_rounds"] += 1
         try:
@@ -366,7 +370,8 @@ class Store:
         for entry in entries:
             replica.apply(entry, overlay)
             self._staged[group] = replica
-            if overlay.bytes > WRITE_BATCH_BYTES_MAX or len(overlay.rows) > WRITE_BATCH_ROWS_MAX:
+            full = overlay.bytes > WRITE_BATCH_BYTES_MAX or len(overlay.rows) > WRITE_BATCH_ROWS_MAX
+            if full or chance("write_batch_cut"):
                 self._write()
                 overlay = self._overlay
 
@@ -432,6 +437,8 @@ class Store:
             if held is None:
                 continue
             replica, answers = held
+            if not ok:
+                reached("read_index_failed")
             for origin, reply in answers:
                 self.answer(origin, reply if ok else self._not_leader(reply.id, replica))
         self.on_turn_end()

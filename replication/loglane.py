@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from replication.durability import Durable, Gate, Released
 from replication.ports import Clock, LogFiles
+from replication.probes import reached
 from replication.ready import Token
 from replication.turns import SyncPolicy
 from replication.types import Entry, HardState
@@ -66,6 +67,7 @@ class LogLane:
 
     def reset(self, group: int, last: tuple[int, int]) -> None:
         """The group's log is empty now and begins behind `last`: a snapshot was installed. The hard state stays."""
+        reached("log_reset_for_a_snapshot")
         self._wal.reset(group, *last)
         self.gate.stage_reset(group, last)
         self.staged = True

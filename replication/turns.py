@@ -14,6 +14,7 @@ from typing import Final, Literal, NamedTuple
 
 from replication.errors import LogMismatch
 from replication.messages import AppendRequest, Message
+from replication.probes import chance, reached
 from replication.snapshot import SnapshotLimits
 from replication.types import Entry, HardState, Membership
 from replication.wal_groups import GroupLog
@@ -104,7 +105,9 @@ class Inbox:
         if (
             self._messages + len(messages) > self._messages_max
             or self._bytes + size_bytes > self._bytes_max
+            or chance("inbox_full")
         ):
+            reached("inbox_full")
             return False
         self._messages += len(messages)
         self._bytes += size_bytes
@@ -249,7 +252,8 @@ class SyncPolicy:
 
     def in_thread(self, creates_segment: bool) -> bool:
         """Whether the next sync goes to the thread; making a segment is slow on any disk."""
-        return self.threaded or (creates_segment and self.mode == "auto")
+        rarely = creates_segment or chance("sync_in_the_thread")
+        return self.threaded or (rarely and self.mode == "auto")
 
     def note(self, duration_s: float, waited_s: float, *, threaded: bool) -> None:
         """One sync: what the disk took (creation of a segment not included), and when the loop could go on."""
@@ -344,6 +348,8 @@ def start_of(
         if here == term:
             commit = max(index, min(state.commit, last))
             return Start(_at_least(state, last_term, commit), found.start, entries, index, False)
+    if applied == installed and log is not None:
+        reached("crash_before_the_logs_reset")
     if applied != installed:
         raise LogMismatch(
             f"the engine has applied up to {index} (term {term}), but the log begins after {first} (term {first_term}) "
@@ -364,8 +370,10 @@ def refusal_of(log: GroupLog, replica: int) -> str:
     if log.tombstone >= replica:
         return f"replica {replica} was removed from this node (tombstone {log.tombstone})"
     if log.suspect:
+        reached("vote_in_doubt")
         return "records of this group may be lost, its vote included"
     if log.faulty:
+        reached("entry_rotten")
         fault = log.faulty[0]
         return (
             f"{len(log.faulty)} damaged entries; the first is {fault.index}, segment {fault.segment} "

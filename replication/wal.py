@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 from crc32c import crc32c
 
 from replication.ports import LogFiles
+from replication.probes import chance, reached
 from replication.types import Entry, HardState
 from replication.wal_format import (
     BATCH_BYTES_MAX,
@@ -110,10 +111,15 @@ class Wal:
         wal._groups = groups
         wal._number = recovery.number
         make_durable(files, recovery)
+        if recovery.unsure:
+            reached("log_written_again")
         if recovery.damage or any(log.faulty for log in logs.values()):
+            reached("rot_found")
             wal._go_on_behind(files, recovery)
             return wal, logs
         cut_tail(files, recovery)
+        if recovery.torn_bytes:
+            reached("torn_tail_cut")
         wal._sizes = recovery.sizes
         if recovery.sizes:
             wal._segment, wal._offset = recovery.cut
@@ -233,6 +239,7 @@ class Wal:
         full = (
             self._begin_segment
             or self._offset + aligned(self._staged_bytes()) > self._sizes[self._segment]
+            or chance("segment_begun_early")
         )
         return self._take(self._segment + 1 if full else self._segment)
 
@@ -284,6 +291,7 @@ class Wal:
 
     def forget(self, segment: int) -> None:
         """The segment is deleted."""
+        reached("segment_deleted")
         assert segment < self._needed
         assert segment == next(iter(self._sizes)), "segments go oldest first"
         del self._sizes[segment]

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from replication.probes import chance, reached
 from txn import keycode
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
@@ -275,6 +276,7 @@ class Evaluator:
                 continue  # given up meanwhile
             ts = first + number
             if ts <= closed:
+                reached("timestamp_too_old")
                 self.await_fresh.append(pending)
                 continue
             pending.command = self._command(pending, ts)
@@ -560,9 +562,10 @@ class Evaluator:
             self.wait_for(part.resolving, request, origin, since)
             return
         mine = (request.age or begin_ts_of(request.txn_id), request.txn_id)
-        until = since + self.limits.conflict_wait_s
+        until = since + (0.0 if chance("conflict_not_waited_for") else self.limits.conflict_wait_s)
         if now < until and (request.one_range or mine < (part.row.age, part.txn_id)):
             waiter = Waiter(request, origin, since)
+            reached("conflict_waited_for")
             self.counters["waits_for_parts_total"] += 1
             self.blocked.setdefault(part.txn_id, []).append(waiter)
             self.at(until, lambda time: self._give_up_waiting(waiter, part, time))
@@ -583,6 +586,7 @@ class Evaluator:
             if not waiters:
                 del self.blocked[part.txn_id]
         waiter.done = True
+        reached("conflict_wait_over")
         self._prepare(waiter.request, waiter.origin, now, waiter.since)
 
     def _newer_than(
@@ -696,6 +700,7 @@ class Evaluator:
         request = waiter.request
         row = self.state.row
         if now > waiter.since + self.limits.read_wait_s:
+            reached("read_given_up")
             self.out.reply(
                 waiter.origin,
                 Failure(request.id, "unavailable", "an undecided write could not be decided"),
@@ -788,7 +793,7 @@ class Evaluator:
         values: list[bytes] = []
         versions: list[int] = []
         size, done = 0, True
-        rows_max = max(1, min(request.rows_max, SCAN_ROWS_MAX))
+        rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
         bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
         for key, version in scan_at(self.rows, start, end, at, reverse=request.reverse):
             if len(keys) >= rows_max or (keys and size >= bytes_max):

@@ -10,6 +10,7 @@ Source: Peng and Dabek, "Percolator" (OSDI 2010); TiKV's placement driver, and i
 
 from __future__ import annotations
 
+from replication.probes import chance, reached
 from txn.types import TIMESTAMP_SHIFT
 
 CATCH_UP_RATE = 2  # of monotonic time
@@ -53,6 +54,7 @@ class Oracle:
 
     def bound_lost(self) -> None:
         """The proposed bound was refused; the next turn proposes one again."""
+        reached("oracle_bound_lost")
         self._asked = 0
 
     def next_bound(self, wall_ms: int, now: float) -> int:
@@ -62,7 +64,8 @@ class Oracle:
         target = self._target(wall_ms, now)
         if self._serving and self.hi - target > self._window // RENEW_SHARE:
             return 0
-        self._asked = target + self._window
+        window = self._window >> 6 if chance("oracle_window_small") else self._window
+        self._asked = target + window
         return self._asked
 
     def issue(self, count: int, wall_ms: int, now: float) -> int:
@@ -71,8 +74,10 @@ class Oracle:
             return 0
         first = self._target(wall_ms, now)
         if first + count > self.hi:
+            reached("oracle_bound_near")
             first = self.last + 1  # the clock may wait for the next bound, the order may not
             if first + count > self.hi:
+                reached("oracle_bound_used_up")
                 return 0
         self.last = first + count - 1
         return first

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from replication.probes import chance, reached
 from txn.commands import AbortUnstaged, Decide, FencePart, OutboxDone, PreparePart
 from txn.latches import Pending, Waiter
 from txn.messages import (
@@ -122,12 +123,14 @@ class Recovery:
         while self._anchor_due and self._anchor_due[0][0] <= now:
             txn_id = self._anchor_due.popleft()[1]
             if txn_id in state.staged:
+                reached("anchor_recovers")
                 self._recover(txn_id, state.staged[txn_id])
                 self._anchor_due.append((now + limits.anchor_timer_s, txn_id))
         while self._orphan_due and self._orphan_due[0][0] <= now:
             _, txn_id, locus = self._orphan_due.popleft()
             part = state.part(txn_id, locus)
             if part is not None:
+                reached("orphan_asks")
                 self._ask_orphan(part)
                 self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
         for queue in (self._outbox_due, self._outbox_again):
@@ -139,15 +142,22 @@ class Recovery:
 
     def prepared(self, command: PreparePart, now: float) -> None:
         """A part became PREPARED under this leader."""
+        limits = self.ev.limits
         if command.participants:
-            self._anchor_due.append((now + self.ev.limits.anchor_timer_s, command.txn_id))
+            if chance("anchor_timer_early"):  # the queue is in order of time: the front
+                self._anchor_due.appendleft((now, command.txn_id))
+            else:
+                self._anchor_due.append((now + limits.anchor_timer_s, command.txn_id))
         if command.anchor_key != command.locus:
-            self._orphan_due.append(
-                (now + self.ev.limits.orphan_timer_s, command.txn_id, command.locus)
-            )
+            part = (command.txn_id, command.locus)
+            if chance("orphan_timer_early"):
+                self._orphan_due.appendleft((now, *part))
+            else:
+                self._orphan_due.append((now + limits.orphan_timer_s, *part))
 
     def dropped(self, pending: Pending) -> None:
         """A proposal of ours was refused by Raft: the timers bring it again."""
+        reached("proposal_refused")
         self._deciding.pop(pending.txn_id, None)
 
     # -- questions to other ranges
@@ -201,6 +211,7 @@ class Recovery:
         if self._reply_known(request, origin):
             return
         if begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon:
+            reached("outcome_expired")
             ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
             return
         self._abort_unstaged(request, origin)
@@ -223,6 +234,7 @@ class Recovery:
         if begin_ts_of(request.txn_id) <= ev.state.row.outcome_horizon:
             ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
         elif request.mode == QueryMode.ORPHAN:
+            reached("anchor_fences_itself")
             self._abort_unstaged(request, origin)
         else:
             status = TxnStatus.INVISIBLE if request.mode == QueryMode.READ else TxnStatus.ABSENT
@@ -293,6 +305,8 @@ class Recovery:
     def _post(self, txn_id: bytes, participants: list[Participant]) -> None:
         """Decide was applied: its outbox rows leave a little later, in company."""
         due = self.ev.now + self.ev.limits.outbox_delay_s
+        if chance("outbox_late"):
+            due += 100 * self.ev.limits.outbox_delay_s
         for participant in participants:
             if (txn_id, participant.locus) in self.ev.state.outbox:
                 self._outbox_due.append((due, (txn_id, participant.locus)))
@@ -333,6 +347,7 @@ class Recovery:
             if status in (PartStatus.FENCED, PartStatus.ABORTED, PartStatus.EXPIRED):
                 # EXPIRED is as good as a fence: nothing of this id will be prepared there, and while the record is
                 # STAGED here its parts' statuses are kept.
+                reached("recovery_aborts")
                 self._propose_decision(txn_id, staged.anchor_key, 0)
                 return
             if status not in (PartStatus.PREPARED, PartStatus.COMMITTED):
@@ -340,6 +355,7 @@ class Recovery:
             elif commit_ts >= 0:
                 commit_ts = max(commit_ts, ts)
         if commit_ts > 0:
+            reached("recovery_commits")
             self._propose_decision(txn_id, staged.anchor_key, commit_ts)
 
     def _propose_decision(self, txn_id: bytes, anchor_key: bytes, commit_ts: int) -> None:
@@ -373,6 +389,8 @@ class Recovery:
                 pending = Pending(b"", None, None)
                 pending.command = OutboxDone(row.txn_id, row.anchor_key, part.locus)
                 self.ev.propose(pending)
+            else:
+                reached("outbox_sent_again")
             self._outbox_again.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
 
         self.call(part.locus, request, on_reply)
@@ -403,6 +421,7 @@ class Recovery:
             )
             ev.propose(pending)
         elif answer is ABSENT and not below:
+            reached("resolved_unprepared")
             message = "resolved as committed, but it was never prepared here"
             ev.out.reply(origin, Failure(request.id, "invalid_argument", message), True)
         else:
@@ -422,6 +441,7 @@ class Recovery:
             or part.row.anchor_key == part.locus
         ):
             return
+        reached("blocked_writer_asks")
         self._kicks[part.txn_id] = None
 
         def on_reply(reply: Reply) -> None:
@@ -466,6 +486,7 @@ class Recovery:
         if ask is not None:
             ask[1].append(waiter)
             return
+        reached("reader_asks")
         self._asks[part.txn_id] = (at, [waiter])
         request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.READ, at)
         self.call(part.row.anchor_key, request, lambda reply: self._on_visibility(part, reply))
@@ -473,8 +494,10 @@ class Recovery:
     def _on_visibility(self, part: Part, reply: Reply) -> None:
         asked, waiters = self._asks.pop(part.txn_id)
         if isinstance(reply, TxnReply) and reply.status == TxnStatus.INVISIBLE:
+            reached("reader_told_invisible")
             part.invisible_to = max(part.invisible_to, asked)
         elif not self._on_outcome(part, reply) or self._stands(part):
+            reached("reader_rests")
             self.rest(waiters)  # no answer, or none that can be used now
             return
         self._rerun(waiters)
@@ -548,6 +571,7 @@ class _Visibility:
             self._answer(TxnReply(request_id, TxnStatus.COMMITTED, reply.ts))
         elif status == PartStatus.EXPIRED and request.txn_id not in self.recovery.ev.state.staged:
             self.answered = True
+            reached("participant_forgot")
             self.recovery.look_again(self.waiter)
         elif status in (PartStatus.FENCED, PartStatus.ABORTED):
             self._answer(TxnReply(request_id, TxnStatus.ABORTED))
