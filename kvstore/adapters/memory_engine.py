@@ -19,10 +19,17 @@ from typing import Any, Final
 
 from sortedcontainers import SortedDict
 
-from kvstore.errors import CorruptionError, DataDirectoryError, EngineClosed, KVError
+from kvstore.errors import (
+    CorruptionError,
+    DataDirectoryError,
+    EngineClosed,
+    KVError,
+    StorageError,
+)
 
 CURSOR_ROWS_MAX: Final = 64  # read ahead by one step of a cursor
 CURSOR_BYTES_MAX: Final = 256 * 1024
+BLOCK_ROWS: Final = 16  # that one damaged block may hold
 WRITE_BUFFER_BYTES: Final = 64 * 1024 * 1024  # a flush happens by itself when as much is unflushed
 
 Row = tuple[bytes, bytes]
@@ -32,7 +39,8 @@ Old = dict[bytes, bytes | None]  # key -> the value before, None if there was no
 class MemoryDirectory:
     """What is on the simulated disk.
 
-    Public knobs: `damage(key)`; `write_error`: raised by every write and flush while it is set.
+    Public knobs: `damage(key)`, `rot(rng)`; `write_error`: raised by every write and flush while it is set;
+    `read_error`: the same of reads.
     """
 
     def __init__(self) -> None:
@@ -41,12 +49,27 @@ class MemoryDirectory:
         self.unflushed_bytes = 0
         self.damaged: dict[bytes, None] = {}
         self.write_error: KVError | None = None
+        self.read_error: KVError | None = None
         self.in_use = False
 
     def damage(self, key: bytes) -> None:
         """Bit rot at a row: reading it, or over it, raises CorruptionError until it is overwritten."""
         assert key in self.rows
         self.damaged[key] = None
+
+    def rot(self, rng: random.Random, rows_max: int = BLOCK_ROWS) -> list[bytes]:
+        """Damage some neighbouring rows of those that are flushed, as a lost block does. Returns their keys."""
+        if not self.rows:
+            return []
+        fresh: dict[bytes, None] = {}
+        for old in self.undo:
+            fresh.update(dict.fromkeys(old))
+        first = self.rows.peekitem(rng.randrange(len(self.rows)))[0]
+        block = itertools.islice(self.rows.irange(first), rng.randint(1, rows_max))
+        keys = [key for key in block if key not in fresh]
+        for key in keys:
+            self.damage(key)
+        return keys
 
     def flushed(self) -> None:
         """Everything written so far is durable."""
@@ -71,9 +94,12 @@ class MemoryEngine:
     def get(self, key: bytes) -> bytes | None:
         self._check()
         _require_bytes(key)
-        if key in self.directory.damaged:
+        directory = self.directory
+        if directory.read_error is not None:
+            raise directory.read_error
+        if key in directory.damaged:
             raise _corrupt(key)
-        value: bytes | None = self.directory.rows.get(key)
+        value: bytes | None = directory.rows.get(key)
         return value
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -267,7 +293,7 @@ class MemoryCursor:
             for key in keys:
                 try:
                     value = instant.get(key)
-                except CorruptionError as error:
+                except StorageError as error:
                     self._error, self._instant = error, None
                     break
                 if self._reverse:
@@ -306,6 +332,8 @@ class _Instant:
                     self._damaged[key] = None
 
     def get(self, key: bytes) -> bytes | None:
+        if self._directory.read_error is not None:
+            raise self._directory.read_error
         if self._old is not None and key in self._old:
             if key in self._damaged:
                 raise _corrupt(key)

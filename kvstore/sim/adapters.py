@@ -17,8 +17,9 @@ from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
 from kvstore.errors import EngineClosed
 from kvstore.ports import FramePipe
 from kvstore.sim.disk import SimDisk
+from kvstore.sim.loop import SimLoop
 from kvstore.sim.network import SimHost, SimNetwork
-from kvstore.sim.process import Process
+from kvstore.sim.process import PROCESS, Process, world
 from kvstore.sim.trace import Trace
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Machine:
         self.io_count = 0
         self.on_io: Callable[[Machine, str], None] = lambda _machine, _point: None
         self.call_s = QUICK_S
+        self.stall_s = 0.0  # of a sync that the loop waits for itself
+        self.in_call = False  # a blocking call is done for a thread just now
         self.wall_jump_s = 0.0
         self.boots = 0
         self._process: Process | None = None  # that runs on it, or ran last
@@ -80,6 +83,21 @@ class Machine:
         """The process is at this point of its work with the disk. May raise Killed."""
         self.io_count += 1
         self.on_io(self, point)
+
+    def stall(self) -> None:
+        """A sync on the loop takes `stall_s`: the process stands still. (One in a thread takes `call_s`.)"""
+        process = PROCESS.get()
+        if self.stall_s and not self.in_call and process is not None and not process.paused:
+            self.trace.note("stall", self.name, self.stall_s)
+            process.pause()
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.stall_s, self._go_on, process, context=world())
+
+    def _go_on(self, process: Process) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        if process.paused and not process.dead:
+            loop.resume(process)
 
     def lose_process(self, *, power: bool) -> int:
         """What is on the disk afterwards; `power`: unsynced writes are lost too. Returns how many engine batches were."""
@@ -129,12 +147,15 @@ class SimExecutor:
 
     def _do(self, work: Callable[[], T], future: asyncio.Future[T], rest_s: float) -> None:
         loop = asyncio.get_running_loop()
+        self._machine.in_call = True
         try:
             result = work()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the call's outcome
             loop.call_later(rest_s, _fail, future, error)
         else:
             loop.call_later(rest_s, _settle, future, result)
+        finally:
+            self._machine.in_call = False
 
     def close(self) -> None:
         """There are no threads to wait for."""
@@ -179,6 +200,7 @@ class SimFiles:
         self._disk.sync(segment)
         self._machine.trace.note("sync", self._machine.name, segment)
         self._machine.io("synced")
+        self._machine.stall()
 
     def delete(self, segment: int) -> None:
         self._machine.io("delete")

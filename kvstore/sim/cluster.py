@@ -2,8 +2,9 @@
 
 `SimCluster` is driven from the world (no process): it starts nodes, crashes, pauses and restarts them, and gives out
 clients, each a process and a host of its own. Nodes are named n1, n2, ...; clients by their user.
-A node whose host gives up because its disk failed (as it was told to) counts as crashed; any other fatal error, and any
-exception that nobody handled, is kept in `problems`.
+A node that gives up because its disk failed (as it was told to) counts as crashed, and `on_failure` hears of it. One
+whose disk was damaged may find its data corrupt: then it is retired for good. Any other fatal error, and any exception
+that nobody handled, is kept in `problems`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from kvstore.config import (
     LogSection,
     NodeConfig,
 )
-from kvstore.errors import KVError
+from kvstore.errors import CorruptionError, DiskFull, KVError, StorageError
 from kvstore.identity import Identity
 from kvstore.node import Node
 from kvstore.sim.adapters import WALL_EPOCH_S, Machine, SimAdapters, SimClock
+from kvstore.sim.disk import INJECTED
 from kvstore.sim.loop import SimLoop
 from kvstore.sim.network import SimNetwork
 from kvstore.sim.process import Killed, Process, ProcessDied, outside
 from kvstore.sim.trace import Trace
-from replication.errors import LogWriteFailed
+from replication.errors import LogDiskFull, LogWriteFailed, ReplicationError
 
 PORT: Final = 7400
 SPLITS: Final = (b"h", b"p")
@@ -67,8 +69,8 @@ class Server:
         self.address = f"{machine.name}:{PORT}"
         self.process: Process | None = None
         self.node: SimNode | None = None
-        self.broken = False  # it cannot start any more
-        self.failures_expected = 0  # of the disk, told by the faults
+        self.broken = False  # it cannot start any more, or is retired
+        self.damage: list[str] = []  # what the faults did to its data
 
     @property
     def running(self) -> bool:
@@ -78,9 +80,10 @@ class Server:
 class Client:
     """A client on a host of its own. `dead` after its crash."""
 
-    def __init__(self, name: str, process: Process, database: Database) -> None:
+    def __init__(self, name: str, process: Process, database: Database, machine: Machine) -> None:
         self.name = name
         self.process = process
+        self.machine = machine
         self.database = database
 
     @property
@@ -113,6 +116,7 @@ class SimCluster:
         self.problems: list[str] = []
         self.on_open: list[Callable[[Server], None]] = []
         self.on_crash: list[Callable[[Server], None]] = []
+        self.on_failure: list[Callable[[Server], None]] = []  # it ended by itself; restart it
         self.splits = tuple(splits)
         self.servers: dict[str, Server] = {}
         self.clients: dict[str, Client] = {}
@@ -173,6 +177,12 @@ class SimCluster:
         try:
             await self._boot(server)
         except Exception as error:  # noqa: BLE001 - whatever it is, a restart must not fail
+            if injected(error):
+                self._failed(server, error)
+                return
+            if server.damage and isinstance(error, (KVError, ReplicationError)):
+                self._retire(server, error)
+                return
             self.problem(f"{name} does not start: {error!r}", error)
             server.broken = True
             self.crash(name, power=False)
@@ -191,7 +201,6 @@ class SimCluster:
         outside(self.network.crash, name)
         lost = server.machine.lose_process(power=power)
         server.node = None
-        server.failures_expected = 0
         self.trace.note("crash", name, power, lost)
 
     def crash_within(self, name: str, *, power: bool = True) -> None:
@@ -200,18 +209,19 @@ class SimCluster:
         raise Killed(name)
 
     def pause(self, name: str) -> None:
-        process = self._process(name)
+        process = self.process(name)
         if process is not None and not process.dead:
             self.trace.note("pause", name)
             process.pause()
 
     def resume(self, name: str) -> None:
-        process = self._process(name)
+        process = self.process(name)
         if process is not None and process.paused:
             self.trace.note("resume", name)
             self.loop.resume(process)
 
-    def _process(self, name: str) -> Process | None:
+    def process(self, name: str) -> Process | None:
+        """Of a node or client; None: it never had one."""
         server = self.servers.get(name)
         return server.process if server is not None else self.clients[name].process
 
@@ -261,7 +271,7 @@ class SimCluster:
                 return database
 
         database = await process.call(started())
-        client = self.clients[unique] = Client(unique, process, database)
+        client = self.clients[unique] = Client(unique, process, database, machine)
         return client
 
     def crash_client(self, name: str) -> None:
@@ -287,18 +297,41 @@ class SimCluster:
         outside(self._give_up, server, process, error)
 
     def _give_up(self, server: Server, process: Process, error: BaseException | None) -> None:
-        if isinstance(error, LogWriteFailed) and server.failures_expected > 0:
-            server.failures_expected -= 1
-        elif not process.dead:
-            self.problem(f"{server.name} failed: {error!r}", error)
-        if server.process is process:
-            self.crash(server.name, power=False)
+        current = server.process is process and not process.dead
+        if current and server.damage and isinstance(error, CorruptionError):
+            self._retire(server, error)
+        elif current and injected(error):
+            self._failed(server, error)
+        else:
+            if not process.dead:
+                self.problem(f"{server.name} failed: {error!r}", error)
+            if server.process is process:
+                self.crash(server.name, power=False)
+
+    def _failed(self, server: Server, error: BaseException | None) -> None:
+        self.trace.note("failed", server.name, error)
+        self.crash(server.name, power=False)
+        for look in self.on_failure:
+            look(server)
+
+    def _retire(self, server: Server, error: BaseException | None) -> None:
+        """Its data is damaged, and it says so: an operator takes it out of service."""
+        self.trace.note("retired", server.name, error)
+        server.broken = True
+        self.crash(server.name, power=False)
 
     def _unhandled(self, _loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if isinstance(error, Killed):
             return
         outside(self.problem, f"unhandled: {context.get('message')}: {error!r}", error)
+
+
+def injected(error: BaseException | None) -> bool:
+    """Whether this is a failure that the simulated disk was told to have."""
+    if isinstance(error, LogDiskFull | DiskFull):
+        return True
+    return isinstance(error, OSError | LogWriteFailed | StorageError) and INJECTED in str(error)
 
 
 def small_logs(config: NodeConfig) -> NodeConfig:

@@ -1,19 +1,25 @@
 """A node's disk in memory, with the faults of real ones: the log's segments and the node's small files.
 
-What was written and not synced is lost at a crash, sector by sector and in any subset. Bits flip, writes and syncs
-fail on demand. `crash` and `kill` return the disk that the restarted node finds; the old one then refuses
-everything, so that a node that should be dead cannot go on writing.
+What was written and not synced is lost at a crash, sector by sector and in any subset. Bits flip, batches land where
+they should not, writes, syncs and reads fail, and space runs out on demand. `crash` and `kill` return the disk that the
+restarted node finds; the old one then refuses everything, so that a node that should be dead cannot go on writing.
+
+`rot` and `misdirect` damage only what the log itself can prove to have been durable: batches before the largest
+`synced_upto` of an intact header on the disk. Of what lies behind that, nobody can tell damage from a torn write.
 """
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import dataclass, field
 from typing import Final
 
 from replication.errors import LogDiskFull, LogWriteFailed
+from replication.wal_format import BLOCK_BYTES, BatchHeader, aligned, decode_batch_header
 
 SECTOR_BYTES: Final = 512  # written whole or not at all
+INJECTED: Final = "injected failure"  # is in the text of every error that was asked for
 
 
 @dataclass
@@ -50,6 +56,7 @@ class SimDisk:
         self._failed: str | None = None
         self._fail_syncs_after: int | None = None
         self._fail_writes_after: int | None = None
+        self._fail_reads_after: int | None = None
         self.write_count = 0
         self.sync_count = 0
         self.written_bytes = 0
@@ -63,9 +70,11 @@ class SimDisk:
         return sorted(self._segments)
 
     def read(self, segment: int) -> bytes:
-        """The whole file, unsynced writes included. Raises: FileNotFoundError."""
+        """The whole file, unsynced writes included. Raises: OSError."""
         if segment not in self._segments:
             raise FileNotFoundError(f"segment {segment}")
+        if self._countdown("_fail_reads_after"):
+            raise OSError(errno.EIO, f"read segment {segment}: {INJECTED}")
         return bytes(self._segments[segment].current)
 
     def create(self, segment: int, size_bytes: int) -> None:
@@ -73,9 +82,8 @@ class SimDisk:
         self._check(f"create segment {segment}")
         if segment in self._segments:
             self._fail(f"create segment {segment}: it exists")
-        used = sum(len(file.current) for file in self._segments.values())
-        if self.capacity_bytes is not None and used + size_bytes > self.capacity_bytes:
-            self._fail(f"create segment {segment}: no space left", full=True)
+        if self.capacity_bytes is not None and self.used_bytes + size_bytes > self.capacity_bytes:
+            self._fail(f"create segment {segment}: no space left, {INJECTED}", full=True)
         self._segments[segment] = _Segment.of(bytes(size_bytes))
         self.create_count += 1
 
@@ -91,7 +99,7 @@ class SimDisk:
         file.current[offset : offset + len(data)] = data
         file.unsynced.append((offset, bytes(data)))
         if failing:
-            self._fail(f"write segment {segment}: injected failure")
+            self._fail(f"write segment {segment}: {INJECTED}")
         self.write_count += 1
         self.written_bytes += len(data)
 
@@ -101,7 +109,7 @@ class SimDisk:
         file = self._file(segment, "sync")
         if self._countdown("_fail_syncs_after"):
             file.unsynced.clear()  # the cache says clean, and the disk has nothing of it
-            self._fail(f"sync segment {segment}: injected failure")
+            self._fail(f"sync segment {segment}: {INJECTED}")
         for offset, data in file.unsynced:
             _put(file.durable, offset, data)
         file.unsynced.clear()
@@ -144,9 +152,74 @@ class SimDisk:
         """The write after `after` more good ones fails, with some of it done."""
         self._fail_writes_after = after
 
+    def fail_read(self, after: int = 0) -> None:
+        """The read of a segment after `after` more good ones fails; those after it do not."""
+        self._fail_reads_after = after
+
+    def fill(self) -> None:
+        """No space is left: no segment can be made. What is allocated already can be written."""
+        self.capacity_bytes = self.used_bytes
+
     def mend(self) -> None:
-        """No write and no sync is made to fail any more; what has failed already stays so."""
-        self._fail_syncs_after = self._fail_writes_after = None
+        """Nothing is made to fail any more, and there is space; what has failed already stays so."""
+        self._fail_syncs_after = self._fail_writes_after = self._fail_reads_after = None
+        self.capacity_bytes = None
+
+    @property
+    def used_bytes(self) -> int:
+        """What the segments take together."""
+        return sum(len(file.current) for file in self._segments.values())
+
+    def provable(self) -> list[BatchHeader]:
+        """The log's batches that it can prove to have been durable, in their order."""
+        headers = []
+        for segment, file in sorted(self._segments.items()):
+            data = bytes(file.durable)
+            for offset in range(0, len(data), BLOCK_BYTES):
+                header = decode_batch_header(data, segment, offset)
+                if header is not None:
+                    headers.append(header)
+        synced = max((header.synced_upto for header in headers), default=0)
+        return [header for header in headers if header.end <= synced]
+
+    def rot(self, rng: random.Random) -> str:
+        """A bit, or a sector, of some provable batch is not what was written. Returns where; empty if there is none."""
+        headers = self.provable()
+        if not headers:
+            return ""
+        header = rng.choice(headers)
+        at = header.offset + rng.randrange(header.length)
+        if rng.random() < 0.7:
+            self.flip(header.segment, at, rng.randrange(8))
+            return f"segment {header.segment} byte {at}"
+        sector = at // SECTOR_BYTES * SECTOR_BYTES
+        self._overwrite(header.segment, sector, rng.randbytes(SECTOR_BYTES))
+        return f"segment {header.segment} sector {sector}"
+
+    def misdirect(self, rng: random.Random) -> str:
+        """Some provable batch landed elsewhere when it was written: over another such batch, or behind the log's end.
+
+        Where it should be are the zeros that were there before. Seen from now, that is what such a write has left
+        once later ones followed it. Returns from where to where; empty if there is none.
+        """
+        headers = self.provable()
+        if len(headers) < 2:
+            return ""
+        header, other = rng.sample(headers, 2)
+        data = bytes(self._segments[header.segment].durable[header.offset :][: header.length])
+        self._overwrite(header.segment, header.offset, bytes(aligned(header.length)))
+        target, offset, room = other.segment, other.offset, aligned(other.length)
+        last = max(self._segments)
+        free = aligned(len(self._segments[last].current.rstrip(b"\0")))
+        if rng.random() < 0.3 and free + len(data) <= len(self._segments[last].current):
+            target, offset, room = last, free, len(data)
+        self._overwrite(target, offset, data[:room])
+        return f"segment {header.segment} offset {header.offset} to {target} {offset}"
+
+    def _overwrite(self, segment: int, offset: int, data: bytes) -> None:
+        file = self._segments[segment]
+        for content in (file.current, file.durable):
+            _put(content, offset, data)
 
     def flip(self, segment: int, offset: int, bit: int = 0) -> None:
         """Rot: one bit is not what was written any more, on the disk and in the cache."""
@@ -196,6 +269,7 @@ class SimDisk:
 
     def _successor(self, segments: dict[int, _Segment]) -> SimDisk:
         after = SimDisk(capacity_bytes=self.capacity_bytes, _content=(segments, self._files))
+        after._fail_reads_after = self._fail_reads_after
         self._segments, self._files = {}, {}
         self._failed = self._failed or "the machine crashed"
         return after

@@ -38,6 +38,8 @@ class Process:
         self.clock_rate = 1.0  # of its machine's monotonic clock, by which its timers go
         self.parked: list[events.Handle] = []
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # that have not ended, by number
+        self._fuse = 0  # steps until `_on_fuse`; 0: there is none
+        self._on_fuse: Callable[[], None] = lambda: None
         self._deaths: dict[int, asyncio.Future[None]] = {}
         self._context = contextvars.copy_context()
         self._context.run(PROCESS.set, self)
@@ -70,6 +72,28 @@ class Process:
         for ended in self._deaths.values():
             _set(ended)
 
+    def light(self, steps: int, then: Callable[[], None]) -> None:
+        """Call `then` (as the world) before the callback that is this process's so-many-th from now on.
+
+        Every resumption of an await is a callback: a `then` that kills the process kills it at that await.
+        """
+        assert steps > 0
+        self._fuse, self._on_fuse = steps, then
+
+    def burn(self) -> bool:
+        """One step of the fuse. True: it has burnt down, and the process is dead; the step is not taken."""
+        self._fuse -= 1
+        if self._fuse == 0:
+            outside(self._on_fuse)
+        return self.dead
+
+    def unlight(self) -> None:
+        self._fuse = 0
+
+    @property
+    def lit(self) -> bool:
+        return self._fuse > 0
+
     def pause(self) -> None:
         self.paused = True
 
@@ -97,11 +121,16 @@ def process_of(context: Context | None) -> Process | None:
     return PROCESS.get() if context is None else context.get(PROCESS)
 
 
-def outside(function: Callable[..., T], *args: Any) -> T:
-    """Call it as the world, from wherever."""
+def world() -> Context:
+    """A context for callbacks that are nobody's."""
     context = contextvars.copy_context()
     context.run(PROCESS.set, None)
-    return context.run(function, *args)
+    return context
+
+
+def outside(function: Callable[..., T], *args: Any) -> T:
+    """Call it as the world, from wherever."""
+    return world().run(function, *args)
 
 
 class ProcessHandle(events.Handle):
@@ -121,7 +150,7 @@ class ProcessHandle(events.Handle):
         process = self._process
         if process.paused:
             process.parked.append(self)
-        elif not process.dead:
+        elif not process.dead and not (process._fuse and process.burn()):  # noqa: SLF001  # hot
             super()._run()
 
 
@@ -143,7 +172,7 @@ class ProcessTimerHandle(events.TimerHandle):
         process = self._process
         if process.paused:
             process.parked.append(self)
-        elif not process.dead:
+        elif not process.dead and not (process._fuse and process.burn()):  # noqa: SLF001  # hot
             super()._run()
 
 

@@ -17,12 +17,14 @@ from kvstore.config import LogSection, NodeConfig, TxnSection
 from kvstore.errors import KVError
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import Server, SimCluster, small_logs
-from kvstore.sim.faults import Nemesis
+from kvstore.sim.faults import Fault, Nemesis
 from kvstore.sim.observers import Observers
+from kvstore.sim.points import Points
 from kvstore.sim.trace import Trace
 from kvstore.sim.workloads import ACCOUNTS, CELLS, REGISTERS, Workload, read_markers
 from kvstore.snapshots import spans_of
 from kvstore.testing.history import History
+from replication import probes
 from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
@@ -63,6 +65,8 @@ class Result:
     failed: int = 0
     entries: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    happened: dict[int, Fault] = field(default_factory=dict)  # each fault, by its number
+    probes: dict[str, int] = field(default_factory=dict)  # rare paths: how often each was taken
     digest: str = ""
     counters: dict[str, float] = field(default_factory=dict)
 
@@ -75,7 +79,8 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
     async def play(loop: simulated.SimLoop) -> None:
         await _Scenario(loop, seed, chosen, result, sink).play()
 
-    with _silence():
+    points = probes.choosing(Points(str(seed)) if chosen.faults else lambda _name: False)
+    with _silence(), probes.counting() as result.probes, points:
         try:
             simulated.run(play, seed, time_limit_s=LIMIT_S)
         except simulated.SimError as error:
@@ -115,7 +120,9 @@ class _Scenario:
             pause_s=options.seconds / options.ops / 2,
             timeout_s=rng.choice((1.0, 3.0, 5.0)),
         )
-        self._nemesis = Nemesis(cluster, rng, self._workload.victims, self._workload.crashed)
+        self._nemesis = Nemesis(
+            cluster, rng, self._workload.victims, self._workload.crashed, options.faults_kept
+        )
         self._nemesis.direct(options.kinds, options.mean_s, options.hold_s)
 
     def _opened(self, server: Server) -> None:
@@ -150,6 +157,7 @@ class _Scenario:
                 result.operations = self._workload.done
                 result.unknown, result.failed = self._workload.unknown, self._workload.failed
                 result.faults = self._nemesis.counts
+                result.happened = self._nemesis.happened
                 result.seconds = self._loop.time() - began
                 result.entries = self._observers.entries
                 self._trace.note("end", cluster.network.fingerprint)
@@ -211,19 +219,29 @@ class _Scenario:
         return "; ".join(lines)
 
     def _decided(self) -> bool:
-        for server in self._cluster.servers.values():
+        for server in self._whole():
             if not server.running or server.node is None or server.node.store is None:
                 return False
-            if any(server.node.status()["transactions"].values()):
-                return False
+            for number, replica in server.node.store.replicas.items():
+                state = replica.state
+                undecided = state.parts or state.staged or state.outbox
+                if undecided and not self._nemesis.atlas.excused(server.name, number):
+                    return False
         return True
+
+    def _whole(self) -> list[Server]:
+        """The nodes that must run in peace."""
+        atlas = self._nemesis.atlas
+        return [each for each in self._cluster.servers.values() if not atlas.gone(each.name)]
 
     def _level(self) -> bool:
         applied: dict[int, tuple[int, int]] = {}
-        for server in self._cluster.servers.values():
+        for server in self._whole():
             assert server.node is not None
             assert server.node.store is not None
             for number, replica in server.node.store.replicas.items():
+                if self._nemesis.atlas.excused(server.name, number):
+                    continue
                 if applied.setdefault(number, replica.applied) != replica.applied:
                     return False
         return True
@@ -231,10 +249,12 @@ class _Scenario:
     def _compare(self) -> None:
         """All rows of a range are equal on all replicas."""
         states: dict[int, tuple[str, list[tuple[bytes, bytes]]]] = {}
-        for server in self._cluster.servers.values():
+        for server in self._whole():
             assert server.node is not None
             assert server.node.store is not None
             for number, replica in server.node.store.replicas.items():
+                if self._nemesis.atlas.excused(server.name, number):
+                    continue
                 rows = rows_of(server, replica.state.row)
                 name, others = states.setdefault(number, (server.name, rows))
                 if rows != others:

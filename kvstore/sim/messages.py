@@ -1,0 +1,108 @@
+"""Faults of whole messages, between a node's streams and its host: lost, doubled, late and past others.
+
+Streams keep order and lose nothing but a tail, as TCP does. Raft does not count on that, and a stream to come may not
+promise it; so here single messages go astray after they were received: a late one may arrive after its sender died, and
+at the next process of its receiver. Frames of snapshots are only lost, as in a full inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from kvstore.sim.cluster import Server, SimCluster
+from kvstore.sim.process import world
+from replication.messages import Message
+
+Receive = Callable[[int, Sequence[Message], int], None]
+
+
+class Astray(NamedTuple):
+    """Shares of the messages of one path that are lost, doubled, and late by up to `late_s`."""
+
+    loss: float
+    double: float
+    late: float
+    late_s: float
+
+
+class MessageFaults:
+    """Attach it before the cluster starts. `set` and `clear` as faults come and go."""
+
+    def __init__(self, cluster: SimCluster) -> None:
+        self.counters = dict.fromkeys(("lost", "doubled", "late", "late_in_vain"), 0)
+        self._cluster = cluster
+        self._rng = random.Random(f"{cluster.seed}/messages")
+        self._paths: dict[tuple[str, str], Astray] = {}
+        self._direct: dict[str, Receive] = {}  # of the host that runs, by server
+        cluster.on_open.append(self._attach)
+
+    def set(self, source: str, target: str, astray: Astray) -> None:
+        """From now on, from one server to another."""
+        self._paths[source, target] = astray
+
+    def clear(self, source: str = "", target: str = "") -> None:
+        """No more of it on this path; without names: on none."""
+        if source:
+            self._paths.pop((source, target), None)
+        else:
+            self._paths.clear()
+
+    def _attach(self, server: Server) -> None:
+        assert server.node is not None
+        host: Any = server.node.host
+        direct, direct_chunk = host.receive, host.receive_snapshot_chunk
+        self._direct[server.name] = direct
+
+        def receive(sender: int, messages: Sequence[Message], size_bytes: int = 0) -> None:
+            astray = self._paths.get((f"n{sender}", server.name))
+            kept = messages if astray is None else self._filter(server, sender, messages, astray)
+            if kept:
+                direct(sender, kept, size_bytes)
+
+        def receive_chunk(sender: int, payload: bytes) -> None:
+            astray = self._paths.get((f"n{sender}", server.name))
+            if astray is not None and self._rng.random() < astray.loss:
+                self.counters["lost"] += 1
+            else:
+                direct_chunk(sender, payload)
+
+        host.receive, host.receive_snapshot_chunk = receive, receive_chunk
+
+    def _filter(
+        self, server: Server, sender: int, messages: Sequence[Message], astray: Astray
+    ) -> list[Message]:
+        """What arrives at once; the rest is lost, or on its way."""
+        rng, counters = self._rng, self.counters
+        kept: list[Message] = []
+        for message in messages:
+            if rng.random() < astray.loss:
+                counters["lost"] += 1
+                continue
+            copies = 1
+            if rng.random() < astray.double:
+                counters["doubled"] += 1
+                copies = 2
+            for _ in range(copies):
+                if rng.random() < astray.late:
+                    counters["late"] += 1
+                    self._later(server, sender, message, rng.uniform(0.0, astray.late_s))
+                else:
+                    kept.append(message)
+        return kept
+
+    def _later(self, server: Server, sender: int, message: Message, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, self._arrive, server, sender, message, context=world())
+
+    def _arrive(self, server: Server, sender: int, message: Message) -> None:
+        """At whatever process the machine runs now."""
+        process, node = server.process, server.node
+        if process is None or process.dead or node is None or node.host is None:
+            self.counters["late_in_vain"] += 1
+            return
+        direct = self._direct[server.name]
+        loop = asyncio.get_running_loop()
+        loop.call_soon(direct, sender, [message], 0, context=process.context())

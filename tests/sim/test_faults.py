@@ -1,0 +1,293 @@
+"""Claims of the faults: each kind does what it says, ends, and leaves a cluster that serves; damage stays where it may be.
+
+The bugs that these faults have shown are here by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from kvstore.errors import KVError
+from kvstore.sim import loop as simulated
+from kvstore.sim.atlas import Atlas
+from kvstore.sim.cluster import Client, Server, SimCluster
+from kvstore.sim.faults import Nemesis
+from kvstore.sim.kinds import KINDS, RARE
+from kvstore.sim.process import ProcessDied
+from kvstore.sim.scenario import Options, run
+from kvstore.transactions import Transaction
+
+KEYS = (b"a", b"k", b"z")  # one in each range of users
+
+
+class World:
+    """A cluster that runs, with a client and a nemesis."""
+
+    def __init__(self, seed: str, nodes: int = 3) -> None:
+        self.cluster = SimCluster(seed, nodes=nodes)
+        self.client: Client
+        self.nemesis = Nemesis(self.cluster, random.Random(seed), self.victims)
+
+    def victims(self) -> list[str]:
+        return [] if self.client.dead else [self.client.name]
+
+    async def start(self) -> None:
+        await self.cluster.start()
+        self.client = await self.cluster.client("c")
+        await self.write(5)
+
+    async def write(self, times: int, timeout_s: float = 20.0) -> float:
+        """One transaction over all ranges, again and again. Returns the longest time one took."""
+        longest, loop = 0.0, asyncio.get_running_loop()
+        for _ in range(times):
+            began = loop.time()
+            await self.client.process.call(self._put(timeout_s))
+            longest = max(longest, loop.time() - began)
+        return longest
+
+    async def _put(self, timeout_s: float) -> None:
+        async def put(tx: Transaction) -> None:
+            for key in KEYS:
+                tx.put(key, bytes(200))
+
+        await self.client.database.run(put, timeout=timeout_s)
+
+    def inflict(self, kind: str, number: int = 1) -> str:
+        """Returns what it said; empty if it found nothing to do."""
+        self.nemesis.inflict(number, kind)
+        fault = self.nemesis.happened.get(number)
+        return fault.details if fault is not None else ""
+
+    def frail(self) -> Server:
+        return self.cluster.servers[self.nemesis.atlas.frail[0]]
+
+
+def play(test: Callable[[World], Awaitable[None]], seed: str = "1", nodes: int = 3) -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        world = World(seed, nodes)
+        await world.start()
+        await test(world)
+        assert world.cluster.problems == []
+
+    simulated.run(main, 1, time_limit_s=500.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_says_what_it_does_and_after_it_the_cluster_serves(kind: str) -> None:
+    async def test(world: World) -> None:
+        for number in range(1, 4):
+            world.inflict(kind, number)
+            try:
+                await asyncio.wait_for(world.write(2, 3.0), 4.0)
+            except (KVError, TimeoutError, RuntimeError):
+                pass  # it was in the way, or the client is dead
+        assert world.nemesis.counts[kind] >= 1
+        assert all(fault.details for fault in world.nemesis.happened.values())
+        await world.nemesis.heal()
+        world.client = await world.cluster.client("after")
+        await world.write(3)
+
+    play(test)
+
+
+@pytest.mark.parametrize(
+    "kind", ["crash", "crash_leader", "blackout", "crash_at_io", "crash_at_step"]
+)
+def test_who_is_killed_comes_back_by_itself(kind: str) -> None:
+    async def test(world: World) -> None:
+        boots = [server.machine.boots for server in world.cluster.servers.values()]
+        world.inflict(kind)
+        await asyncio.sleep(15.0)
+        assert all(server.running for server in world.cluster.servers.values())
+        assert boots != [server.machine.boots for server in world.cluster.servers.values()]
+
+    play(test)
+
+
+def test_a_process_stands_still_for_a_stalled_sync_on_the_loop() -> None:
+    async def test(world: World) -> None:
+        machine = world.cluster.servers["n1"].machine
+        process = world.cluster.servers["n1"].process
+        assert process is not None
+        machine.stall_s = 3.0
+        writing = asyncio.get_running_loop().create_task(world.write(1))
+        while not process.paused:  # noqa: ASYNC110 - it is virtual time
+            await asyncio.sleep(0.01)
+        machine.stall_s = 0.0
+        await asyncio.sleep(2.9)
+        assert process.paused
+        await asyncio.sleep(0.2)
+        assert not process.paused
+        await writing
+
+    play(test)
+
+
+def test_a_cut_between_two_nodes_leaves_the_third_in_touch_with_both() -> None:
+    async def test(world: World) -> None:
+        names = list(world.cluster.servers)
+        world.inflict("partial")
+        network = world.cluster.network
+        cut = [(a, b) for a in names for b in names if a != b and network.blocked_until(a, b) > 0.0]
+        assert len(cut) in {1, 2}
+        assert len({name for path in cut for name in path}) == 2
+        assert await world.write(3) < 15.0
+
+    play(test)
+
+
+def test_a_coordinator_dies_amid_its_commit_and_nothing_stays_undecided() -> None:
+    left_undecided = 0
+    for number in range(1, 13):
+
+        async def test(world: World, number: int = number) -> None:
+            nonlocal left_undecided
+            assert world.inflict("commit_crash", number)
+            with pytest.raises(ProcessDied):
+                await world.write(30)
+            left_undecided += undecided(world)
+            await asyncio.sleep(10.0)
+            assert not undecided(world)
+
+        play(test)
+    assert left_undecided >= 3
+
+
+def undecided(world: World) -> bool:
+    return any(
+        any(server.node.status()["transactions"].values())
+        for server in world.cluster.running()
+        if server.node is not None
+    )
+
+
+# -- damage
+
+
+@pytest.mark.parametrize(("nodes", "frail"), [(1, 0), (3, 1), (5, 2)])
+def test_only_a_minority_is_ever_damaged(nodes: int, frail: int) -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        for seed in range(5):
+            cluster = SimCluster(str(seed), nodes=nodes)
+            assert len(Atlas(cluster, random.Random(seed)).frail) == frail
+
+    simulated.run(main, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(RARE))
+def test_damage_is_done_to_a_frail_node_alone(kind: str) -> None:
+    async def test(world: World) -> None:
+        for server in world.cluster.running():
+            assert server.node is not None
+            await server.process.call(server.node.flush())  # type: ignore[union-attr]
+        assert world.inflict(kind)
+        damaged = [server.name for server in world.cluster.servers.values() if server.damage]
+        assert damaged == world.nemesis.atlas.frail
+
+    play(test)
+
+
+async def damaged_log(world: World) -> Server:
+    """The frail node restarts with a log that has lost something of some range, and says so."""
+    server = world.frail()
+    for seed in range(20):
+        server.machine.disk.misdirect(random.Random(seed))
+    server.damage.append("misdirected")
+    world.cluster.crash(server.name, power=False)
+    await world.cluster.restart(server.name)
+    assert server.node is not None
+    assert server.node.host is not None
+    assert server.node.host.refused
+    return server
+
+
+def test_a_range_with_a_damaged_log_is_refused_and_excused() -> None:
+    async def test(world: World) -> None:
+        server = await damaged_log(world)
+        assert server.node is not None
+        assert server.node.host is not None
+        groups = list(world.cluster.servers["n1"].node.store.replicas)  # type: ignore[union-attr]
+        for group in groups:
+            excused = world.nemesis.atlas.excused(server.name, group)
+            assert excused == (group in server.node.host.refused)
+            others = [name for name in world.cluster.servers if name != server.name]
+            assert not any(world.nemesis.atlas.excused(name, group) for name in others)
+        assert not world.nemesis.atlas.gone(server.name)
+
+    play(test)
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_leadership_is_not_handed_to_a_range_that_is_refused_there(seed: str) -> None:
+    """It was, every second, for the node was up; each time the range stood still for an election timeout."""
+
+    async def test(world: World) -> None:
+        await damaged_log(world)
+        await asyncio.sleep(5.0)
+        assert await world.write(40) < 0.5
+
+    play(test, seed)
+
+
+def test_a_damaged_engine_retires_its_node_when_it_is_read() -> None:
+    async def test(world: World) -> None:
+        server = world.frail()
+        for key in list(server.machine.directory.rows):
+            server.machine.directory.damage(key)
+        server.damage.append("engine_rot")
+        assert world.nemesis.atlas.excused(server.name, 1)
+        await world.write(5)
+        await asyncio.sleep(2.0)
+        assert not server.running
+        assert world.nemesis.atlas.gone(server.name)
+        await world.cluster.restart(server.name)
+        assert not server.running
+        await world.write(3)
+
+    play(test)
+
+
+def test_damage_that_nobody_did_is_a_problem() -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        world = World("1")
+        await world.start()
+        server = world.frail()
+        for key in list(server.machine.directory.rows):
+            server.machine.directory.damage(key)
+        await world.write(5)
+        await asyncio.sleep(2.0)
+        assert len(world.cluster.problems) == 1
+        assert "CorruptionError" in world.cluster.problems[0]
+
+    simulated.run(main, 1, time_limit_s=100.0)
+
+
+# -- numbers
+
+
+def test_one_fault_left_out_leaves_the_others_as_they_were() -> None:
+    options = Options(seconds=6.0, clients=2, ops=10, mean_s=0.5)
+    whole = run(5, options).happened
+    assert len(whole) > 6
+    dropped = sorted(whole)[3]
+    kept = frozenset(whole) - {dropped}
+    less = run(5, Options(seconds=6.0, clients=2, ops=10, mean_s=0.5, faults_kept=kept)).happened
+    assert dropped not in less
+    for number in less:
+        if number < dropped:
+            assert less[number] == whole[number]
+        elif number in whole:
+            assert less[number][:2] == whole[number][:2]
+    assert run(5, Options(seconds=2.0, clients=1, ops=4, faults_kept=frozenset())).happened == {}
+
+
+def test_a_seed_reaches_rare_paths_and_counts_them() -> None:
+    probes = run(7, Options(seconds=6.0, clients=2, ops=20, mean_s=0.3)).probes
+    assert len(probes) > 10
+    assert any(name.startswith("chance:") for name in probes)
+    calm = run(5, Options(seconds=2.0, clients=2, ops=10, faults=False)).probes
+    assert not any(name.startswith("chance:") for name in calm)

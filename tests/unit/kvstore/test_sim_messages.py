@@ -1,0 +1,124 @@
+"""Claims of messages that go astray, and of points: what was drawn happens, on the paths that were named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from kvstore.sim import loop as simulated
+from kvstore.sim.messages import Astray, MessageFaults
+from kvstore.sim.points import Points
+from kvstore.sim.process import PROCESS, Process
+from replication.messages import Heartbeat, Message
+
+LOST = Astray(1.0, 0.0, 0.0, 0.0)
+DOUBLED = Astray(0.0, 1.0, 0.0, 0.0)
+LATE = Astray(0.0, 0.0, 1.0, 2.0)
+
+
+class Receiver:
+    """A server n2 with a host that keeps what it gets, and its faults."""
+
+    def __init__(self) -> None:
+        cluster: Any = SimpleNamespace(seed="1", on_open=[])
+        self.faults = MessageFaults(cluster)
+        self.open = cluster.on_open[0]
+        self.server: Any = SimpleNamespace(name="n2")
+        self.boot()
+
+    def boot(self) -> None:
+        self.got: list[int] = []
+        self.chunks: list[bytes] = []
+        self.contexts: list[Process | None] = []
+
+        def receive(_sender: int, messages: Sequence[Message], _size_bytes: int = 0) -> None:
+            self.got += [message.term for message in messages]
+            self.contexts.append(PROCESS.get())
+
+        self.host = SimpleNamespace(
+            receive=receive,
+            receive_snapshot_chunk=lambda _sender, chunk: self.chunks.append(chunk),
+        )
+        self.server.process = Process("n2")
+        self.server.node = SimpleNamespace(host=self.host)
+        self.open(self.server)
+
+    def send(self, *terms: int, sender: int = 1) -> None:
+        self.host.receive(sender, [Heartbeat(1, 2, 1, term, 0, 0) for term in terms])
+
+
+def simulate(test: Any) -> Any:
+    def run() -> None:
+        async def main(_loop: simulated.SimLoop) -> None:
+            await test(Receiver())
+
+        simulated.run(main, 1)
+
+    return run
+
+
+@simulate
+async def test_lost_messages_do_not_arrive_and_those_of_others_do(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LOST)
+    world.send(1, 2)
+    world.send(3, sender=3)
+    world.host.receive_snapshot_chunk(1, b"lost")
+    world.host.receive_snapshot_chunk(3, b"kept")
+    world.faults.clear("n1", "n2")
+    world.send(4)
+    await asyncio.sleep(10.0)
+    assert world.got == [3, 4]
+    assert world.chunks == [b"kept"]
+
+
+@simulate
+async def test_doubled_messages_arrive_twice(world: Receiver) -> None:
+    world.faults.set("n1", "n2", DOUBLED)
+    world.send(1, 2)
+    assert world.got == [1, 1, 2, 2]
+
+
+@simulate
+async def test_late_messages_are_overtaken(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LATE)
+    world.send(*range(1, 21))
+    world.faults.clear()
+    world.send(99)
+    await asyncio.sleep(3.0)
+    assert world.got[0] == 99
+    assert world.got != sorted(world.got)
+    assert sorted(world.got) == [*range(1, 21), 99]
+
+
+@simulate
+async def test_a_late_message_finds_the_receivers_next_process(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LATE)
+    world.send(7)
+    world.server.process.kill()
+    world.boot()
+    await asyncio.sleep(3.0)
+    assert world.got == [7]
+    assert world.contexts == [world.server.process]
+
+
+@simulate
+async def test_a_late_message_to_nobody_is_lost(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LATE)
+    world.send(7)
+    world.server.process.kill()
+    await asyncio.sleep(3.0)
+    assert world.got == []
+    assert world.faults.counters["late_in_vain"] == 1
+
+
+def test_a_seed_switches_on_about_a_quarter_of_the_points_and_always_the_same() -> None:
+    names = [f"point{n}" for n in range(400)]
+    points = Points("1")
+    on = [name for name in names if any(points(name) for _ in range(1000))]
+    assert 70 < len(on) < 130
+    again = Points("1")
+    assert on == [name for name in reversed(names) if any(again(name) for _ in range(1000))][::-1]
+    other = Points("2")
+    assert on != [name for name in names if any(other(name) for _ in range(1000))]
