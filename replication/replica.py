@@ -76,10 +76,8 @@ class Replica:
         self.queue.add(entries)
         if self.held:
             return False
-        if entries[0].index <= self.applied:
-            reached(
-                "committed_entries_skipped"
-            )  # a snapshot brought it before its commit was known
+        if entries[0].index <= self.applied:  # a snapshot brought it before its commit was known
+            reached("committed_entries_skipped")
             self.raft.applied_to(min(entries[-1].index, self.applied))
         return len(self.queue) > 0
 

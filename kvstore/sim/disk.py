@@ -18,7 +18,8 @@ from typing import Final
 from replication.errors import LogDiskFull, LogWriteFailed
 from replication.wal_format import BLOCK_BYTES, BatchHeader, aligned, decode_batch_header
 
-SECTOR_BYTES: Final = 512  # written whole or not at all
+SECTOR_BYTES: Final = 512  # most disks write it whole or not at all
+GRAIN_BYTES: Final = 64  # some crashes tear finer than that: the log counts on no atomic sector
 INJECTED: Final = "injected failure"  # is in the text of every error that was asked for
 
 
@@ -233,18 +234,19 @@ class SimDisk:
         del self._segments[segment]
 
     def crash(self, rng: random.Random) -> SimDisk:
-        """The power fails: of each unsynced write any subset of sectors survives, drawn from `rng`.
+        """The power fails: of each unsynced write any subset of sectors (or smaller pieces) survives, drawn from `rng`.
 
         Returns: the disk as it is found afterwards. This one is dead.
         """
         segments: dict[int, _Segment] = {}
+        grain = rng.choice((GRAIN_BYTES, SECTOR_BYTES))
         for segment, file in sorted(self._segments.items()):
             content = bytearray(file.durable)
-            share = rng.choice((0.0, 0.5, 0.9, 1.0))
+            share = rng.choice((0.0, 0.5, 0.5, 0.9, 1.0))
             for offset, data in file.unsynced:
-                for at in range(0, len(data), SECTOR_BYTES):
+                for at in range(0, len(data), grain):
                     if rng.random() < share:
-                        _put(content, offset + at, data[at : at + SECTOR_BYTES])
+                        _put(content, offset + at, data[at : at + grain])
             segments[segment] = _Segment.of(content)
         return self._successor(segments)
 

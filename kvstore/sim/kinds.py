@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from kvstore.sim.faults import Nemesis
 
 IO_POINTS_MAX: Final = 60
-IO_POINTS: Final = (
-    "",
-    "",
-    "written",
-    "written",
-    "engine flush",
-    "delete",
-)  # torn writes first of all
+IO_POINTS: Final = ("", "", "written", "written", "synced", "engine flush", "delete")
 STEPS_MAX: Final = 400  # of a node's process until it dies
 COMMIT_STEPS_MAX: Final = 40  # of a client's process after the first Prepare of a commit left
 FAULT_S_MAX: Final = 8.0
@@ -116,9 +109,13 @@ def _crash_leader(fault: Kinds) -> None:
 
 def _kill(fault: Kinds, server: Server | None) -> None:
     if server is not None:
-        power = fault.rng.random() < 0.7
-        fault.say(f"{server.name}{', power lost,' if power else ''} {_for(fault)}")
-        fault.kill(server, power=power)
+        power, point = fault.rng.random() < 0.7, fault.rng.choice(("", "", "", "written", "synced"))
+        how = f"{', power lost' if power else ''}{f', once it has {point},' if point else ','}"
+        fault.say(f"{server.name}{how} {_for(fault)}")
+        if point:  # else hardly any crash would come between a write and its sync
+            fault.nemesis.traps[server.name] = Trap(1, power, point)
+        else:
+            fault.kill(server, power=power)
 
 
 def _blackout(fault: Kinds) -> None:

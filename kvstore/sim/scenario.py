@@ -76,11 +76,12 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
     chosen = options or Options()
     result = Result(seed)
 
-    async def play(loop: simulated.SimLoop) -> None:
-        await _Scenario(loop, seed, chosen, result, sink).play()
+    points = Points(str(seed), off=not chosen.faults)
 
-    points = probes.choosing(Points(str(seed)) if chosen.faults else lambda _name: False)
-    with _silence(), probes.counting() as result.probes, points:
+    async def play(loop: simulated.SimLoop) -> None:
+        await _Scenario(loop, seed, chosen, result, points, sink).play()
+
+    with _silence(), probes.counting() as result.probes, probes.choosing(points):
         try:
             simulated.run(play, seed, time_limit_s=LIMIT_S)
         except simulated.SimError as error:
@@ -95,9 +96,11 @@ class _Scenario:
         seed: int,
         options: Options,
         result: Result,
+        points: Points,
         sink: TextIO | None,
     ) -> None:
         self._loop, self._options, self._result = loop, options, result
+        self._points = points
         rng = self._rng = random.Random(f"{seed}/scenario")
         self._trace = Trace(loop, sink)
         drawn = draw_config(rng)
@@ -146,6 +149,7 @@ class _Scenario:
                     await self._nemesis.run(self._options.seconds)
                 await self._nemesis.heal()
                 self._observers.calm()
+                self._points.off = True
                 supervisor = self._loop.create_task(self._supervise())
                 await self._peace()
                 supervisor.cancel()

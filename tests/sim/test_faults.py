@@ -101,6 +101,7 @@ def test_who_is_killed_comes_back_by_itself(kind: str) -> None:
     async def test(world: World) -> None:
         boots = [server.machine.boots for server in world.cluster.servers.values()]
         world.inflict(kind)
+        await world.write(5)
         await asyncio.sleep(15.0)
         assert all(server.running for server in world.cluster.servers.values())
         assert boots != [server.machine.boots for server in world.cluster.servers.values()]

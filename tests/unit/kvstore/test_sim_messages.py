@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 from kvstore.sim import loop as simulated
 from kvstore.sim.messages import Astray, MessageFaults
-from kvstore.sim.points import Points
+from kvstore.sim.points import EXPECTED, RARE, UNREACHED, Points, never_reached
 from kvstore.sim.process import PROCESS, Process
 from replication.messages import Heartbeat, Message
 
+ROOT: Final = Path(__file__).parents[3]
 LOST = Astray(1.0, 0.0, 0.0, 0.0)
 DOUBLED = Astray(0.0, 1.0, 0.0, 0.0)
 LATE = Astray(0.0, 0.0, 1.0, 2.0)
@@ -122,3 +125,27 @@ def test_a_seed_switches_on_about_a_quarter_of_the_points_and_always_the_same() 
     assert on == [name for name in reversed(names) if any(again(name) for _ in range(1000))][::-1]
     other = Points("2")
     assert on != [name for name in names if any(other(name) for _ in range(1000))]
+
+
+def test_every_probe_of_the_product_is_on_one_list() -> None:
+    """A new one has to say how many seeds it takes; one that is gone must not be waited for."""
+    pattern = re.compile(r'\b(reached|chance)\(\s*"([a-z_]+)"')
+    found = set()
+    for package in ("kvstore", "txn", "replication"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for kind, name in pattern.findall(path.read_text()):
+                found.add(f"chance:{name}" if kind == "chance" else name)
+    listed = [*EXPECTED, *RARE, *UNREACHED]
+    assert sorted(found) == sorted(listed)
+    assert len(EXPECTED) >= 50
+
+
+def test_what_a_run_never_reached_depends_on_its_size() -> None:
+    assert never_reached({}, seeds=10) == []
+    assert never_reached(dict.fromkeys(EXPECTED[1:], 1), seeds=150) == [EXPECTED[0]]
+    assert never_reached(dict.fromkeys(EXPECTED, 1), seeds=2_000) == list(RARE)
+
+
+def test_points_that_are_off_take_nothing() -> None:
+    points = Points("1", off=True)
+    assert not any(points(f"point{n}") for n in range(200) for _ in range(50))
