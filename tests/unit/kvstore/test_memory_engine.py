@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.adapters import memory_engine
 from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
-from kvstore.errors import DiskFull, EngineClosed
+from kvstore.errors import CorruptionError, DiskFull, EngineClosed, StorageError
 
 Rows = list[tuple[bytes, bytes]]
 
@@ -118,3 +118,40 @@ def test_a_full_write_buffer_is_flushed_without_being_asked(monkeypatch: pytest.
     assert engine.stats()["unflushed_batches"] < 11
     engine.crash(random.Random(1))
     assert len(engine.directory.rows) >= 10
+
+
+def test_rot_damages_neighbours_that_are_flushed_and_no_others():
+    directory = MemoryDirectory()
+    engine = MemoryEngine(directory)
+    engine.write({b"%02d" % n: b"x" for n in range(0, 60, 2)})
+    engine.flush()
+    engine.write({b"%02d" % n: b"y" for n in range(1, 60, 4)})
+    for seed in range(20):
+        keys = directory.rot(random.Random(seed))
+        assert keys == sorted(keys)
+        assert all(int(key) % 2 == 0 for key in keys)
+        for key in keys:
+            with pytest.raises(CorruptionError):
+                engine.get(key)
+    assert engine.get(b"01") == b"y"
+    with pytest.raises(CorruptionError):
+        list(engine.scan(b"", None))
+
+
+def test_an_empty_engine_has_nothing_to_rot():
+    assert MemoryDirectory().rot(random.Random(1)) == []
+
+
+def test_reads_fail_while_they_are_told_to():
+    directory = MemoryDirectory()
+    engine = MemoryEngine(directory)
+    engine.write({b"k": b"v"})
+    view = engine.snapshot()
+    directory.read_error = StorageError("IO error")
+    for read in (engine.get, view.get):
+        with pytest.raises(StorageError, match="IO error"):
+            read(b"k")
+    with pytest.raises(StorageError, match="IO error"):
+        list(engine.scan(b"", None))
+    directory.read_error = None
+    assert engine.get(b"k") == view.get(b"k") == b"v"
