@@ -106,7 +106,11 @@ CRASHES: Final = Options(
     seconds=8.0, ops=40, kinds=("crash", "flush", "crash_at_io"), mean_s=0.4, hold_s=0.4
 )
 SNAPSHOTS: Final = Options(
-    seconds=12.0, ops=60, kinds=("crash", "flush", "partition"), mean_s=0.4, hold_s=1.0
+    seconds=12.0,
+    ops=60,
+    kinds=("crash_leader", "flush", "partial", "crash"),
+    mean_s=0.4,
+    hold_s=1.0,
 )
 PARTITIONS: Final = Options(
     seconds=10.0,
