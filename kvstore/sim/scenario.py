@@ -21,14 +21,16 @@ from kvstore.sim.faults import Fault, Nemesis
 from kvstore.sim.observers import Observers
 from kvstore.sim.points import Points
 from kvstore.sim.trace import Trace
-from kvstore.sim.workloads import ACCOUNTS, CELLS, REGISTERS, Workload, read_markers
+from kvstore.sim.workloads import Clients, draw_workloads
 from kvstore.snapshots import spans_of
 from kvstore.testing.history import History
+from kvstore.testing.workloads import Workload
 from replication import probes
 from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
 LIMIT_S: Final = 600.0
+PAUSE_SHARE: Final = 0.5  # of a client's time that passes between operations, if nothing goes wrong
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Options:
 
     seconds: float = 20.0
     clients: int = 4
-    ops: int = 50  # of each client
+    ops: int = 100  # of each client
     faults: bool = True
     nodes: int = 3
     kinds: tuple[str, ...] = ()  # exactly these kinds of faults; what the seed draws if empty
     mean_s: float = 0.0  # between two faults; as the seed draws it if 0
     hold_s: float = 0.0  # how long a fault lasts, about; as the seed draws it if 0
+    workloads: tuple[str, ...] = ()  # exactly these; what the seed draws if empty
     faults_kept: frozenset[int] | None = None  # numbers of the faults that happen; all if None
     ops_kept: frozenset[tuple[int, int]] | None = None  # (client's place, number); all if None
     config: NodeConfig | None = None  # as the seed draws it if None
@@ -51,18 +54,17 @@ class Options:
 
 @dataclass
 class Result:
-    """What a run found. `problems` empty: nothing is wrong so far; the histories are still to be judged."""
+    """What a run found. `problems` empty: nothing is wrong, by the invariants and by the checks of every workload."""
 
     seed: int
     problems: list[str] = field(default_factory=list)
     history: History = field(default_factory=History)
-    initial: dict[bytes, bytes | None] = field(default_factory=dict)
-    final: dict[bytes, bytes | None] | None = None
-    markers: dict[bytes, int] | None = None
+    workloads: list[Workload] = field(default_factory=list)
     seconds: float = 0.0
     operations: int = 0
     unknown: int = 0
     failed: int = 0
+    finished: bool = False  # the workloads have read what is left, and can be checked
     entries: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     happened: dict[int, Fault] = field(default_factory=dict)  # each fault, by its number
@@ -86,6 +88,9 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
             simulated.run(play, seed, time_limit_s=LIMIT_S)
         except simulated.SimError as error:
             result.problems.append(f"{type(error).__name__}: {error}")
+    if result.finished:
+        for workload in result.workloads:
+            result.problems += workload.check()
     return result
 
 
@@ -115,16 +120,18 @@ class _Scenario:
         self._observers = Observers(cluster)
         self._tail_bytes = rng.choice((2_000, 100_000, 16 << 20))
         cluster.on_open.append(self._opened)
-        self._workload = Workload(
+        result.workloads = draw_workloads(rng, result.history, options.workloads)
+        self._clients = Clients(
             cluster,
-            rng,
+            result.workloads,
             clients=options.clients,
             ops=options.ops,
-            pause_s=options.seconds / options.ops / 2,
+            pause_s=options.seconds / options.ops * PAUSE_SHARE,
             timeout_s=rng.choice((1.0, 3.0, 5.0)),
+            kept=options.ops_kept,
         )
         self._nemesis = Nemesis(
-            cluster, rng, self._workload.victims, self._workload.crashed, options.faults_kept
+            cluster, rng, self._clients.victims, self._clients.crashed, options.faults_kept
         )
         self._nemesis.direct(options.kinds, options.mean_s, options.hold_s)
 
@@ -143,8 +150,8 @@ class _Scenario:
             watch = self._loop.create_task(self._observers.watch())
             try:
                 await cluster.start()
-                await self._workload.prepare()
-                self._workload.begin()
+                await self._clients.prepare()
+                self._clients.begin()
                 if self._options.faults:
                     await self._nemesis.run(self._options.seconds)
                 await self._nemesis.heal()
@@ -157,9 +164,9 @@ class _Scenario:
                 watch.cancel()
                 self._observers.look()
                 result.problems += cluster.problems
-                result.history, result.initial = self._workload.history, self._workload.initial
-                result.operations = self._workload.done
-                result.unknown, result.failed = self._workload.unknown, self._workload.failed
+                counts = self._clients.counts
+                result.operations = counts.ok
+                result.unknown, result.failed = counts.unknown, counts.failed
                 result.faults = self._nemesis.counts
                 result.happened = self._nemesis.happened
                 result.seconds = self._loop.time() - began
@@ -171,22 +178,15 @@ class _Scenario:
 
     async def _peace(self) -> None:
         """Liveness: every client ends, a new one reads all, nothing stays undecided, replicas are equal."""
-        if not await self._until(lambda: self._workload.finished, "the clients do not finish"):
+        if not await self._until(lambda: self._clients.finished, "the clients do not finish"):
             return
         reader = await self._cluster.client("reader", 20.0)
-
-        async def read_all() -> None:
-            database = reader.database
-            self._result.markers = await read_markers(database, self._workload.history)
-            keys = [*ACCOUNTS, *CELLS, *REGISTERS]
-            found = await database.get_many(keys, timeout=20.0)
-            self._result.final = {key: found.get(key) for key in (*ACCOUNTS, *CELLS)}
-
         try:
-            await reader.process.call(read_all())
+            await reader.process.call(self._clients.finish(reader.database))
         except KVError as error:
             self._cluster.problem(f"in peace, a read fails: {error!r}", error)
             return
+        self._result.finished = True
         if await self._until(self._decided, "transactions stay undecided"):
             await self._until(self._level, "replicas do not reach one applied index")
             self._compare()

@@ -1,0 +1,177 @@
+"""What every workload is: operations on a database, with what they saw, and a check of it.
+
+A workload needs a `Database` (or what looks like one), a `random.Random` and `asyncio.sleep`, and nothing else, so it
+runs against simulated clusters and real ones alike. `prepare` lays out its rows; `step` does one operation of one client
+and never raises for what the cluster does; `finish` reads what is left when the world is calm; `check` tells what is
+wrong, in words. A problem begins with the name of the anomaly, as in "Lost-update: counter: ...".
+
+W1. An operation is in the history before anything of it is sent, as unknown; a client that dies leaves it so.
+W2. An operation ends as done, as failed only if the error says that nothing happened, and else as unknown.
+W3. What an operation does is drawn from the generator that it is handed, so leaving others out does not change it.
+    (Where the present state has a say, such as which elements are there, it has it through that state alone.)
+W4. Keys of a workload begin with a place, its name and a slash; places lie in different ranges.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, TypeVar
+
+from kvstore.client import Database
+from kvstore.errors import CompareFailed, KVError
+from kvstore.testing.history import History, MicroTxn, Outcome, RegisterOp, TxnOp
+
+PROBLEMS_MAX: Final = 20  # of one check
+ATONCE_MAX: Final = 32  # reads that `finish` has under way
+PREPARE_TIMEOUT_S: Final = 30.0
+PREPARE_TRIES_MAX: Final = 20
+PREPARE_PAUSE_S: Final = 0.2
+FINISH_TIMEOUT_S: Final = 20.0
+UNIQUE_BITS: Final = 24
+
+Operation = RegisterOp | TxnOp | MicroTxn
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Counts:
+    """Operations that have ended, by outcome; one that never ended is counted nowhere."""
+
+    ok: int = 0
+    failed: int = 0
+    unknown: int = 0
+
+
+class Workload(abc.ABC):
+    """Args:
+    rng: draws how often each kind of operation comes.
+    places: prefixes of keys, one in each range, in order (`places_of`).
+    scale: how many times the keys of a short run; a check of a long history on few keys takes long.
+    history: where operations go; workloads that share one share its clock.
+    """
+
+    name: ClassVar[str]
+    kinds_count: ClassVar[int] = 1  # of operations, between which `kind` chooses
+
+    def __init__(
+        self,
+        rng: random.Random,
+        places: Sequence[bytes],
+        *,
+        scale: int = 1,
+        history: History | None = None,
+    ) -> None:
+        assert places, "a workload has at least one place"
+        assert list(places) == sorted(places), "places are in the order of their ranges"
+        self.places = tuple(places)
+        self.scale = scale
+        self.history = history or History()
+        self.counts = Counts()
+        self.on_end: Callable[[Operation, str], None] = lambda _op, _told: None
+        self.problems: list[str] = []  # seen while it ran
+        self._weights = [rng.random() + 0.05 for _ in range(self.kinds_count)]
+        self._drawn: dict[int, None] = {}
+
+    # -- what a workload does
+
+    async def prepare(self, db: Database) -> None:
+        """Lay out the rows. Raises the last KVError if that does not succeed in many tries."""
+        await lay(db, self.rows())
+
+    def rows(self) -> dict[bytes, bytes]:
+        """What is there before the first operation."""
+        return {}
+
+    @abc.abstractmethod
+    async def step(self, db: Database, client: str, rng: random.Random) -> None:
+        """One operation of this client, which does one at a time."""
+
+    @abc.abstractmethod
+    async def finish(self, db: Database) -> None:
+        """Read what is left, when nothing is under way any more. Raises KVError."""
+
+    @abc.abstractmethod
+    def inspect(self) -> Iterable[str]:
+        """What is wrong with the history."""
+
+    def check(self) -> list[str]:
+        """What is wrong, in words; empty: nothing. After `finish`."""
+        return [*self.problems, *self.inspect()][:PROBLEMS_MAX]
+
+    # -- for those who write one
+
+    def prefix(self, place: int) -> bytes:
+        """Of all the keys in that place (any number: places are taken in turn)."""
+        return self.places[place % len(self.places)] + self.name.encode() + b"/"
+
+    def key(self, number: int, group: int = 0) -> bytes:
+        """The key of that number in a group of keys; neighbours lie in different ranges."""
+        return self.prefix(number) + b"%03d/%04d" % (group, number)
+
+    def unique(self, rng: random.Random) -> int:
+        """A number that no other call returns, nor depends on other calls but when two draw the same."""
+        number = rng.getrandbits(UNIQUE_BITS)
+        while number in self._drawn:
+            number += 1
+        self._drawn[number] = None
+        return number
+
+    def kind(self, rng: random.Random, kinds: Sequence[T]) -> T:
+        """One of the kinds of operations, as often as this run wants it."""
+        assert len(kinds) == self.kinds_count
+        return rng.choices(kinds, self._weights)[0]
+
+    def settle(self, op: Operation, error: KVError | None, told: str) -> None:
+        """An operation has ended (W2). `told`: what it was, for traces."""
+        if error is None:
+            op.outcome = Outcome.OK
+            self.counts.ok += 1
+        elif not error.maybe_committed:
+            op.outcome = Outcome.FAILED
+            self.counts.failed += 1
+        else:
+            self.counts.unknown += 1
+        if op.outcome is not Outcome.UNKNOWN:
+            op.end = self.history.tick()
+        if error is not None:
+            told = f"{told} {error.code}"
+            if not isinstance(op, RegisterOp):
+                op.error = error.code
+        self.on_end(op, f"{self.name} {told}")
+
+
+async def lay(db: Database, rows: Mapping[bytes, bytes]) -> None:
+    """Write rows that are not there yet: however often a put arrives, it has one effect."""
+    for key, value in rows.items():
+        for left in reversed(range(PREPARE_TRIES_MAX)):
+            try:
+                await db.put(key, value, if_absent=True, timeout=PREPARE_TIMEOUT_S)
+            except CompareFailed:
+                break
+            except KVError:
+                if not left:
+                    raise
+                await asyncio.sleep(PREPARE_PAUSE_S)
+            else:
+                break
+
+
+async def each(function: Callable[[T], Awaitable[R]], things: Sequence[T]) -> list[R]:
+    """`function` of every thing, in order, with a bounded number under way."""
+    results: list[R] = []
+    for start in range(0, len(things), ATONCE_MAX):
+        some = things[start : start + ATONCE_MAX]
+        results += await asyncio.gather(*(function(thing) for thing in some))
+    return results
+
+
+def places_of(splits: Sequence[bytes]) -> tuple[bytes, ...]:
+    """A prefix in each of the ranges that these split keys make."""
+    places = (b"+/", *(split + b"/" for split in splits))
+    assert list(places) == sorted(places), f"a split key lies below {places[0]!r}"
+    return places
