@@ -49,6 +49,7 @@ def failed(op: RegisterOp) -> RegisterOp:
         [],
         [get(1, 2, None)],
         [put(1, 2, b"a"), get(3, 4, b"a")],
+        [put(1, 2, b"a", 9), get(3, 4, b"a")],  # a read need not tell its version
         [put(1, 4, b"a"), get(2, 3, b"a")],
         [put(1, 4, b"a"), get(2, 3, None)],
         [put(1, 6, b"a"), put(2, 5, b"b"), get(7, 8, b"a")],

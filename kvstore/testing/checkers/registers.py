@@ -124,7 +124,7 @@ def check_versions(ops: Sequence[RegisterOp]) -> list[str]:
                 wrong.append(f"{op.key!r}: read {op.value!r}, whose write has failed")
             elif writer.begin > op.end:
                 wrong.append(f"{op.key!r}: read {op.value!r} before it was written")
-            elif writer.version and writer.version != op.version:
+            elif writer.version and op.version and writer.version != op.version:
                 wrong.append(
                     f"{op.key!r}: {op.value!r} has versions {writer.version}, {op.version}"
                 )

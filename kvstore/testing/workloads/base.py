@@ -25,7 +25,7 @@ from kvstore.client import Database
 from kvstore.errors import CompareFailed, KVError
 from kvstore.testing.history import History, MicroTxn, Outcome, RegisterOp, TxnOp
 
-PROBLEMS_MAX: Final = 20  # of one check
+PROBLEMS_MAX: Final = 5  # of one kind that a check tells
 ATONCE_MAX: Final = 32  # reads that `finish` has under way
 PREPARE_TIMEOUT_S: Final = 30.0
 PREPARE_TRIES_MAX: Final = 20
@@ -101,7 +101,7 @@ class Workload(abc.ABC):
 
     def check(self) -> list[str]:
         """What is wrong, in words; empty: nothing. After `finish`."""
-        return [*self.problems, *self.inspect()][:PROBLEMS_MAX]
+        return first_of_each_kind([*self.problems, *self.inspect()])
 
     # -- for those who write one
 
@@ -168,6 +168,18 @@ async def each(function: Callable[[T], Awaitable[R]], things: Sequence[T]) -> li
         some = things[start : start + ATONCE_MAX]
         results += await asyncio.gather(*(function(thing) for thing in some))
     return results
+
+
+def first_of_each_kind(problems: Iterable[str]) -> list[str]:
+    """So that many of one kind do not hide the others."""
+    counts: dict[str, int] = {}
+    first = []
+    for problem in problems:
+        kind = problem.partition(":")[0]
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= PROBLEMS_MAX:
+            first.append(problem)
+    return first
 
 
 def places_of(splits: Sequence[bytes]) -> tuple[bytes, ...]:

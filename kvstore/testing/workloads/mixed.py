@@ -35,10 +35,10 @@ class Mixed(Traced):
     def _some(self, rng: random.Random, most: int) -> list[bytes]:
         return sorted(rng.sample(self.cells, rng.randint(1, most)))
 
-    def _span(self, rng: random.Random) -> tuple[bytes, bytes]:
-        """Between two cells: mostly of one place, since a scan over all ranges is in everybody's way."""
+    def _span(self, rng: random.Random, *, wide: float = 0.0) -> tuple[bytes, bytes]:
+        """Between two cells of one place; `wide`: how often of any two places, with what others have between."""
         cells = self.cells
-        if rng.random() < 0.9:
+        if rng.random() >= wide:
             place = self.prefix(rng.randrange(len(self.places)))
             cells = [cell for cell in cells if cell.startswith(place)]
         start, end = sorted(rng.sample(cells, 2))
@@ -46,7 +46,7 @@ class Mixed(Traced):
 
     async def _change(self, db: Database, client: str, rng: random.Random) -> None:
         reads = self._some(rng, 3) if rng.random() < 0.8 else []
-        scanned = self._span(rng) if rng.random() < 0.3 else None
+        scanned = self._span(rng, wide=0.1) if rng.random() < 0.3 else None
         backward = rng.random() < 0.5
         dawdle_s = rng.expovariate(1 / DAWDLE_S) if rng.random() < 0.1 else 0.0
         cleared = self._span(rng) if rng.random() < 0.1 else None

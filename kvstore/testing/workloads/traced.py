@@ -19,14 +19,18 @@ from kvstore.client import Database, Transaction
 from kvstore.errors import KVError, OutcomeExpired
 from kvstore.testing.history import MicroTxn, Outcome, TxnOp
 from kvstore.testing.workloads import judges
-from kvstore.testing.workloads.base import FINISH_TIMEOUT_S, Workload, each
+from kvstore.testing.workloads.base import (
+    FINISH_TIMEOUT_S,
+    Workload,
+    each,
+    first_of_each_kind,
+)
 from kvstore.transactions import Committed
 
 TOKEN_SHARE: Final = (
     0.3  # of the transactions that are traced by their token rather than by a marker
 )
 PAST_SHARE: Final = 0.1  # of the reads that are of an earlier version
-ANSWERS_MAX: Final = 3
 
 Body = Callable[[Transaction, TxnOp], Awaitable[None]]
 
@@ -249,8 +253,8 @@ class Traced(Workload):
                 *found,
                 f"Undecided: {self.name}: the outcome of a transaction is not known any more",
             ]
-        wrong = self.replay()
-        return [*found, *(f"Serializability: {self.name}: {each_wrong}" for each_wrong in wrong)]
+        wrong = (f"Serializability: {self.name}: {each_wrong}" for each_wrong in self.replay())
+        return [*found, *first_of_each_kind(wrong)]
 
     def replay(self) -> list[str]:
         """T2. What is wrong with the order of versions."""
