@@ -25,13 +25,13 @@ from kvstore.adapters.loop import new_event_loop
 from kvstore.client import Database
 from kvstore.errors import KVError
 from kvstore.testing.cluster import LocalCluster
+from tools.workload import undecided
 
 RANGES: Final = 8
 ACCOUNTS: Final = 64
 OPENING: Final = 1_000
 DOWN_S: Final = 1.5
 SNAPSHOT_EVERY_S: Final = 0.1
-SETTLE_S: Final = 15.0
 
 
 def account(number: int) -> bytes:
@@ -126,19 +126,6 @@ async def killer(cluster: LocalCluster, bank: Bank, every_s: float, seed: int, s
         await asyncio.sleep(DOWN_S)
         await cluster.restart_async(victim)
     return kills
-
-
-async def undecided(cluster: LocalCluster) -> int:
-    """Prepared parts, staged records and outbox rows, over all nodes, once the timers had their time."""
-    until = time.monotonic() + SETTLE_S
-    while True:
-        left = 0
-        for number in range(len(cluster.nodes)):
-            figures = (await cluster.status_async(number))["transactions"]
-            left += sum(figures.values())
-        if not left or time.monotonic() > until:
-            return left
-        await asyncio.sleep(0.25)
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from kvstore.client import Database, Transaction
 from kvstore.testing.history import TxnOp
 from kvstore.testing.workloads.traced import Traced
 
-CELLS: Final = 9
+CELLS: Final = 3  # in each place
+READS_MAX: Final = 9
 DAWDLE_S: Final = 0.5
 
 
@@ -23,14 +24,16 @@ class Mixed(Traced):
 
     def __init__(self, rng: random.Random, places: Sequence[bytes], **options: Any) -> None:
         super().__init__(rng, places, **options)
-        self.cells = sorted(self.key(number) for number in range(CELLS * self.scale))
+        self.cells = sorted(
+            self.key(number) for number in range(CELLS * len(self.places) * self.scale)
+        )
         self.watched = dict.fromkeys(self.cells)
 
     async def step(self, db: Database, client: str, rng: random.Random) -> None:
         await self.kind(rng, (self._change, self._read))(db, client, rng)
 
     async def _read(self, db: Database, client: str, rng: random.Random) -> None:
-        await self.look(db, client, rng, self._some(rng, CELLS))
+        await self.look(db, client, rng, self._some(rng, READS_MAX))
 
     def _some(self, rng: random.Random, most: int) -> list[bytes]:
         return sorted(rng.sample(self.cells, rng.randint(1, most)))

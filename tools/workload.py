@@ -1,0 +1,223 @@
+"""Workloads against real processes that are killed with SIGKILL and started again; then each checks itself.
+
+    python -m tools.workload bank ring --seconds 30 --kill-every 5 --nodes 3 [--clients 16] [--history FILE]
+
+Exit status 0 only if every check found nothing and no transaction is undecided on any node. What may be named:
+python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines (of several workloads:
+FILE with the workload's name before its suffix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+import kvstore
+from kvstore.adapters.loop import new_event_loop
+from kvstore.client import Database
+from kvstore.errors import KVError
+from kvstore.testing.cluster import LocalCluster
+from kvstore.testing.history import History
+from kvstore.testing.workloads import WORKLOADS, Workload, places_of
+
+SPLITS: Final = (b"d", b"h", b"l", b"p", b"t")
+DOWN_S: Final = 1.5
+SETTLE_S: Final = 15.0
+CLIENTS: Final = 16
+OPS_MAX: Final = 20_000  # of all clients together: a check of more takes long
+OPS_OF_A_SCALE: Final = 400  # what one set of keys is made for
+PAUSE_S: Final = 0.02
+TIMEOUT_S: Final = 20.0
+FINISH_S_MAX: Final = 300.0
+
+Say = Callable[[str], None]
+
+
+def make(names: Sequence[str], seed: int, scale: int) -> list[Workload]:
+    """Each with a history of its own. Raises: KeyError."""
+    return [
+        WORKLOADS[name](random.Random(f"{seed}/{name}"), places_of(SPLITS), scale=scale)
+        for name in names
+    ]
+
+
+class Run:
+    """Some workloads on one running cluster, for so many seconds from now."""
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        db: Database,
+        workloads: Sequence[Workload],
+        seed: int,
+        say: Say,
+    ) -> None:
+        self.cluster, self.db, self.workloads, self.seed, self.say = (
+            cluster,
+            db,
+            workloads,
+            seed,
+            say,
+        )
+        self.kills = 0
+        self._ops = 0
+        self._until = 0.0
+
+    async def play(
+        self, seconds: float, kill_every_s: float, clients: int, *, pause_s: float = PAUSE_S
+    ) -> None:
+        """Clients and kills, until the last of them has ended."""
+        for workload in self.workloads:
+            await workload.prepare(self.db)
+        self._until = time.monotonic() + seconds
+        working = [self._client(place, pause_s) for place in range(clients)]
+        await asyncio.gather(self._killer(kill_every_s), *working)
+
+    async def _client(self, place: int, pause_s: float) -> None:
+        number = 0
+        while time.monotonic() < self._until and self._ops < OPS_MAX:
+            self._ops += 1
+            rng = random.Random(f"{self.seed}/{place}/{number}")
+            number += 1
+            await asyncio.sleep(rng.expovariate(1 / pause_s))
+            await rng.choice(self.workloads).step(self.db, f"c{place}", rng)
+
+    async def _killer(self, every_s: float) -> None:
+        rng = random.Random(self.seed)
+        while every_s and time.monotonic() + every_s + DOWN_S < self._until:
+            await asyncio.sleep(max(0.1, every_s - DOWN_S))
+            victim = rng.randrange(len(self.cluster.nodes))
+            self.say(f"SIGKILL node {victim + 1}; {self._ops:,} operations so far")
+            self.cluster.kill(victim)
+            self.kills += 1
+            await asyncio.sleep(DOWN_S)
+            await self.cluster.restart_async(victim)
+
+    async def finish(self) -> dict[str, list[str]]:
+        """What is wrong, by workload, and under `cluster` what is undecided."""
+        found: dict[str, list[str]] = {}
+        for workload in self.workloads:
+            try:
+                await asyncio.wait_for(workload.finish(self.db), FINISH_S_MAX)
+            except (KVError, TimeoutError) as error:
+                found[workload.name] = [f"Unreadable: {workload.name}: in peace, {error!r}"]
+            else:
+                found[workload.name] = await asyncio.to_thread(workload.check)
+        left = await undecided(self.cluster)
+        found["cluster"] = [f"Undecided: {left} things are still undecided"] if left else []
+        return found
+
+
+async def undecided(cluster: LocalCluster) -> int:
+    """Prepared parts, staged records and outbox rows, over all nodes, once the timers had their time."""
+    until = time.monotonic() + SETTLE_S
+    while True:
+        left = 0
+        for number in range(len(cluster.nodes)):
+            figures = (await cluster.status_async(number))["transactions"]
+            left += sum(figures.values())
+        if not left or time.monotonic() > until:
+            return left
+        await asyncio.sleep(0.25)
+
+
+async def run(arguments: argparse.Namespace, say: Say) -> tuple[list[Workload], dict[str, Any]]:
+    expected = arguments.seconds * min(arguments.clients / PAUSE_S, 600)
+    scale = max(1, round(min(OPS_MAX, expected) / OPS_OF_A_SCALE / len(arguments.names)))
+    workloads = make(arguments.names, arguments.seed, scale)
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
+        async with (
+            LocalCluster(nodes=arguments.nodes, directory=directory, splits=SPLITS) as cluster,
+            kvstore.connect(cluster.endpoints, timeout=TIMEOUT_S) as db,
+        ):
+            playing = Run(cluster, db, workloads, arguments.seed, say)
+            await playing.play(arguments.seconds, arguments.kill_every, arguments.clients)
+            problems = await playing.finish()
+    return workloads, {
+        "seconds": arguments.seconds,
+        "seed": arguments.seed,
+        "kills": playing.kills,
+        "workloads": {
+            each.name: {
+                "ok": each.counts.ok,
+                "failed": each.counts.failed,
+                "unknown": each.counts.unknown,
+                "problems": problems[each.name],
+            }
+            for each in workloads
+        },
+        "broken": [problem for some in problems.values() for problem in some],
+    }
+
+
+def write_histories(workloads: Sequence[Workload], path: Path) -> None:
+    """One file of JSON lines for each workload."""
+    write: Callable[[History, Any], None] = import_module("kvstore.testing.jsonl").write_history
+    for workload in workloads:
+        name = path.with_suffix(f".{workload.name}{path.suffix}") if len(workloads) > 1 else path
+        with name.open("wb") as stream:
+            write(workload.history, stream)
+
+
+def table(result: dict[str, Any]) -> Table:
+    shown = Table("workload", "done", "failed", "unknown", "per second", "problems")
+    for name, figures in result["workloads"].items():
+        rate = f"{figures['ok'] / result['seconds']:.0f}"
+        counts = [str(figures[each]) for each in ("ok", "failed", "unknown")]
+        shown.add_row(name, *counts, rate, str(len(figures["problems"]) or "none"))
+    return shown
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.workload", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; default: all")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--kill-every", type=float, default=5.0, help="seconds; 0: never")
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--seed", type=int, default=1, help="of operations and victims")
+    parser.add_argument("--history", type=Path, default=None, help="where what clients saw goes")
+    parser.add_argument("--dir", default=None, help="where the data goes, below a directory there")
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        print("\n".join(WORKLOADS))
+        return 0
+    arguments.names = list(dict.fromkeys(arguments.names)) or list(WORKLOADS)
+    unknown = [name for name in arguments.names if name not in WORKLOADS]
+    if unknown:
+        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    console = Console(stderr=arguments.output == "json")
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        workloads, result = runner.run(
+            run(arguments, lambda text: console.print(text, style="dim"))
+        )
+    if arguments.history is not None:
+        write_histories(workloads, arguments.history)
+    if arguments.output == "json":
+        print(json.dumps(result, indent=2))
+    else:
+        console.print(table(result))
+    for problem in result["broken"]:
+        console.print(problem, markup=False)
+    console.print("everything held" if not result["broken"] else "BROKEN")
+    return 1 if result["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
