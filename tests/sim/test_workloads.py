@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from kvstore.buffer import ReadSpans
 from kvstore.sim.scenario import Options, run
 from kvstore.sim.workloads import WEIGHTS, draw_workloads
 from kvstore.testing.history import History, TxnOp
@@ -99,3 +100,23 @@ def test_every_operation_is_in_the_trace() -> None:
     lines = [line for line in sink.getvalue().splitlines() if line.split(" ")[1] == "op"]
     assert len(lines) == result.operations + result.failed
     assert any(" sessions put b'" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "name", "anomaly"),
+    [
+        ("add", "skew", "G2-predicate"),  # guards over spans: a scan guards nothing
+        ("add_key", "monotonic", "Lost-update"),  # guards over keys: a read guards nothing
+        ("add_key", "ring", "Broken-ring"),
+        ("add_key", "list-append", "Serializability"),
+    ],
+)
+def test_a_client_that_does_not_guard_what_it_read_is_caught(
+    monkeypatch: pytest.MonkeyPatch, left_out: str, name: str, anomaly: str
+) -> None:
+    monkeypatch.setattr(ReadSpans, left_out, lambda *_: None)
+    options = Options(seconds=0.6, clients=4, ops=12, faults=False, workloads=(name,))
+    for seed in range(1, 6):
+        if any(problem.startswith(anomaly) for problem in run(seed, options).problems):
+            return
+    raise AssertionError("five seeds did not show it")
