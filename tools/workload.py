@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -39,10 +40,14 @@ CLIENTS: Final = 16
 OPS_MAX: Final = 20_000  # of all clients together: a check of more takes long
 OPS_OF_A_SCALE: Final = 400  # what one set of keys is made for
 PAUSE_S: Final = 0.02
-TIMEOUT_S: Final = 20.0
+TIMEOUT_S: Final = (
+    2.0  # of an operation: shorter than a node is away at times, so that outcomes stay unknown
+)
+PEACE_TIMEOUT_S: Final = 20.0
 FINISH_S_MAX: Final = 300.0
 
 Say = Callable[[str], None]
+WriteHistory = Callable[[History, BinaryIO], None]
 
 
 def make(names: Sequence[str], seed: int, scale: int) -> list[Workload]:
@@ -57,42 +62,37 @@ class Run:
     """Some workloads on one running cluster, for so many seconds from now."""
 
     def __init__(
-        self,
-        cluster: LocalCluster,
-        db: Database,
-        workloads: Sequence[Workload],
-        seed: int,
-        say: Say,
+        self, cluster: LocalCluster, workloads: Sequence[Workload], seed: int, say: Say
     ) -> None:
-        self.cluster, self.db, self.workloads, self.seed, self.say = (
-            cluster,
-            db,
-            workloads,
-            seed,
-            say,
-        )
+        self.cluster, self.workloads, self.seed, self.say = cluster, workloads, seed, say
         self.kills = 0
         self._ops = 0
         self._until = 0.0
+
+    def _connected(self, timeout_s: float) -> AbstractAsyncContextManager[Database]:
+        return kvstore.connect(self.cluster.endpoints, timeout=timeout_s)
 
     async def play(
         self, seconds: float, kill_every_s: float, clients: int, *, pause_s: float = PAUSE_S
     ) -> None:
         """Clients and kills, until the last of them has ended."""
-        for workload in self.workloads:
-            await workload.prepare(self.db)
+        async with self._connected(PEACE_TIMEOUT_S) as db:
+            for workload in self.workloads:
+                await workload.prepare(db)
         self._until = time.monotonic() + seconds
         working = [self._client(place, pause_s) for place in range(clients)]
         await asyncio.gather(self._killer(kill_every_s), *working)
 
     async def _client(self, place: int, pause_s: float) -> None:
+        """With connections of its own."""
         number = 0
-        while time.monotonic() < self._until and self._ops < OPS_MAX:
-            self._ops += 1
-            rng = random.Random(f"{self.seed}/{place}/{number}")
-            number += 1
-            await asyncio.sleep(rng.expovariate(1 / pause_s))
-            await rng.choice(self.workloads).step(self.db, f"c{place}", rng)
+        async with self._connected(TIMEOUT_S) as db:
+            while time.monotonic() < self._until and self._ops < OPS_MAX:
+                self._ops += 1
+                rng = random.Random(f"{self.seed}/{place}/{number}")
+                number += 1
+                await asyncio.sleep(rng.expovariate(1 / pause_s))
+                await rng.choice(self.workloads).step(db, f"c{place}", rng)
 
     async def _killer(self, every_s: float) -> None:
         rng = random.Random(self.seed)
@@ -108,13 +108,14 @@ class Run:
     async def finish(self) -> dict[str, list[str]]:
         """What is wrong, by workload, and under `cluster` what is undecided."""
         found: dict[str, list[str]] = {}
-        for workload in self.workloads:
-            try:
-                await asyncio.wait_for(workload.finish(self.db), FINISH_S_MAX)
-            except (KVError, TimeoutError) as error:
-                found[workload.name] = [f"Unreadable: {workload.name}: in peace, {error!r}"]
-            else:
-                found[workload.name] = await asyncio.to_thread(workload.check)
+        async with self._connected(PEACE_TIMEOUT_S) as db:
+            for workload in self.workloads:
+                try:
+                    await asyncio.wait_for(workload.finish(db), FINISH_S_MAX)
+                except (KVError, TimeoutError) as error:
+                    found[workload.name] = [f"Unreadable: {workload.name}: in peace, {error!r}"]
+                else:
+                    found[workload.name] = await asyncio.to_thread(workload.check)
         left = await undecided(self.cluster)
         found["cluster"] = [f"Undecided: {left} things are still undecided"] if left else []
         return found
@@ -138,11 +139,10 @@ async def run(arguments: argparse.Namespace, say: Say) -> tuple[list[Workload], 
     scale = max(1, round(min(OPS_MAX, expected) / OPS_OF_A_SCALE / len(arguments.names)))
     workloads = make(arguments.names, arguments.seed, scale)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
-        async with (
-            LocalCluster(nodes=arguments.nodes, directory=directory, splits=SPLITS) as cluster,
-            kvstore.connect(cluster.endpoints, timeout=TIMEOUT_S) as db,
-        ):
-            playing = Run(cluster, db, workloads, arguments.seed, say)
+        async with LocalCluster(
+            nodes=arguments.nodes, directory=directory, splits=SPLITS
+        ) as cluster:
+            playing = Run(cluster, workloads, arguments.seed, say)
             await playing.play(arguments.seconds, arguments.kill_every, arguments.clients)
             problems = await playing.finish()
     return workloads, {
@@ -162,9 +162,14 @@ async def run(arguments: argparse.Namespace, say: Say) -> tuple[list[Workload], 
     }
 
 
-def write_histories(workloads: Sequence[Workload], path: Path) -> None:
+def history_writer() -> WriteHistory:
+    """Raises: ImportError."""
+    writer: WriteHistory = import_module("kvstore.testing.jsonl").write_history
+    return writer
+
+
+def write_histories(write: WriteHistory, workloads: Sequence[Workload], path: Path) -> None:
     """One file of JSON lines for each workload."""
-    write: Callable[[History, Any], None] = import_module("kvstore.testing.jsonl").write_history
     for workload in workloads:
         name = path.with_suffix(f".{workload.name}{path.suffix}") if len(workloads) > 1 else path
         with name.open("wb") as stream:
@@ -202,13 +207,14 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    write = None if arguments.history is None else history_writer()
     console = Console(stderr=arguments.output == "json")
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         workloads, result = runner.run(
             run(arguments, lambda text: console.print(text, style="dim"))
         )
-    if arguments.history is not None:
-        write_histories(workloads, arguments.history)
+    if write is not None:
+        write_histories(write, workloads, arguments.history)
     if arguments.output == "json":
         print(json.dumps(result, indent=2))
     else:
