@@ -22,6 +22,7 @@ from kvstore.buffer import NumberFormat, WriteBuffer, add_kind, add_write, parse
 from kvstore.commits import Committer, Done, WriteSet
 from kvstore.errors import (
     ClientClosed,
+    CommitUnknown,
     CompareFailed,
     InvalidArgument,
     KVError,
@@ -329,7 +330,8 @@ class Database:
         """Add to a number and return the new one; an absent key counts as 0.
 
         Args: format: "ascii" (decimal digits) or "int64" (8 bytes, big-endian, signed).
-        Raises: InvalidArgument if the value is no such number, or would not fit 64 bits.
+        Raises: InvalidArgument if the value is no such number, or would not fit 64 bits; CommitUnknown also if it has
+        happened, and the new number could not be read in time.
         """
         limits.validate_key(key)
         write = add_write(key, by, format)
@@ -338,7 +340,12 @@ class Database:
         if done.results:
             return parse_number(write.kind, done.results[0])
         view = View(self._router, self._timeout_s, at=done.version, deadline=deadline)
-        return parse_number(write.kind, (await view.read((key,)))[key].value)
+        try:
+            found = await view.read((key,))
+        except KVError as error:  # which says that nothing happened, of the read
+            reason = f"{by} was added at version {done.version}, but the number is not known"
+            raise CommitUnknown(f"{reason}: {error}") from error
+        return parse_number(write.kind, found[key].value)
 
     async def cas(
         self,

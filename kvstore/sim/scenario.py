@@ -30,7 +30,9 @@ from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
 LIMIT_S: Final = 600.0
-PAUSE_SHARE: Final = 0.75  # of a client's time that passes between operations, if nothing goes wrong
+PAUSE_SHARE: Final = (
+    0.75  # of a client's time that passes between operations, if nothing goes wrong
+)
 
 
 @dataclass(frozen=True)

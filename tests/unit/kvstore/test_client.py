@@ -161,6 +161,20 @@ def test_an_increment_whose_answer_was_lost_is_read_back_at_its_version():
     simulate(test)
 
 
+def test_an_increment_that_happened_and_cannot_be_read_back_may_have_happened():
+    """Its answer was lost, its outcome is known, and then the new number cannot be had in time."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.drop_replies(Prepare)
+        cluster.ignore(Read, 1000)
+        with pytest.raises(CommitUnknown, match="was added") as raised:
+            await db.increment(b"a", 5)
+        assert raised.value.maybe_committed
+        assert cluster.value(b"a") == b"5"
+
+    simulate(test)
+
+
 # --- limits ---------------------------------------------------------------------------------------
 
 
