@@ -49,6 +49,7 @@ from txn.messages import (
     Scan,
     ScanReply,
     TxnReply,
+    well_formed,
 )
 from txn.mvcc import decode_latest, find_txn, latest_ts, older_at, scan_at
 from txn.ports import Output, Rows
@@ -56,7 +57,6 @@ from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
     TIMESTAMP_MAX,
-    TXN_ID_BYTES,
     FenceReason,
     Guard,
     PartStatus,
@@ -382,7 +382,7 @@ class Evaluator:
             and not state.point_guards
             and not state.span_guards
             and txn_id not in state.parts
-            and _well_formed(request)
+            and well_formed(request)
             and self._wrong_prepare(request) is None
         ):
             begin_ts = begin_ts_of(txn_id)
@@ -409,7 +409,7 @@ class Evaluator:
         if latched is not None:
             self.wait_for(latched, request, origin, since)
             return
-        if not _well_formed(request):
+        if not well_formed(request):
             failure = Failure(request.id, "invalid_argument", "malformed transaction")
             self.out.reply(origin, failure, False)
             return
@@ -882,14 +882,6 @@ class Evaluator:
         pending.command = OracleBound(hi)
         pending.lost = lost
         self.proposals.append(pending)
-
-
-def _well_formed(request: Prepare) -> bool:
-    """The anchor's part, and only that, lists participants; a transaction of one range has none."""
-    if len(request.txn_id) != TXN_ID_BYTES:
-        return False
-    is_anchor = not request.one_range and request.locus == request.anchor_key
-    return bool(request.participants) == is_anchor
 
 
 def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) -> PrepareReply:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from txn.types import Expect, Guard, Participant, Write
+from txn.types import TXN_ID_BYTES, Expect, Guard, Participant, Write
 
 
 class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -290,3 +290,11 @@ Reply = (
     | Directory
     | Failure
 )
+
+
+def well_formed(request: Prepare) -> bool:
+    """The anchor's part, and only that, lists participants; a transaction of one range has none."""
+    if len(request.txn_id) != TXN_ID_BYTES:
+        return False
+    is_anchor = not request.one_range and request.locus == request.anchor_key
+    return bool(request.participants) == is_anchor

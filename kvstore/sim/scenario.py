@@ -25,6 +25,7 @@ from kvstore.sim.workloads import Clients, draw_workloads
 from kvstore.snapshots import spans_of
 from kvstore.testing.history import History
 from kvstore.testing.workloads import Workload
+from kvstore.testing.workloads.traced import Traced
 from replication import probes
 from txn.state import RangeRow
 
@@ -123,6 +124,10 @@ class _Scenario:
         self._tail_bytes = rng.choice((2_000, 100_000, 16 << 20))
         cluster.on_open.append(self._opened)
         result.workloads = draw_workloads(rng, result.history, options.workloads)
+        if config.txn.retention_s < LIMIT_S:
+            for workload in result.workloads:
+                if isinstance(workload, Traced):
+                    workload.token_share = 0.0
         self._clients = Clients(
             cluster,
             result.workloads,

@@ -75,6 +75,7 @@ FLAGS: Final = (
     Flag("clients", "clients", int, str, "at once"),
     Flag("ops", "ops", int, str, "of each client"),
     Flag("nodes", "nodes", int, str, "of the cluster"),
+    Flag("workloads", "workloads", read_names, show_names, "names, with commas; else as drawn"),
     Flag("only", "kinds", read_names, show_names, "kinds of faults, with commas; else as drawn"),
     Flag("mean-s", "mean_s", float, "{:g}".format, "between two faults; 0: as drawn"),
     Flag("hold-s", "hold_s", float, "{:g}".format, "how long a fault lasts, about; 0: as drawn"),

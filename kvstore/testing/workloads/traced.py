@@ -27,9 +27,7 @@ from kvstore.testing.workloads.base import (
 )
 from kvstore.transactions import Committed
 
-TOKEN_SHARE: Final = (
-    0.3  # of the transactions that are traced by their token rather than by a marker
-)
+TOKEN_SHARE: Final = 0.3
 PAST_SHARE: Final = 0.1  # of the reads that are of an earlier version
 
 Body = Callable[[Transaction, TxnOp], Awaitable[None]]
@@ -60,6 +58,9 @@ class Traced(Workload):
         self.watched: dict[bytes, None] = dict.fromkeys(self.rows())
         self.final: dict[bytes, bytes | None] = {}
         self.trails: list[Trail] = []
+        # Of the transactions that are traced by their token rather than by a marker; 0 where outcomes are not kept for
+        # as long as a run takes.
+        self.token_share = TOKEN_SHARE
         self._seen_version = 0  # of the last that was acknowledged, for reads of the past
 
     # -- transactions
@@ -112,7 +113,7 @@ class Traced(Workload):
         self, op: TxnOp | MicroTxn, tx: Transaction, rng: random.Random, name: bytes = b""
     ) -> None:
         """T1, for a transaction whose writes are buffered and that is about to commit."""
-        if rng.random() < TOKEN_SHARE:
+        if rng.random() < self.token_share:
             self.trails.append(Trail(op, token=tx.id))
             return
         row = rng.choice(self.places) + b"mark/" + self.name.encode() + b"/"
