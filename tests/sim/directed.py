@@ -198,11 +198,11 @@ class Stage:
             if arrived:
                 receive(node, arrived, size_bytes)
 
-        def asked(asker: Any, requests: Sequence[Any]) -> None:
+        def asked(asker: Any, requests: Sequence[Any], size_bytes: int = 0) -> None:
             look = self.requests.get(name)
             arrived = requests if look is None else [each for each in requests if look(each)]
             if arrived:
-                accept(asker, arrived)
+                accept(asker, arrived, size_bytes)
 
         host.receive, store.accept = looked_at, asked
 
