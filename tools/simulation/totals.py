@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO
 
+from kvstore.sim.points import never_reached
 from tools.simulation.judging import Verdict
 
 LINE_S: Final = 15.0  # between two lines of progress where there is no terminal
@@ -51,8 +52,9 @@ class Totals:
                 self.failed.append(verdict.seed)
 
     def missed(self) -> list[str]:
-        """Probes that should have been reached and never were."""
-        return sorted(name for name, count in self.probes.items() if not count)
+        """Probes that should have been reached and never were: by so many seeds of the default size, too."""
+        told = [name for name, count in self.probes.items() if not count]
+        return sorted(dict.fromkeys((*told, *never_reached(self.probes, seeds=self.seeds))))
 
     @property
     def speed(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+from kvstore.sim.points import EXPECTED
 from tools.simulation.judging import Verdict
 from tools.simulation.totals import LINE_S, Progress, Totals
 
@@ -50,6 +51,16 @@ def test_everything_is_summed_up() -> None:
 
 def test_a_probe_is_missed_if_it_was_expected_or_told_of_and_never_reached() -> None:
     assert filled().missed() == ["rare", "torn_tail"]
+
+
+def test_a_path_that_many_seeds_should_have_taken_is_missed() -> None:
+    totals = filled()
+    totals.probes.update(dict.fromkeys(EXPECTED, 1))
+    totals.seeds = 150
+    assert totals.missed() == ["rare", "torn_tail"]
+    totals.probes["chance:flush_early"] = 0
+    del totals.probes[EXPECTED[0]]
+    assert totals.missed() == sorted(["rare", "torn_tail", "chance:flush_early", EXPECTED[0]])
 
 
 def test_programs_can_read_it() -> None:
