@@ -14,8 +14,9 @@ from unittest.mock import patch
 from msgspec import structs
 
 from txn import apply, evaluate, keycode, recovery
-from txn.commands import AbortUnstaged, OutboxDone, PreparePart
+from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.evaluate import Evaluator, prepare_reply
+from txn.gc import Collector, Found
 from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.recovery import Recovery
@@ -215,6 +216,56 @@ def _outbox_dropped_early() -> Patches:
     return [(Recovery, "_send_outbox", hasty)]
 
 
+def _horizon_left_behind() -> Patches:
+    """Versions are collected, and the outcome horizon does not rise with them."""
+    collect = apply._APPLY[Collect]
+
+    def without(state: RangeState, overlay: Any, command: Collect) -> Answer:
+        horizon = state.row.outcome_horizon
+        answer = collect(state, overlay, command)
+        state.row.outcome_horizon = horizon
+        return answer
+
+    return [(apply, "_APPLY", {**apply._APPLY, Collect: without})]
+
+
+def _newest_kept_version_collected() -> Patches:
+    """The newest version at or below the threshold goes like those before it."""
+    of_history = Collector._slice_of_history
+
+    def greedy(self: Collector, found: Found) -> bool:
+        more = of_history(self, found)
+        for key in found.versions:
+            prefix = keycode.history_prefix(key)
+            chain = [
+                keycode.history_ts(row)
+                for row, _ in self._ev.rows.scan(prefix, prefix + b"\xff" * 9)
+            ]
+            found.versions[key] = [ts for ts in chain if ts <= self._threshold]
+        return more
+
+    return [(Collector, "_slice_of_history", greedy)]
+
+
+def _hinted_part_collected() -> Patches:
+    """A part that a client's word resolved goes, whatever its record is."""
+    return [(Collector, "_needed", lambda self, _row: self._threshold)]
+
+
+def _record_collected_early() -> Patches:
+    """A record goes while parts have not acknowledged their Resolve."""
+    of_terminal = Collector._slice_of_terminal
+
+    def all_of_them(self: Collector, found: Found) -> bool:
+        outbox, self._ev.state.outbox = self._ev.state.outbox, {}
+        try:
+            return of_terminal(self, found)
+        finally:
+            self._ev.state.outbox = outbox
+
+    return [(Collector, "_slice_of_terminal", all_of_them)]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -224,7 +275,7 @@ def _switch() -> Patches:
 PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stale_min_ts": (_switch, 5),  # timestamps fetched in advance
     "joins_a_sent_batch": (_switch, 40),  # a timestamp that was asked for before the latches
-    "unconfirmed_answers": (_switch, 60),  # a deposed leader's reads are believed
+    "unconfirmed_answers": (_switch, 120),  # a deposed leader's reads are believed
     "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
     "guards_not_held": (_guards_not_held, 60),
     "guards_not_validated": (_guards_not_validated, 30),
@@ -244,6 +295,10 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "invisible_while_latched": (_invisible_while_latched, 15),
     "invisible_for_ever": (_invisible_for_ever, 120),
     "outbox_dropped_early": (_outbox_dropped_early, 10),
+    "horizon_left_behind": (_horizon_left_behind, 10),
+    "newest_kept_version_collected": (_newest_kept_version_collected, 10),
+    "hinted_part_collected": (_hinted_part_collected, 200),
+    "record_collected_early": (_record_collected_early, 40),
 }
 
 SWITCHES: Final[dict[str, str]] = {

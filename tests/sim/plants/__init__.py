@@ -28,6 +28,8 @@ IN_CORE: Final[dict[str, tuple[str, ...]]] = {
     "no_guards": ("guards_not_held", "guards_not_validated", "conditions_not_held"),
     "no_cmax": ("guards_until_prepared",),
     "forget": ("resolved_part_forgotten",),
+    "recovery_of_dropped_status": ("hinted_part_collected",),
+    "reader_of_dropped_status": ("record_collected_early",),
 }
 """Bugs of the protocol's first model -> plants of the transaction simulation that stand for them."""
 
