@@ -256,7 +256,8 @@ class _Node:
             return first
 
         def checked_asked(asker: Any, request: Any) -> None:
-            self._asked_at[asker, request.id] = oracle.handed_out
+            # A request that is repeated is one question, from when it was first asked: any copy's answer answers it.
+            self._asked_at.setdefault((asker, request.id), oracle.handed_out)
             asked(asker, request)
 
         def checked_ask(now: float) -> None:
