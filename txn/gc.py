@@ -96,9 +96,9 @@ class Collector:
         )
 
     def start(self, now: float) -> None:
-        """A term begins."""
+        """A term begins. Not at once with a sweep: the range has better things to do, and garbage has waited before."""
         if self._ev.limits.retention:
-            self._due = now + STEP_S
+            self._due = now + self._ev.limits.sweep_s
 
     @property
     def due(self) -> float | None:
