@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SLICE_ROWS: Final = 256
 COLLECT_ROWS_MAX: Final = 512
 STEP_S: Final = 0.02  # between two slices of a sweep
+FIRST_SWEEP_S: Final = 30.0  # of a term, at the latest: leaders may change oftener than sweeps come
 SWEEPS_PER_RETENTION: Final = 4
 _LATCH: Final = b"\xff" * 8  # no transaction's id begins so
 _FAMILIES: Final = (keycode.HISTORY, keycode.LATEST, keycode.DECIDED, keycode.TERMINAL)
@@ -98,7 +99,7 @@ class Collector:
     def start(self, now: float) -> None:
         """A term begins. Not at once with a sweep: the range has better things to do, and garbage has waited before."""
         if self._ev.limits.retention:
-            self._due = now + self._ev.limits.sweep_s
+            self._due = now + min(self._ev.limits.sweep_s, FIRST_SWEEP_S)
 
     @property
     def due(self) -> float | None:
