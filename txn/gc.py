@@ -11,7 +11,7 @@ G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon:
    record, and they may be gone. So the horizon is never below gc_threshold.
 G3 a tombstone goes only in one command with all that is older of its key, or when that is gone: it hides what is older. One
    in LATEST goes under the key's latch, since a leader applies with what it read under its latches.
-G4 bounded: SLICE_ROWS rows are looked at in one step, COLLECT_ROWS_MAX rows go in one command, one command is in flight.
+G4 bounded: SLICE_ROWS rows or SLICE_BYTES are looked at in one step, COLLECT_ROWS_MAX rows go in one command, one command is in flight.
 G5 a part that is COMMITTED by a client's word alone goes only when its anchor's range says that the record is terminal: while a
    record is STAGED, EXPIRED of a part means that it was never prepared, or fenced, and the transaction is aborted by it.
 G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from txn.evaluate import Evaluator
 
 SLICE_ROWS: Final = 256
+SLICE_BYTES: Final = 256 << 10  # of values; one row at least
 COLLECT_ROWS_MAX: Final = 512
 STEP_S: Final = 0.02  # between two slices of a sweep
 FIRST_SWEEP_S: Final = 30.0  # of a term, at the latest: leaders may change oftener than sweeps come
@@ -84,6 +85,7 @@ class Collector:
         self._settled: list[
             tuple[bytes, bytes, int]
         ] = []  # spans of anchors, and upto when they are
+        self._cut = False
         self._position = b""  # where the next slice begins
         self._key: bytes | None = None  # whose HISTORY rows are being looked at
         self._covered = False  # that key has a newer version at or below the threshold
@@ -165,15 +167,22 @@ class Collector:
             self._due = now + self._ev.limits.sweep_s
 
     def _rows(self) -> Iterator[tuple[bytes, bytes]]:
+        """From the position on, as many as one slice may look at; `_cut`: there are more."""
         row = self._ev.state.row
         _, end = keycode.family_span(self._family, row.start, row.end)
-        return islice(self._ev.rows.scan(self._position, end), SLICE_ROWS)
+        size = 0
+        self._cut = False
+        for rows, found in enumerate(self._ev.rows.scan(self._position, end)):
+            if rows >= SLICE_ROWS or size >= SLICE_BYTES:
+                self._cut = True
+                return
+            size += len(found[1])
+            yield found
 
     def _slice_of_history(self, found: Found) -> bool:
         """Garbage versions, by key. Whether anything is left behind this slice."""
-        looked, get, threshold = 0, self._ev.rows.get, self._threshold
+        get, threshold = self._ev.rows.get, self._threshold
         for row_key, data in self._rows():
-            looked += 1
             self._position = row_key + b"\x00"
             key, _ = keycode.unescape(row_key, 1)
             if key != self._key:
@@ -189,7 +198,7 @@ class Collector:
             elif data[16]:
                 self._hiding = version_ts
             self._covered = True
-        if looked == SLICE_ROWS:  # there may be more of this key
+        if self._cut:  # there may be more of this key
             self._hiding = 0
             return True
         self._take_hiding(found)
@@ -203,9 +212,8 @@ class Collector:
             self._hiding = 0
 
     def _slice_of_latest(self, found: Found) -> bool:
-        looked, rows = 0, 0
+        rows = 0
         for row_key, data in self._rows():
-            looked += 1
             self._position = row_key + b"\x00"
             if not is_tombstone(data) or latest_ts(data) > self._threshold:
                 continue
@@ -222,7 +230,7 @@ class Collector:
                 found.versions[key] = older
             if rows >= COLLECT_ROWS_MAX:
                 return True
-        return looked == SLICE_ROWS
+        return self._cut
 
     def _older(self, key: bytes) -> list[int]:
         prefix = keycode.history_prefix(key)
@@ -230,9 +238,7 @@ class Collector:
         return [keycode.history_ts(row) for row, _ in islice(found, COLLECT_ROWS_MAX + 1)]
 
     def _slice_of_decided(self, found: Found) -> bool:
-        looked = 0
         for row_key, data in self._rows():
-            looked += 1
             locus, at = keycode.unescape(row_key, 1)
             txn_id = row_key[at:]
             if begin_ts_of(txn_id) <= self._threshold:
@@ -244,7 +250,7 @@ class Collector:
                 if begin_ts_of(txn_id) <= upto:
                     found.parts.setdefault(locus, []).append(txn_id)
             self._position = row_key + b"\x00"
-        return looked == SLICE_ROWS
+        return self._cut
 
     def _needed(self, row: DecidedRow) -> int | None:
         """G5: up to which begin_ts a part like this may go; None: its anchor's range is asked."""
@@ -268,16 +274,14 @@ class Collector:
         self._ev.recovery.call(anchor_key, QuerySettled(0, 0, 0, anchor_key), on_reply)
 
     def _slice_of_terminal(self, found: Found) -> bool:
-        looked = 0
         posted = {txn_id for txn_id, _ in self._ev.state.outbox}
         for row_key, _data in self._rows():
-            looked += 1
             self._position = row_key + b"\x00"
             anchor_key, at = keycode.unescape(row_key, 1)
             txn_id = row_key[at:]
             if begin_ts_of(txn_id) <= self._threshold and txn_id not in posted:  # G6
                 found.records.setdefault(anchor_key, []).append(txn_id)
-        return looked == SLICE_ROWS
+        return self._cut
 
     # -- the command
 

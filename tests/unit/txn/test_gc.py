@@ -408,3 +408,25 @@ def test_one_command_at_a_time_and_a_refused_one_is_found_again():
     place.evaluator.dropped(refused, "throttled")
     sweep(place)
     assert not rows_of(place, keycode.HISTORY)
+
+
+def test_a_step_looks_at_few_large_values(monkeypatch):
+    monkeypatch.setattr(gc, "SLICE_BYTES", 1_000)
+    place = place_with()
+    for number in range(20):
+        last = write(place, b"k%02d" % (number % 10), bytes(600))
+    place.clock = last + RETENTION
+    settled(place, place.read(b"k"))
+    looked: list[int] = []
+    scan = place.rows.scan
+
+    def counted(start: bytes, end: bytes | None, *, reverse: bool = False):
+        looked.append(0)
+        for row in scan(start, end, reverse=reverse):
+            looked[-1] += 1
+            yield row
+
+    monkeypatch.setattr(place.rows, "scan", counted)
+    sweep(place)
+    assert max(looked) <= 3  # two that fit, and one that does not any more
+    assert not rows_of(place, keycode.HISTORY)
