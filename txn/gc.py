@@ -11,7 +11,8 @@ G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon:
    record, and they may be gone. So the horizon is never below gc_threshold.
 G3 a tombstone goes only in one command with all that is older of its key, or when that is gone: it hides what is older. One
    in LATEST goes under the key's latch, since a leader applies with what it read under its latches.
-G4 bounded: SLICE_ROWS rows or SLICE_BYTES are looked at in one step, COLLECT_ROWS_MAX rows go in one command, one command is in flight.
+G4 bounded: SLICE_ROWS rows or SLICE_BYTES are looked at in one step, COLLECT_ROWS_MAX rows go in one command, one command
+   is in flight.
 G5 a part that is COMMITTED by a client's word alone goes only when its anchor's range says that the record is terminal: while a
    record is STAGED, EXPIRED of a part means that it was never prepared, or fenced, and the transaction is aborted by it.
 G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
