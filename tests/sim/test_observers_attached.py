@@ -217,8 +217,7 @@ def test_without_a_mistake_nothing_is_told() -> None:
 )
 def test_a_planted_bug_is_told_by_its_name(invariant: str, plant: str) -> None:
     with planted(plant):
-        found = [name for seed in range(1, 6) for name in _told(run(seed, CRASHES).problems)]
-    assert invariant in found
+        assert any(invariant in _told(run(seed, CRASHES).problems) for seed in range(1, 31))
 
 
 @pytest.mark.parametrize("plant", ["oracle not confirmed", "lease too long"])
