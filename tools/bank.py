@@ -128,11 +128,22 @@ async def killer(cluster: LocalCluster, bank: Bank, every_s: float, seed: int, s
     return kills
 
 
+async def rows_collected(cluster: LocalCluster) -> int:
+    """Of old versions and outcomes, by the processes that run now."""
+    found = [await cluster.status_async(number) for number in range(len(cluster.nodes))]
+    return sum(int(status["outcomes"]["rows_collected_total"]) for status in found)
+
+
 async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     splits = [b"%d" % number for number in range(1, RANGES)]
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
         async with (
-            LocalCluster(nodes=3, directory=directory, splits=splits) as cluster,
+            LocalCluster(
+                nodes=3,
+                directory=directory,
+                splits=splits,
+                settings={"KVORUM_TXN__RETENTION": arguments.retention},
+            ) as cluster,
             kvstore.connect(cluster.endpoints, timeout=20.0) as db,
         ):
             bank = Bank(db, arguments.seed, time.monotonic() + arguments.seconds)
@@ -148,6 +159,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
             left = await undecided(cluster)
             if left:
                 bank.broken.append(f"{left} things are still undecided")
+            collected = await rows_collected(cluster)
     return {
         "seconds": arguments.seconds,
         "seed": arguments.seed,
@@ -159,6 +171,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
         "errors": bank.errors,
         "snapshots": bank.snapshots,
         "undecided": left,
+        "collected": collected,
         "broken": bank.broken,
     }
 
@@ -171,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kill-every", type=float, default=5.0, help="seconds from kill to kill")
     parser.add_argument("--tellers", type=int, default=32, help="transfers under way at a time")
     parser.add_argument("--seed", type=int, default=1, help="of accounts, amounts and victims")
+    parser.add_argument(
+        "--retention", default="10m", help="of old versions; 3s: collect all the time"
+    )
     parser.add_argument(
         "--dir", default=None, help="where the data goes; default: the temporary directory"
     )
