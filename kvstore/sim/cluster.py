@@ -200,6 +200,8 @@ class SimCluster:
         process.kill()
         outside(self.network.crash, name)
         lost = server.machine.lose_process(power=power)
+        if server.node is not None and server.node.fatal.done():
+            server.node.fatal.exception()  # it dies before it could say why: that is not a failure of the product
         server.node = None
         self.trace.note("crash", name, power, lost)
 

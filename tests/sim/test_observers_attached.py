@@ -269,3 +269,28 @@ def test_everything_that_has_to_be_watched_is() -> None:
         assert all(group.leaders and group.votes for group in consensus._groups.values())
 
     simulated.run(main, 1, time_limit_s=100.0)
+
+
+def test_a_node_that_has_failed_is_not_compared_with_its_rows() -> None:
+    """Its engine refused a write, and its process stands still before it can end: found by a seed with full disks."""
+
+    async def main(_loop: simulated.SimLoop) -> list[list[str]]:
+        cluster = SimCluster("1")
+        observers = Observers(cluster)
+        with observers.watching_outcomes():
+            await cluster.start()
+            node = cluster.servers["n2"].node
+            assert node is not None
+            assert node.host is not None
+            assert node.store is not None
+            node.store.replicas[1].state.oracle_hi += 1
+            node.host.failure = RuntimeError("the engine refused a write")
+            observers.look()
+            silent = list(cluster.problems)
+            node.host.failure = None
+            observers.look()
+        return [silent, cluster.problems]
+
+    silent, told = simulated.run(main, 1, time_limit_s=100.0)
+    assert silent == []
+    assert _told(told) == ["I17"]

@@ -105,6 +105,8 @@ class Observers:
             node = server.node
             if node is None or node.store is None:
                 continue
+            if node.host is not None and node.host.failure is not None:
+                continue  # it says nothing more, and ends as soon as it runs again (H3)
             for replica in node.store.replicas.values():
                 state = replica.state
                 rows.append(state.row)
