@@ -185,7 +185,11 @@ class _Scenario:
 
     async def _peace(self) -> None:
         """Liveness: every client ends, a new one reads all, nothing stays undecided, replicas are equal."""
-        if not await self._until(lambda: self._clients.finished, "the clients do not finish"):
+        if not await self._until(
+            lambda: self._clients.finished,
+            "nothing succeeds, and the clients do not finish",
+            lambda: self._clients.counts.ok,
+        ):
             return
         reader = await self._cluster.client("reader", 20.0)
         try:
@@ -206,9 +210,14 @@ class _Scenario:
             for name in self._cluster.servers:
                 await self._cluster.restart(name)
 
-    async def _until(self, holds: Callable[[], bool], what: str) -> bool:
-        until = self._loop.time() + PEACE_S
+    async def _until(
+        self, holds: Callable[[], bool], what: str, progress: Callable[[], int] = lambda: 0
+    ) -> bool:
+        """progress: a figure that grows as long as it is worth waiting; how much there is left to do is the seed's draw."""
+        until, before = self._loop.time() + PEACE_S, progress()
         while not holds():
+            if (now := progress()) > before:
+                until, before = self._loop.time() + PEACE_S, now
             if self._loop.time() > until:
                 self._cluster.problem(f"after {PEACE_S:g} s of peace {what}: {self._picture()}")
                 return False
