@@ -357,10 +357,6 @@ class Leader:
             start = self._lease_start = self._quorum_contact()
         return now < start + state.config.lease_s
 
-    def in_touch(self, replica: int, now: float) -> bool:
-        peer = self.peers.get(replica)
-        return peer is not None and peer.acked_sent_at > now - self._state.config.election_timeout_s
-
     def transfer(self, to: int) -> None:
         """Raises ProposalDropped if `to` is no voter, or another transfer is under way."""
         state = self._state

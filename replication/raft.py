@@ -269,10 +269,6 @@ class RaftNode(ReplicaState):
         """Whether this replica still leads for certain at `now`: reads need no round. Ask again after reading."""
         return self._leading is not None and self._leading.lease_valid(now)
 
-    def in_touch(self, replica: int, now: float) -> bool:
-        """Whether this replica leads, and that one has answered it within the last election timeout."""
-        return self._leading is not None and self._leading.in_touch(replica, now)
-
     def transfer_leadership(self, to: int, now: float) -> None:
         """Hand leadership to a voter as soon as it has the whole log; given up after election_timeout_s.
 

@@ -47,8 +47,9 @@ class Micro(Traced):
     def written(before: Any, number: int) -> Any:
         """What a replay has in a key after a writing step."""
 
+    @abc.abstractmethod
     def cycles(self) -> list[str]:
-        raise NotImplementedError
+        """What the cycle checker says of the transactions."""
 
     async def step(self, db: Database, client: str, rng: random.Random) -> None:
         txn = MicroTxn(client, self.history.tick())
