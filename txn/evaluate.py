@@ -42,36 +42,28 @@ from txn.messages import (
     QuerySettled,
     QueryTxn,
     Read,
-    ReadReply,
     Reply,
     Request,
     Resolve,
     Scan,
-    ScanReply,
     TxnReply,
     well_formed,
 )
-from txn.mvcc import decode_latest, find_txn, latest_ts, older_at, scan_at
+from txn.mvcc import find_txn, latest_ts
 from txn.ports import Output, Rows
+from txn.reads import Reader
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
-    TIMESTAMP_MAX,
     FenceReason,
-    Guard,
     PartStatus,
     TxnStatus,
     WriteKind,
     begin_ts_of,
     point_end,
 )
-from txn.values import add, failed_condition
+from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX, compute
 
-RANGE_ROWS_MAX = 5_000  # of one transaction in one range
-RANGE_BYTES_MAX = 4 << 20
-READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
-SCAN_ROWS_MAX = 1_000
-SCAN_BYTES_MAX = 256 << 10
 WAITERS_MAX = 20_000
 UNDECIDED_MAX = 20_000  # parts and outbox rows: every replica keeps them in memory
 TXN_STATUS: Mapping[int, TxnStatus] = {
@@ -116,18 +108,19 @@ class Evaluator:
         self.now = 0.0  # of the call that is being served
         self.issued = 0  # the largest timestamp known to be issued
         self._early: list[tuple[Request, Any]] = []
-        self._untimed: dict[Waiter, None] = {}  # reads that wait for the oracle, asked or not
+        self.untimed: dict[Waiter, None] = {}  # reads that wait for the oracle, asked or not
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_number = 0
         self.counters = dict.fromkeys(
             COUNTERS, 0
         )  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
+        self.reader = Reader(self)
         self.collector = Collector(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
-            Read: self._read,
-            Scan: self._read,
+            Read: self.reader.read,
+            Scan: self.reader.read,
             Finalize: self.recovery.finalize,
             Resolve: self.recovery.resolve,
             Fence: self._fence_request,
@@ -164,7 +157,7 @@ class Evaluator:
             ]
         for waiters in (
             *self.blocked.values(),
-            list(self._untimed),
+            list(self.untimed),
             self.runnable,
             *self.recovery.waiters(),
         ):
@@ -181,7 +174,7 @@ class Evaluator:
             [],
             [],
         )
-        self.blocked, self._timers, self.latches, self._untimed = {}, [], LatchTable(), {}
+        self.blocked, self._timers, self.latches, self.untimed = {}, [], LatchTable(), {}
         for loci in self.state.parts.values():
             for part in loci.values():
                 part.forget_volatile()
@@ -214,7 +207,7 @@ class Evaluator:
         if kind is Prepare:
             self._prepare(request, waiter.origin, now, waiter.since)
         elif kind is Read or kind is Scan:
-            self._read_again(waiter, now)
+            self.reader.again(waiter, now)
         else:
             self._handlers[kind](request, waiter.origin, now)
 
@@ -256,7 +249,7 @@ class Evaluator:
         """The oracle's answer for these: fresh timestamps from `first` on, one each; `read_ts` for all readers."""
         self.issued = max(self.issued, read_ts, first + len(pendings) - 1)
         for waiter in readers:
-            self._untimed.pop(waiter, None)
+            self.untimed.pop(waiter, None)
             if waiter.done:
                 continue
             at = waiter.request.at
@@ -269,7 +262,7 @@ class Evaluator:
             if not at:
                 waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
                 waiter.sequence = self.latches.sequence
-            self._read_again(waiter, now)
+            self.reader.again(waiter, now)
         closed = self.state.row.closed_ts
         for number, pending in enumerate(pendings):
             if self.latches.txns.get(pending.txn_id) is not pending:
@@ -432,7 +425,7 @@ class Evaluator:
         if self._in_conflict(request, origin, now, since):
             return
         pending = Pending(txn_id, request, origin)
-        refusal = self._compute(request, pending)
+        refusal = compute(request, pending, self.rows)
         if refusal is not None:
             self._refuse(request, origin, refusal)
             return
@@ -619,204 +612,6 @@ class Evaluator:
         self.latches.acquire(pending)
         self.proposals.append(pending)
 
-    # -- conditions and values, under the latch
-
-    def _compute(self, request: Prepare, pending: Pending) -> Answer | None:
-        """(d): conditions, then the final value of every key. Returns a refusal, or None."""
-        failed = failed_condition(request.expects, self.rows)
-        if failed is not None:
-            key, version = failed
-            return Answer(PartStatus.FENCED, 0, FenceReason.COMPARE_FAILED, key, b"", version)
-        pending.guards = list(request.guards)
-        writes = request.writes
-        if len(writes) == 1 and writes[0].kind <= WriteKind.DELETE:
-            write = writes[0]
-            pending.keys = [write.key]
-            pending.values = [write.value if write.kind == WriteKind.PUT else None]
-        else:
-            final: dict[bytes, bytes | None] = {}
-            for write in writes:
-                refusal = self._compute_write(write, final, pending)
-                if refusal is not None:
-                    return refusal
-            pending.keys, pending.values = list(final), list(final.values())
-        for expect in request.expects:
-            if expect.key not in pending.keys:  # it has to hold until the transaction ends
-                pending.guards.append(hold(expect.key, point_end(expect.key)))
-        return None
-
-    def _compute_write(
-        self, write: Any, final: dict[bytes, bytes | None], pending: Pending
-    ) -> Answer | None:
-        kind, key = write.kind, write.key
-        if kind == WriteKind.PUT:
-            final[key] = write.value
-        elif kind == WriteKind.DELETE:
-            final[key] = None
-        elif kind == WriteKind.DELETE_RANGE:
-            pending.spans.append((key, write.value))
-            pending.guards.append(hold(key, write.value))
-            for found in list(final):
-                if key <= found < write.value:
-                    final[found] = None
-            low, high = keycode.family_span(keycode.LATEST, key, write.value)
-            size = 0
-            for row_key, row in self.rows.scan(low, high):
-                if row[24]:
-                    continue
-                final[row_key[1:]] = None
-                size += len(row_key)
-                if len(final) > RANGE_ROWS_MAX or size > RANGE_BYTES_MAX:
-                    return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
-        else:
-            current = final[key] if key in final else self._newest_value(key)
-            result = add(kind, current, write.value)
-            if result is None:
-                return Answer(PartStatus.FENCED, 0, FenceReason.BAD_VALUE, key)
-            final[key] = result
-            if pending.results is None:
-                pending.results = []
-            pending.results.append(result)
-        return None
-
-    def _newest_value(self, key: bytes) -> bytes | None:
-        row = self.rows.get(b"L" + key)
-        return decode_latest(row).value if row is not None else None
-
-    # -- Read and Scan (DESIGN.md sections 4.2 and 7)
-
-    def _read(self, request: Any, origin: Any, now: float) -> None:
-        waiter = Waiter(request, origin, now, self.latches.sequence)
-        if request.at:
-            self._read_again(waiter, now)
-        else:
-            self._ask_read_ts(waiter)
-
-    def _ask_read_ts(self, waiter: Waiter) -> None:
-        self._untimed[waiter] = None
-        self.await_read.append(waiter)
-
-    def _read_again(self, waiter: Waiter, now: float) -> None:
-        request = waiter.request
-        row = self.state.row
-        if now > waiter.since + self.limits.read_wait_s:
-            reached("read_given_up")
-            self.out.reply(
-                waiter.origin,
-                Failure(request.id, "unavailable", "an undecided write could not be decided"),
-                False,
-            )
-            return
-        if request.version and request.version != row.version:
-            self.out.reply(waiter.origin, Failure(request.id, "epoch_mismatch"), False)
-            return
-        if request.at < row.gc_threshold:
-            self.out.reply(waiter.origin, Failure(request.id, "snapshot_too_old"), False)
-            return
-        reply = (
-            self._look_up(waiter, request)
-            if type(request) is Read
-            else self._look_through(waiter, request)
-        )
-        if reply is not None:
-            self.out.reply(waiter.origin, reply, True)
-
-    def _look_up(self, waiter: Waiter, request: Read) -> Reply | None:
-        """The answer; or None, and the waiter stands where it will be woken."""
-        state, at = self.state, request.at
-        latches = self.latches
-        for key in request.keys:
-            if not state.owns(key):
-                return Failure(request.id, "epoch_mismatch")
-            if latches.txns:
-                blocker = latches.blocker_of_read(key, waiter.sequence)
-                if blocker is not None:
-                    blocker.waiters.append(self._copy(waiter))
-                    return None
-        if state.intents:
-            for key in request.keys:
-                part = state.intents.get(key)
-                if part is not None and self._undecided(part, at, waiter):
-                    return None
-        versions: list[int] = []
-        values: list[bytes | None] = []
-        get = self.rows.get
-        size = 0
-        for key in request.keys:
-            if size > READ_BYTES_MAX:
-                break  # the reader asks for the rest at the same timestamp
-            row = get(b"L" + key)
-            if row is None:
-                version = None
-            elif latest_ts(row) <= at:
-                version = decode_latest(row)
-            else:
-                version = older_at(self.rows, key, at)
-            if version is None or version.value is None:
-                versions.append(0)
-                values.append(None)
-            else:
-                versions.append(version.commit_ts)
-                values.append(version.value)
-                size += len(version.value)
-        return ReadReply(request.id, at, versions, values)
-
-    def _copy(self, waiter: Waiter) -> Waiter:
-        return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
-
-    def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
-        """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
-        if part.row.min_ts > at or at <= part.invisible_to:
-            return False
-        copy = self._copy(waiter)
-        if (
-            at > self.issued
-        ):  # a promise about a timestamp that was never issued would mislead later readers
-            self._ask_read_ts(copy)
-        elif part.resolving is not None:
-            part.resolving.waiters.append(copy)
-        else:
-            self.recovery.ask_visibility(part, at, copy)
-        return True
-
-    def _look_through(self, waiter: Waiter, request: Scan) -> Reply | None:
-        state, at = self.state, request.at
-        row = state.row
-        start, end = request.start, request.end or row.end
-        if not state.owns_span(start, end) and start != end:
-            return Failure(request.id, "epoch_mismatch")
-        blocker = self.latches.blocker_of_scan(start, end, waiter.sequence)
-        if blocker is not None:
-            blocker.waiters.append(self._copy(waiter))
-            return None
-        keys: list[bytes] = []
-        values: list[bytes] = []
-        versions: list[int] = []
-        size, done = 0, True
-        rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
-        bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
-        for key, version in scan_at(self.rows, start, end, at, reverse=request.reverse):
-            if len(keys) >= rows_max or (keys and size >= bytes_max):
-                done = False
-                break
-            assert version.value is not None
-            keys.append(key)
-            versions.append(version.commit_ts)
-            size += len(key) + 16
-            if not request.keys_only:
-                values.append(version.value)
-                size += len(version.value)
-        if done:
-            covered_to = start if request.reverse else end
-            low, high = start, end
-        else:
-            covered_to = keys[-1] if request.reverse else point_end(keys[-1])
-            low, high = (covered_to, end) if request.reverse else (start, covered_to)
-        for key, part in state.intents.items():
-            if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
-                return None
-        return ScanReply(request.id, at, keys, values, versions, done, covered_to)
-
     # -- Fence and QueryPart
 
     def _fence_request(self, request: Fence, origin: Any, now: float) -> None:
@@ -888,9 +683,4 @@ def prepare_reply(request_id: int, answer: Answer, results: list[bytes] | None) 
     return PrepareReply(request_id, *answer, results)
 
 
-def hold(start: bytes, end: bytes) -> Guard:
-    """Blocks later writers of the span until the transaction ends, and validates nothing (DESIGN.md 4.8)."""
-    return Guard(start, end, TIMESTAMP_MAX)
-
-
-__all__ = ["COUNTERS", "Evaluator", "Limits", "QueryMode", "Waiter", "add"]
+__all__ = ["COUNTERS", "Evaluator", "Limits", "QueryMode", "Waiter"]

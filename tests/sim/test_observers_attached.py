@@ -29,6 +29,7 @@ from txn.evaluate import Evaluator
 from txn.latches import Pending
 from txn.messages import ReadReply, TxnReply
 from txn.oracle import Oracle
+from txn.reads import Reader
 from txn.recovery import Recovery
 from txn.state import RangeState
 from txn.types import TxnStatus
@@ -137,16 +138,16 @@ def _apply_depends_on_the_node() -> Patch:
 
 
 def _read_too_old() -> Patch:
-    look_up = Evaluator._look_up
+    look_up = Reader._look_up
 
-    def older(self: Evaluator, waiter: Any, request: Any) -> Any:
+    def older(self: Reader, waiter: Any, request: Any) -> Any:
         reply = look_up(self, waiter, request)
         if type(reply) is ReadReply and reply.versions and reply.versions[0]:
             versions, values = [0, *reply.versions[1:]], [None, *reply.values[1:]]
             return ReadReply(reply.id, reply.at, versions, values)
         return reply
 
-    return Evaluator, "_look_up", older
+    return Reader, "_look_up", older
 
 
 def _outcome_invented() -> Patch:

@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, evaluate, keycode, recovery
+from txn import apply, evaluate, keycode, recovery, values
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.evaluate import Evaluator, prepare_reply
 from txn.gc import Collector, Found
 from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
+from txn.ports import Rows
+from txn.reads import Reader
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Outbox, Part, RangeState, Staged, TerminalRow, encode_row
 from txn.types import Guard, PartStatus, TxnStatus
@@ -28,14 +30,14 @@ Patches = list[tuple[Any, str, Any]]
 
 def _guards_not_held() -> Patches:
     """What a transaction read is validated, but not protected until it ends."""
-    compute = Evaluator._compute
+    compute = values.compute
 
-    def without(self: Evaluator, request: Prepare, pending: Pending) -> Answer | None:
-        refusal = compute(self, request, pending)
+    def without(request: Prepare, pending: Pending, rows: Rows) -> Answer | None:
+        refusal = compute(request, pending, rows)
         pending.guards = []
         return refusal
 
-    return [(Evaluator, "_compute", without)]
+    return [(evaluate, "compute", without)]
 
 
 def _guards_not_validated() -> Patches:
@@ -56,7 +58,7 @@ def _guards_until_prepared() -> Patches:
 
 def _conditions_not_held() -> Patches:
     """Conditions and deleted spans are looked at, but not protected until the transaction ends."""
-    return [(evaluate, "hold", lambda start, end: Guard(start, start, 0))]
+    return [(values, "hold", lambda start, end: Guard(start, start, 0))]
 
 
 def _reads_pass_latches() -> Patches:
@@ -69,7 +71,7 @@ def _reads_pass_latches() -> Patches:
 
 def _reads_pass_intents() -> Patches:
     """Readers do not ask about undecided writes."""
-    return [(Evaluator, "_undecided", lambda *_: False)]
+    return [(Reader, "_undecided", lambda *_: False)]
 
 
 def _volatile_refusal() -> Patches:

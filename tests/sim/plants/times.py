@@ -17,6 +17,7 @@ from txn.latches import Pending
 from txn.messages import Prepare
 from txn.mvcc import latest_ts
 from txn.oracle import Oracle
+from txn.reads import Reader
 from txn.types import FenceReason
 
 STOCK_MAX: Final = 4
@@ -114,17 +115,17 @@ def _who_waited() -> Patches:
 
 def _after_a_read() -> Patches:
     """Who overwrites a key that was read uses a timestamp from before."""
-    look_up = Evaluator._look_up
+    look_up = Reader._look_up
 
     def noting(self: Any, waiter: Any, request: Any) -> Any:
         reply = look_up(self, waiter, request)
         if reply is not None:
-            _remembered(self, "read").update(dict.fromkeys(request.keys))
+            _remembered(self.owner, "read").update(dict.fromkeys(request.keys))
         return reply
 
     return stocked(
         lambda evaluator, pending: any(k in _remembered(evaluator, "read") for k in pending.keys),
-        (Evaluator, "_look_up", noting),
+        (Reader, "_look_up", noting),
     )
 
 

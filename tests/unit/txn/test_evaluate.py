@@ -9,7 +9,6 @@ import pytest
 
 from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn.commands import Commit, FencePart, PreparePart
-from txn.evaluate import RANGE_BYTES_MAX, RANGE_ROWS_MAX
 from txn.messages import Failure, Prepare, QueryMode, Read, TxnReply
 from txn.types import (
     Expect,
@@ -23,6 +22,7 @@ from txn.types import (
     WriteKind,
     point_end,
 )
+from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX
 
 # -- E2: timestamps
 
@@ -397,7 +397,7 @@ def test_a_delete_range_in_flight_makes_writers_inside_it_wait():
 
 
 def test_a_delete_range_over_too_many_rows_is_refused_durably(monkeypatch):
-    monkeypatch.setattr("txn.evaluate.RANGE_ROWS_MAX", 2)
+    monkeypatch.setattr("txn.values.RANGE_ROWS_MAX", 2)
     place = Range()
     for key in (b"a", b"b", b"c"):
         stored(place, key)

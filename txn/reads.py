@@ -1,0 +1,163 @@
+"""Reads and scans at a leader (DESIGN.md sections 4.2 and 7).
+
+A read gets its timestamp first, waits for the writers that were latched when it came, and looks; about an undecided intent
+at or below its timestamp its anchor is asked. Every answer rests on what was *not* seen, so leadership is confirmed after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from replication.probes import chance, reached
+from txn.latches import Waiter
+from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply
+from txn.mvcc import decode_latest, latest_ts, older_at, scan_at
+from txn.types import point_end
+
+if TYPE_CHECKING:
+    from txn.evaluate import Evaluator
+    from txn.state import Part
+
+READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
+SCAN_ROWS_MAX = 1_000
+SCAN_BYTES_MAX = 256 << 10
+
+
+class Reader:
+    """The reading part of an evaluator; its state is the evaluator's."""
+
+    def __init__(self, owner: Evaluator) -> None:
+        self.owner = owner
+
+    def read(self, request: Any, origin: Any, now: float) -> None:
+        waiter = Waiter(request, origin, now, self.owner.latches.sequence)
+        if request.at:
+            self.again(waiter, now)
+        else:
+            self._ask_read_ts(waiter)
+
+    def _ask_read_ts(self, waiter: Waiter) -> None:
+        self.owner.untimed[waiter] = None
+        self.owner.await_read.append(waiter)
+
+    def again(self, waiter: Waiter, now: float) -> None:
+        request = waiter.request
+        row = self.owner.state.row
+        if now > waiter.since + self.owner.limits.read_wait_s:
+            reached("read_given_up")
+            self.owner.out.reply(
+                waiter.origin,
+                Failure(request.id, "unavailable", "an undecided write could not be decided"),
+                False,
+            )
+            return
+        if request.version and request.version != row.version:
+            self.owner.out.reply(waiter.origin, Failure(request.id, "epoch_mismatch"), False)
+            return
+        if request.at < row.gc_threshold:
+            self.owner.out.reply(waiter.origin, Failure(request.id, "snapshot_too_old"), False)
+            return
+        reply = (
+            self._look_up(waiter, request)
+            if type(request) is Read
+            else self._look_through(waiter, request)
+        )
+        if reply is not None:
+            self.owner.out.reply(waiter.origin, reply, True)
+
+    def _look_up(self, waiter: Waiter, request: Read) -> Reply | None:
+        """The answer; or None, and the waiter stands where it will be woken."""
+        state, at = self.owner.state, request.at
+        latches = self.owner.latches
+        for key in request.keys:
+            if not state.owns(key):
+                return Failure(request.id, "epoch_mismatch")
+            if latches.txns:
+                blocker = latches.blocker_of_read(key, waiter.sequence)
+                if blocker is not None:
+                    blocker.waiters.append(_copy(waiter))
+                    return None
+        if state.intents:
+            for key in request.keys:
+                part = state.intents.get(key)
+                if part is not None and self._undecided(part, at, waiter):
+                    return None
+        versions: list[int] = []
+        values: list[bytes | None] = []
+        get = self.owner.rows.get
+        size = 0
+        for key in request.keys:
+            if size > READ_BYTES_MAX:
+                break  # the reader asks for the rest at the same timestamp
+            row = get(b"L" + key)
+            if row is None:
+                version = None
+            elif latest_ts(row) <= at:
+                version = decode_latest(row)
+            else:
+                version = older_at(self.owner.rows, key, at)
+            if version is None or version.value is None:
+                versions.append(0)
+                values.append(None)
+            else:
+                versions.append(version.commit_ts)
+                values.append(version.value)
+                size += len(version.value)
+        return ReadReply(request.id, at, versions, values)
+
+    def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
+        """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
+        if part.row.min_ts > at or at <= part.invisible_to:
+            return False
+        copy = _copy(waiter)
+        if (
+            at > self.owner.issued
+        ):  # a promise about a timestamp that was never issued would mislead later readers
+            self._ask_read_ts(copy)
+        elif part.resolving is not None:
+            part.resolving.waiters.append(copy)
+        else:
+            self.owner.recovery.ask_visibility(part, at, copy)
+        return True
+
+    def _look_through(self, waiter: Waiter, request: Scan) -> Reply | None:
+        state, at = self.owner.state, request.at
+        row = state.row
+        start, end = request.start, request.end or row.end
+        if not state.owns_span(start, end) and start != end:
+            return Failure(request.id, "epoch_mismatch")
+        blocker = self.owner.latches.blocker_of_scan(start, end, waiter.sequence)
+        if blocker is not None:
+            blocker.waiters.append(_copy(waiter))
+            return None
+        keys: list[bytes] = []
+        values: list[bytes] = []
+        versions: list[int] = []
+        size, done = 0, True
+        rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
+        bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
+        for key, version in scan_at(self.owner.rows, start, end, at, reverse=request.reverse):
+            if len(keys) >= rows_max or (keys and size >= bytes_max):
+                done = False
+                break
+            assert version.value is not None
+            keys.append(key)
+            versions.append(version.commit_ts)
+            size += len(key) + 16
+            if not request.keys_only:
+                values.append(version.value)
+                size += len(version.value)
+        if done:
+            covered_to = start if request.reverse else end
+            low, high = start, end
+        else:
+            covered_to = keys[-1] if request.reverse else point_end(keys[-1])
+            low, high = (covered_to, end) if request.reverse else (start, covered_to)
+        for key, part in state.intents.items():
+            if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
+                return None
+        return ScanReply(request.id, at, keys, values, versions, done, covered_to)
+
+
+def _copy(waiter: Waiter) -> Waiter:
+    return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
