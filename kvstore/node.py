@@ -270,15 +270,12 @@ class Node:
             sync_mode=config.log.sync_mode,
             run_in_thread=adapters.executor.run,
             on_fatal=self._on_fatal,
-            limits=HostLimits(
-                inbox_bytes_max=config.limits.inbox_bytes,
-                flush_hops=0,  # uvloop writes at once: nothing to wait for before a sync
-            ),
+            limits=HostLimits(inbox_bytes_max=config.limits.inbox_bytes),
         )
         self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)
         store.on_deadline = self._arm
-        store.on_turn_end = self.connections.flush
+        store.on_settled = self.connections.flush
         self._add_replicas(recovered, damaged=bool(wal.recovery and wal.recovery.damage))
         for node in found.nodes:
             if node.node_id != found.node_id:

@@ -123,7 +123,7 @@ class Store:
         self.leaderships_begun = 0
         self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
-        self.on_turn_end: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[], None] = lambda: None
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
         self._requests_max = requests_max
@@ -283,7 +283,6 @@ class Store:
                         self.answer(origin, reply)
             rounds += 1
             assert rounds < 1_000, "ranges of one node call each other for ever"
-        self.on_turn_end()
         due = self._deadlines.next()
         if due is not None:
             self.on_deadline(due)
@@ -404,6 +403,9 @@ class Store:
                     self._oracle_client.start_term(evaluator, now)
         self._carry_out(now)
 
+    def settled(self) -> None:
+        self.on_settled()
+
     # -- leadership and reads; Machine
 
     def leadership(self, group: int, term: int, is_leader: bool) -> None:
@@ -429,7 +431,6 @@ class Store:
                 replica.state, self.engine, replica.output, self.limits, term
             )
             replica.evaluator.counters = self.transaction_counters
-        self.on_turn_end()
 
     def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port
         for context in contexts:
@@ -441,7 +442,6 @@ class Store:
                 reached("read_index_failed")
             for origin, reply in answers:
                 self.answer(origin, reply if ok else self._not_leader(reply.id, replica))
-        self.on_turn_end()
 
     def applied(self, group: int) -> tuple[int, int]:
         return self.replicas[group].applied

@@ -346,19 +346,12 @@ class Host:
                 self._phases.popleft()(now)
                 if not self._stopped:
                     self._settle(now)
+            if not self._stopped:
+                self._machine.settled()
         except Exception as error:  # noqa: BLE001  # whatever it was, what this node knows is in doubt
             self._fail(error)
         finally:
             self._busy = False
-
-    def _after(self, hops: int, phase: Phase) -> None:
-        """Run a phase so many loop iterations later; at once if that is none, or if there is no loop."""
-        if self._loop is None or hops == 0:
-            self._run(phase)
-        elif hops == 1:
-            self._loop.call_soon(self._run, phase)
-        else:
-            self._loop.call_soon(self._after, hops - 1, phase)
 
     def _fail(self, error: BaseException) -> None:
         if self._stopped:
@@ -413,16 +406,16 @@ class Host:
         self.visit()
         if self._stopped:  # by the machine
             return
-        outbox = self._outbox.take()
-        for node, messages in outbox:
-            self._peers.send(node, messages)
-        hops = self.limits.flush_hops if outbox else 0
         if self._lane.staged and not self._sync_asked and not self._lane.syncing:
             self._sync_asked = True
-            self._after(hops, self._begin_sync)
+            self._run(self._begin_sync)
+            if self._inbox.taken >= self.limits.loaded_messages:
+                return  # one frame for what is to be sent now and what the sync releases
+        for node, messages in self._outbox.take():
+            self._peers.send(node, messages)
         if self._applier.groups and not self._apply_asked and not self._sync_asked:
             self._apply_asked = True
-            self._after(hops, self._apply)
+            self._run(self._apply)
         self._arm_timer(now)
 
     def visit(self) -> None:

@@ -38,8 +38,8 @@ class HostLimits:
     idle_mark_s: float = 1.0  # after the last write: record how far the log is durable
     ask_again_s: float = 1.0  # for a snapshot, by a replica without state
     timer_s_min: float = 0.0005
-    flush_hops: int = (
-        2  # loop iterations from a send to the next phase: the writer's task, then its socket
+    loaded_messages: int = (
+        4  # in one turn: under load, a frame saved is worth more than an early one
     )
     snapshot: SnapshotLimits = field(default_factory=SnapshotLimits)
 
@@ -92,6 +92,7 @@ class Inbox:
 
     def __init__(self, messages_max: int, bytes_max: int) -> None:
         self._messages_max, self._bytes_max = messages_max, bytes_max
+        self.taken = 0  # messages, the last time
         self._frames: list[tuple[int, Sequence[Message]]] = []
         self._messages = self._bytes = 0
 
@@ -117,6 +118,7 @@ class Inbox:
     def take(self) -> list[tuple[int, Sequence[Message]]]:
         """Everything that waits."""
         frames, self._frames = self._frames, []
+        self.taken = self._messages
         self._messages = self._bytes = 0
         return frames
 

@@ -62,6 +62,7 @@ class ListMachine:
         self.led: dict[int, int] = {}
         self.reads: dict[int, bool] = {}
         self.finished = 0
+        self.settlements = 0
         self._unfinished = False
 
     def drain(self, now: float) -> None:
@@ -85,6 +86,10 @@ class ListMachine:
         assert self._unfinished
         self._unfinished = False
         self.finished += 1
+
+    def settled(self) -> None:
+        assert not self._unfinished, "answers leave after what was applied is written"
+        self.settlements += 1
 
     def applied(self, group: int) -> tuple[int, int]:
         return self.states[group].applied

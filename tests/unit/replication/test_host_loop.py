@@ -13,7 +13,7 @@ from kvstore.sim.disk import SimDisk
 from kvstore.sim.loop import SimLoop, run
 from replication.errors import LogWriteFailed
 from replication.host import Host
-from replication.messages import AppendRequest, AppendResponse, Message, VoteRequest, VoteResponse
+from replication.messages import AppendResponse, Message, VoteRequest, VoteResponse
 from replication.turns import SyncMode
 from replication.types import Membership
 from replication.wal import Wal
@@ -42,6 +42,19 @@ class Disk(SimDisk):
         self.synced_at.append(self._loop.time())
 
 
+class CountingPeers(QueuePeers):
+    """`syncs`: for each frame that was sent, how many syncs there had been."""
+
+    def __init__(self, world: World, node: int, disk: Disk) -> None:
+        super().__init__(world, node)
+        self.syncs: list[int] = []
+        self._disk = disk
+
+    def send(self, node: int, messages: Sequence[Message]) -> None:
+        super().send(node, messages)
+        self.syncs.append(len(self._disk.synced_at))
+
+
 class LoopClock:
     def __init__(self, loop: SimLoop) -> None:
         self.monotonic = loop.time
@@ -57,7 +70,7 @@ class OnLoop:
         self.hold = False
         world = World(nodes=1)
         self.frames = world.frames
-        self.peers = QueuePeers(world, 1)
+        self.peers = CountingPeers(world, 1, self.disk)
         members = tuple(range(1, voters + 1))
         membership = Membership(voters=members, nodes=tuple((n, n) for n in members))
         self.machine = ListMachine({1: State(membership)})
@@ -151,22 +164,43 @@ def test_wakes_are_coalesced():
     on_loop(main)
 
 
-def test_an_inline_sync_lets_sockets_be_written_first_and_waits_for_nothing_else():
+def led_by_one(loop: SimLoop, one: OnLoop) -> None:
+    """Make it the leader of its three voters, and count from there."""
+    one.host.campaign(1)
+    one.host.receive(2, [VoteResponse(1, 1, 2, 1, granted=True, pre=True)])
+    one.host.turn()
+    one.host.receive(2, [VoteResponse(1, 1, 2, 1, granted=True, pre=False)])
+    one.host.turn()
+    # follower 2 is known by its answer; to 3 nothing more is sent before it gives one
+    one.host.receive(2, [AppendResponse(1, 1, 2, 1, match_index=1, success=True, probe=0)])
+    one.host.turn()
+    one.peers.syncs = []
+
+
+def test_entries_are_sent_before_an_inline_sync() -> None:
     async def main(loop: SimLoop) -> None:
         one = OnLoop(loop, voters=3)
-        await asyncio.sleep(0.5)
-        one.host.campaign(1)
-        await one.steps(1)
-        one.host.receive(2, [VoteResponse(1, 1, 2, 1, granted=True, pre=True)])
-        await one.steps(1)
-        assert len(one.disk.synced_at) == 1  # nothing was sent: the vote is synced within the turn
-        one.host.receive(2, [VoteResponse(1, 1, 2, 1, granted=True, pre=False)])
-        await one.steps(1)
-        assert isinstance(one.peers.sends[-1][1][0], AppendRequest)
-        for _ in range(one.host.limits.flush_hops):
-            assert len(one.disk.synced_at) == 1
-            await one.steps(1)
-        assert len(one.disk.synced_at) == 2
+        led_by_one(loop, one)
+        before = len(one.disk.synced_at)
+        one.host.propose(1, 1, b"x")
+        one.host.turn()
+        assert one.peers.syncs == [before]
+        assert len(one.disk.synced_at) == before + 1
+        await one.stop()
+
+    on_loop(main)
+
+
+def test_under_load_one_frame_is_sent_after_the_sync_rather_than_two_around_it() -> None:
+    async def main(loop: SimLoop) -> None:
+        one = OnLoop(loop, voters=3)
+        led_by_one(loop, one)
+        before = len(one.disk.synced_at)
+        late = AppendResponse(1, 1, 2, 1, match_index=1, success=True, probe=0)
+        one.host.receive(2, [late] * one.host.limits.loaded_messages)
+        one.host.propose(1, 1, b"x")
+        one.host.turn()
+        assert one.peers.syncs == [before + 1]
         await one.stop()
 
     on_loop(main)
