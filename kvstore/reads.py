@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
+from kvstore.bell import Bell
 from kvstore.errors import EpochMismatch, InvalidArgument
 from kvstore.links import Call
 from kvstore.ranges import Piece
@@ -71,7 +72,7 @@ class View:
         self.deadline = deadline
         self.router = router
         self._checked = at == 0
-        self._first: asyncio.Future[None] | None = None  # of the read that finds out `at`
+        self._first: Bell[None] | None = None  # of the read that finds out `at`
         self._joined = False  # others wait for that one
 
     def _until(self) -> float:
@@ -82,7 +83,7 @@ class View:
         until = self._until()
         while not self.at:
             if self._first is not None:
-                await asyncio.shield(self._first)
+                await self._first.wait()
             else:
                 issued = (await self.router.timestamps(until)).read_ts
                 if not self.at and self._first is None:
@@ -105,9 +106,9 @@ class View:
         while not self.at:
             if self._first is not None:
                 self._joined = True
-                await asyncio.shield(self._first)
+                await self._first.wait()
                 continue
-            self._first = asyncio.get_running_loop().create_future()
+            self._first = Bell(asyncio.get_running_loop())
             self._joined = False
             try:
                 groups = await self._groups(left, until)
@@ -117,9 +118,12 @@ class View:
                 else:
                     left = await self._collect([(self._ask(left, until), left)], found)
             finally:
-                self._first.set_result(None)
+                self._first.ring(None)
                 self._first = None
         while left:
+            if len(left) == 1:  # the most frequent case
+                left = await self._collect([(self._ask(left, until), left)], found)
+                continue
             groups = await self._groups(left, until)
             left = await self._collect(
                 [(self._ask(group, until), group) for group in groups], found
@@ -192,14 +196,14 @@ class View:
             await self._check(until)
         while not self.at and self._first is not None:
             self._joined = True
-            await asyncio.shield(self._first)
+            await self._first.wait()
         if self.at:
             return await self._scan(request, piece, until)
-        self._first = asyncio.get_running_loop().create_future()
+        self._first = Bell(asyncio.get_running_loop())
         try:
             return await self._scan(request, piece, until)
         finally:
-            self._first.set_result(None)
+            self._first.ring(None)
             self._first = None
 
     async def _scan(self, request: Scan, piece: Piece, until: float) -> ScanReply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from kvstore.bell import Bell
 from kvstore.errors import KVError
 from kvstore.links import Answer, OnReply
 from txn.messages import Timestamps
@@ -17,29 +18,24 @@ class LastIssued:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._unsent: asyncio.Future[Answer] | None = None
+        self._unsent: Bell[Answer] | None = None
 
     async def ask(self, deadline: float) -> Timestamps:
         """The last issued timestamp. Joins a request only before it has left: else the answer could be too old."""
         waiting = self._unsent
         if waiting is None:
             loop = asyncio.get_running_loop()
-            waiting = self._unsent = loop.create_future()
+            waiting = self._unsent = Bell(loop)
             loop.call_soon(self._leave, waiting, deadline)
-        reply = await asyncio.shield(waiting)
+        reply = await waiting.wait()
         if isinstance(reply, KVError):
             raise reply
         assert isinstance(reply, Timestamps)
         return reply
 
-    def _leave(self, waiting: asyncio.Future[Answer], deadline: float) -> None:
+    def _leave(self, waiting: Bell[Answer], deadline: float) -> None:
         self._unsent = None
-
-        def tell(reply: Answer) -> None:
-            if not waiting.done():
-                waiting.set_result(reply)
-
         try:
-            self._send(deadline, tell)
+            self._send(deadline, waiting.ring)
         except KVError as error:
-            tell(error)
+            waiting.ring(error)
