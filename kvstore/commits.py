@@ -52,7 +52,7 @@ from txn.types import (
 SEEN_AGE_S_MAX: Final = 1.0  # a timestamp seen longer ago is not used for a new id
 RESERVE_S: Final = 1.0  # of the time left, at most so much is kept for asking for the outcome ...
 RESERVE_SHARE: Final = 0.25  # ... and at most this share
-RESOLVE_TIMEOUT_S: Final = 5.0  # hints are repeated for so long; the anchor's record does the rest
+DECISION_TIMEOUT_S: Final = 5.0  # it is repeated for so long; the ranges' timers do the rest
 ASK_AGAIN_S: Final = 0.02
 DRIVES_MAX: Final = 4_096  # commits over several ranges under way, abandoned ones included
 CONFLICT_BACKOFF_S: Final = 0.001
@@ -500,8 +500,11 @@ class _Drive:
             return
         router = self._committer.router
         assert isinstance(request, Finalize | Resolve)
+        if isinstance(request, Resolve) and request.commit_ts:  # the anchor's outbox says it again
+            router.hint(request)
+            return
         key = request.anchor_key if isinstance(request, Finalize) else request.locus
-        until = router.monotonic() + RESOLVE_TIMEOUT_S
+        until = router.monotonic() + DECISION_TIMEOUT_S
         try:
             router.send(request, key, b"", until, silent=True)
         except KVError:

@@ -44,6 +44,8 @@ class ClientConnection:
         self._store.accept(self, requests, len(payload))
 
     def answer(self, reply: Reply) -> None:
+        if not reply.id:  # a hint: nobody waits for its answer
+            return
         if not self._replies:
             self._connections.dirty.append(self)
         self._replies.append(reply)

@@ -13,7 +13,7 @@ import msgspec
 from kvstore.errors import DeadlineExceeded, KVError, NotReady, Throttled, Unavailable
 from kvstore.link import Hello
 from kvstore.ranges import Route
-from txn.messages import GetDirectory, GetTimestamps, Reply, Request
+from txn.messages import GetDirectory, GetTimestamps, Reply, Request, Resolve
 
 REQUEST_OVERHEAD_BYTES: Final = 96
 OUTGOING_BYTES_MAX: Final = (
@@ -213,6 +213,27 @@ class Links:
             if known is None or known.channel is None:
                 self.by_node[node] = link
         return link
+
+    def add_hint(self, route: Route | None, request: Resolve) -> ClientLink | None:
+        """Put it with what leaves this turn for the presumed leader, which is returned; None if there is no way just now."""
+        link = self.by_node.get(route.leader) if route is not None else None
+        if route is None or link is None or link.channel is None or link.ready_bytes:
+            return None
+        link.outgoing.append(_replace(request, range_id=route.range_id, version=route.version))
+        link.outgoing_bytes += REQUEST_OVERHEAD_BYTES
+        return link
+
+    def overdue(self, now: float) -> tuple[list[Call], float]:
+        """Calls that were silent until they expired; and when the next one will have been."""
+        soonest = float("inf")
+        overdue: list[Call] = []
+        for link in self:
+            for call in link.pending.values():
+                if call.expires <= now:
+                    overdue.append(call)
+                elif call.expires < soonest:
+                    soonest = call.expires
+        return overdue, soonest
 
     def learn(self, addresses: Iterable[tuple[int, str]]) -> None:
         """Where nodes are now. A connection that is up is kept, whatever its address is called."""

@@ -60,6 +60,7 @@ from txn.messages import (
     ReadReply,
     Reply,
     Request,
+    Resolve,
     ScanReply,
     Timestamps,
     TxnReply,
@@ -247,6 +248,12 @@ class Router:
             call.link = None  # any node may be asked, not only the leader of the first range
         self.submit(call, addressed(request, call), size_bytes)
         return call
+
+    def hint(self, request: Resolve) -> None:
+        """Once, to the presumed leader: its loss does no harm, and no answer comes (id 0)."""
+        link = self.links.add_hint(self._find(request.locus), request)
+        if link is not None:
+            self._mark(link)
 
     async def ask(
         self, request: Request, key: bytes, end: bytes, deadline: float, *, size_bytes: int = 0
@@ -576,15 +583,7 @@ class Router:
 
     def _sweep(self, now: float) -> None:
         """Look at every pending call: silent ones go to another replica, late ones end."""
-        soonest = float("inf")
-        overdue: list[Call] = []
-        for link in self.links:
-            for call in link.pending.values():
-                if call.expires <= now:
-                    overdue.append(call)
-                elif call.expires < soonest:
-                    soonest = call.expires
-        self._expiry = soonest
+        overdue, self._expiry = self.links.overdue(now)
         for call in overdue:
             if call.link is not None:
                 call.link.pending.pop(call.id, None)
