@@ -15,7 +15,7 @@ from txn.state import RangeRow, encode_row
 from txn.types import TIMESTAMP_SHIFT, TXN_ID_BYTES
 
 FILE_NAME = "node.toml"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CREATION = (1, 1)  # (index, term) at which every range begins
 CREATION_TS = 1
 NODE_KEY = b"\xff\x00n"
@@ -44,13 +44,13 @@ def encode_identity(identity: Identity) -> bytes:
 
 
 def decode_identity(data: bytes) -> Identity:
-    """Raises: DataDirectoryError: not such a file; VersionMismatch: of a newer format."""
+    """Raises: DataDirectoryError: not such a file; VersionMismatch: of another format."""
     try:
         tables = tomllib.loads(data.decode())
-        newer = tables.get("format", 0)
-        if isinstance(newer, int) and newer > FORMAT_VERSION:
+        found = tables.get("format", 0)
+        if isinstance(found, int) and found != FORMAT_VERSION and found > 0:
             raise VersionMismatch(
-                f"{FILE_NAME} has format {newer}, this version of Kvorum reads {FORMAT_VERSION}"
+                f"{FILE_NAME} has format {found}, this version of Kvorum reads {FORMAT_VERSION}"
             )
         return msgspec.convert(tables, Identity)
     except (ValueError, msgspec.ValidationError) as error:

@@ -7,7 +7,7 @@ through the overlay of the write batch that is being built, since two entries of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from txn import keycode
@@ -23,7 +23,7 @@ from txn.commands import (
     PreparePart,
     ResolvePart,
 )
-from txn.mvcc import encode_latest, find_txn, history_of, latest_ts
+from txn.mvcc import find_txn, latest_ts
 from txn.ports import Rows
 from txn.state import (
     ABSENT,
@@ -35,12 +35,10 @@ from txn.state import (
     Part,
     PreparedRow,
     RangeState,
-    Staged,
-    StagedRow,
     TerminalRow,
     encode_row,
 )
-from txn.types import TIMESTAMP_MAX, FenceReason, PartStatus, TxnStatus, begin_ts_of
+from txn.types import FenceReason, PartStatus, TxnStatus, begin_ts_of
 
 
 class Overlay:
@@ -94,26 +92,28 @@ def apply_batch(state: RangeState, overlay: Overlay, batch: Batch) -> list[Answe
     return [_APPLY[type(command)](state, overlay, command) for command in batch.commands]
 
 
-def _write_version(
-    overlay: Overlay, key: bytes, commit_ts: int, txn_id: bytes, value: bytes | None
-) -> None:
-    _overwrite(overlay, key, overlay.get(b"L" + key), commit_ts, txn_id, value)
-
-
-def _overwrite(
+def _write_versions(
     overlay: Overlay,
-    key: bytes,
-    old: bytes | None,
+    keys: Sequence[bytes],
+    values: Sequence[bytes | None],
     commit_ts: int,
     txn_id: bytes,
-    value: bytes | None,
 ) -> None:
-    """`old`: the key's LATEST row as it stands."""
-    if old is not None:
-        old_ts = latest_ts(old)
-        assert old_ts < commit_ts, "M1: versions of a key are written in rising order"
-        overlay.put(keycode.history_row(key, old_ts), history_of(old))
-    overlay.put(b"L" + key, encode_latest(commit_ts, txn_id, value))
+    """Each key's newest version; the one that was moves to HISTORY. Written out, without a call for each step: the hot path."""
+    rows, size = overlay.rows, 0
+    written = commit_ts.to_bytes(8, "big")
+    value_head, tombstone = written + txn_id + b"\x00", written + txn_id + b"\x01"
+    for key, value in zip(keys, values, strict=True):
+        latest_key = b"L" + key
+        old = overlay.get(latest_key)
+        if old is not None:
+            assert old[:8] < written, "M1: versions of a key are written in rising order"
+            history_key = keycode.history_row(key, latest_ts(old))
+            rows[history_key] = old[8:]
+            size += len(history_key) + len(old)
+        rows[latest_key] = row = tombstone if value is None else value_head + value
+        size += len(latest_key) + len(row)
+    overlay.bytes += size
 
 
 def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
@@ -130,14 +130,11 @@ def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
             return Answer(PartStatus.COMMITTED, found)
     if begin_ts_of(txn_id) <= state.row.outcome_horizon:
         return EXPIRED
-    for key, value in zip(command.keys, command.values, strict=True):
-        if key == locus:
-            _overwrite(overlay, key, latest, commit_ts, txn_id, value)
-        else:
-            _write_version(overlay, key, commit_ts, txn_id, value)
+    _write_versions(overlay, command.keys, command.values, commit_ts, txn_id)
     if command.keep_status:
-        row = DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
-        overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
+        _put_decided(
+            state, overlay, locus, txn_id, DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
+        )
     return Answer(PartStatus.COMMITTED, commit_ts)
 
 
@@ -151,23 +148,29 @@ def _commit_key(state: RangeState, overlay: Overlay, command: Commit) -> bool:
         return False
     if begin_ts_of(txn_id) <= state.row.outcome_horizon:
         return False
-    escaped = keycode.escape(key)
     latest_key = b"L" + key
     old = overlay.get(latest_key)
-    if (old is not None and old[:8] > txn_id[:8]) or overlay.get(
-        b"P" + escaped + txn_id
-    ) is not None:
+    if old is not None and old[:8] > txn_id[:8]:
+        return False
+    if not state.decided.absent(txn_id) and _known(state, overlay, txn_id, key) is not ABSENT:
         return False
     rows, value = overlay.rows, command.values[0]
     written = command.commit_ts.to_bytes(8, "big")
     if old is not None:
         assert old[:8] < written, "M1: versions of a key are written in rising order"
-        history_key = b"H" + escaped + (TIMESTAMP_MAX - latest_ts(old)).to_bytes(8, "big")
+        history_key = keycode.history_row(key, latest_ts(old))
         rows[history_key] = old[8:]
         overlay.bytes += len(history_key) + len(old)
     rows[latest_key] = row = written + txn_id + (b"\x01" if value is None else b"\x00" + value)
     overlay.bytes += len(latest_key) + len(row)
     return True
+
+
+def _put_decided(
+    state: RangeState, overlay: Overlay, locus: bytes, txn_id: bytes, row: DecidedRow
+) -> None:
+    state.note_decided(txn_id)
+    overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
 
 
 def _known(state: RangeState, overlay: Overlay, txn_id: bytes, locus: bytes) -> Answer:
@@ -188,15 +191,10 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
         command.keys,
         command.values,
         command.guards,
+        command.participants,
     )
     state.add_part(Part(locus, txn_id, row))
     overlay.put(keycode.part_row(keycode.PREPARED, locus, txn_id), encode_row(row))
-    if command.participants:
-        state.staged[txn_id] = Staged(command.anchor_key, command.participants)
-        staged = StagedRow(command.participants)
-        overlay.put(
-            keycode.part_row(keycode.STAGED, command.anchor_key, txn_id), encode_row(staged)
-        )
     return Answer(PartStatus.PREPARED, command.min_ts)
 
 
@@ -223,25 +221,24 @@ def _fence(state: RangeState, overlay: Overlay, command: FencePart) -> Answer:
         command.other_txn,
         command.other_version,
     )
-    overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
+    _put_decided(state, overlay, locus, txn_id, row)
     return answer
 
 
 def _decide(state: RangeState, overlay: Overlay, command: Decide) -> Answer:
     txn_id, anchor_key, commit_ts = command.txn_id, command.anchor_key, command.commit_ts
-    staged = state.staged.pop(txn_id, None)
+    staged = state.staged.get(txn_id)
     if staged is None:
         status, ts = state.terminal_of(overlay, txn_id, anchor_key)
         return _terminal_answer(status, ts)
-    overlay.delete(keycode.part_row(keycode.STAGED, anchor_key, txn_id))
     overlay.put(
         keycode.part_row(keycode.TERMINAL, anchor_key, txn_id), encode_row(TerminalRow(commit_ts))
     )
     for participant in staged.participants:
         if participant.locus == anchor_key:
             part = state.part(txn_id, anchor_key)
-            if part is not None:
-                _resolve_part(state, overlay, part, commit_ts, hinted=False)
+            assert part is not None, "S1: a staged record is the anchor's undecided part"
+            _resolve_part(state, overlay, part, commit_ts, hinted=False)
         else:
             _post(state, overlay, Outbox(anchor_key, txn_id, participant, commit_ts))
     return _terminal_answer(TxnStatus.COMMITTED if commit_ts else TxnStatus.ABORTED, commit_ts)
@@ -263,18 +260,23 @@ def _resolve_part(
     state: RangeState, overlay: Overlay, part: Part, commit_ts: int, *, hinted: bool
 ) -> None:
     state.remove_part(part)
-    overlay.delete(keycode.part_row(keycode.PREPARED, part.locus, part.txn_id))
+    row, txn_id = part.row, part.txn_id
+    suffix = keycode.escape(part.locus) + txn_id
+    overlay.delete(keycode.PREPARED + suffix)
+    status = PartStatus.ABORTED
     if commit_ts:
-        assert commit_ts >= part.row.min_ts, "I4: committed below a part's min_ts"
-        for key, value in zip(part.row.keys, part.row.values, strict=True):
-            _write_version(overlay, key, commit_ts, part.txn_id, value)
-    status = PartStatus.COMMITTED if commit_ts else PartStatus.ABORTED
-    row = DecidedRow(status, commit_ts, part.row.anchor_key, hinted=hinted)
-    overlay.put(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id), encode_row(row))
+        assert commit_ts >= row.min_ts, "I4: committed below a part's min_ts"
+        _write_versions(overlay, row.keys, row.values, commit_ts, txn_id)
+        status = PartStatus.COMMITTED
+    decided = DecidedRow(status, commit_ts, row.anchor_key, hinted=hinted)
+    state.note_decided(txn_id)
+    overlay.put(keycode.DECIDED + suffix, encode_row(decided))
 
 
 def _resolve(state: RangeState, overlay: Overlay, command: ResolvePart) -> Answer:
     part = state.part(command.txn_id, command.locus)
+    if part is not None and part.row.participants:  # the anchor's own: only with its record
+        return _decide(state, overlay, Decide(command.txn_id, command.locus, command.commit_ts))
     if part is not None:
         _resolve_part(state, overlay, part, command.commit_ts, hinted=command.hinted)
         return Answer(
@@ -305,8 +307,9 @@ def _abort_unstaged(state: RangeState, overlay: Overlay, command: AbortUnstaged)
 
 
 def _outbox_done(state: RangeState, overlay: Overlay, command: OutboxDone) -> Answer:
-    if state.outbox.pop((command.txn_id, command.locus), None) is not None:
-        overlay.delete(keycode.outbox_row(command.anchor_key, command.txn_id, command.locus))
+    for txn_id, anchor_key, locus in command.rows:
+        if state.outbox.pop((txn_id, locus), None) is not None:
+            overlay.delete(keycode.outbox_row(anchor_key, txn_id, locus))
     return ABSENT
 
 

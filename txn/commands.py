@@ -76,11 +76,9 @@ class AbortUnstaged(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=Fals
 
 
 class OutboxDone(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
-    """The Resolve for this participant was applied there: its outbox row goes."""
+    """The Resolve of each of these was applied there: the outbox rows go. A row: (txn_id, anchor_key, locus)."""
 
-    txn_id: bytes
-    anchor_key: bytes
-    locus: bytes
+    rows: list[tuple[bytes, bytes, bytes]]
 
 
 class OracleBound(msgspec.Struct, array_like=True, frozen=True, tag=8, gc=False):

@@ -79,7 +79,7 @@ class Limits(msgspec.Struct, frozen=True):
     anchor_timer_s: float = 1.0
     orphan_timer_s: float = 2.0
     read_wait_s: float = 5.0
-    outbox_delay_s: float = 0.02
+    outbox_delay_s: float = 0.05
     outbox_retry_s: float = 0.5
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
     sweep_s: float = 10.0  # between two sweeps for garbage
@@ -379,18 +379,18 @@ class Evaluator:
             and self._wrong_prepare(request) is None
         ):
             begin_ts = begin_ts_of(txn_id)
-            latest_key, decided_key = b"L" + key, keycode.part_row(keycode.DECIDED, key, txn_id)
+            latest_key = b"L" + key
             latest = self.rows.get(latest_key)
             if (
                 begin_ts > state.row.outcome_horizon
                 and (latest is None or latest_ts(latest) <= begin_ts)
-                and self.rows.get(decided_key) is None
+                and state.answer_of(self.rows, txn_id, key) is ABSENT
             ):
                 write = writes[0]
                 pending = Pending(txn_id, request, origin)
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
-                pending.seen = ((latest_key, latest), (decided_key, None))
+                pending.seen = ((latest_key, latest),)
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
                 return

@@ -4,9 +4,8 @@
 |---|---|---|
 | L | key | the newest version: commit_ts, txn_id, value or tombstone |
 | H | escaped key, ~commit_ts | an older version: txn_id, value or tombstone |
-| Q | escaped locus, txn_id | an undecided (PREPARED) part, with its writes and guards |
+| Q | escaped locus, txn_id | an undecided (PREPARED) part, with its writes and guards; the anchor's is the STAGED record, too |
 | P | escaped locus, txn_id | a decided part: FENCED, COMMITTED or ABORTED |
-| S | escaped anchor key, txn_id | a STAGED transaction with its participants |
 | T | escaped anchor key, txn_id | a decided transaction: COMMITTED or ABORTED |
 | O | escaped anchor key, txn_id, locus | an outbox row: a Resolve that is still to be acknowledged |
 | R, C, M | range id | node-local: the range's state, its configuration, the oracle's bound |
@@ -25,7 +24,6 @@ LATEST: Final = b"L"
 HISTORY: Final = b"H"
 PREPARED: Final = b"Q"
 DECIDED: Final = b"P"
-STAGED: Final = b"S"
 TERMINAL: Final = b"T"
 OUTBOX: Final = b"O"
 RANGE: Final = b"R"
@@ -34,7 +32,7 @@ ORACLE: Final = b"M"
 
 # The families that hold rows of user keys: split, move and wipe carry them by key. LATEST is raw, the others escaped.
 RAW_FAMILIES: Final = (LATEST,)
-ESCAPED_FAMILIES: Final = (HISTORY, PREPARED, DECIDED, STAGED, TERMINAL, OUTBOX)
+ESCAPED_FAMILIES: Final = (HISTORY, PREPARED, DECIDED, TERMINAL, OUTBOX)
 _TERMINATOR: Final = b"\x00\x01"
 
 
@@ -72,7 +70,7 @@ def history_ts(row: bytes) -> int:
 
 
 def part_row(family: bytes, key: bytes, txn_id: bytes) -> bytes:
-    """Rows of Q, P, S and T."""
+    """Rows of Q, P and T."""
     return family + escape(key) + txn_id
 
 

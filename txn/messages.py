@@ -293,8 +293,9 @@ Reply = (
 
 
 def well_formed(request: Prepare) -> bool:
-    """The anchor's part, and only that, lists participants; a transaction of one range has none."""
+    """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none."""
     if len(request.txn_id) != TXN_ID_BYTES:
         return False
-    is_anchor = not request.one_range and request.locus == request.anchor_key
-    return bool(request.participants) == is_anchor
+    if request.one_range or request.locus != request.anchor_key:
+        return not request.participants
+    return any(each.locus == request.anchor_key for each in request.participants)

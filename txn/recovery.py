@@ -25,20 +25,22 @@ from txn.messages import (
     Outcome,
     PartReply,
     QueryMode,
-    QueryPart,
     QueryTxn,
     Reply,
+    Request,
     Resolve,
     TxnReply,
 )
 from txn.mvcc import find_txn
 from txn.state import ABSENT, Answer, Outbox, Part, Staged
 from txn.types import FenceReason, Participant, PartStatus, TxnStatus, begin_ts_of
+from txn.visibility import Visibility
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
 
 OUTBOX_IN_FLIGHT_MAX = 2_000
+OUTBOX_DONE_ROWS_MAX = 256  # of one command
 ASK_AGAIN_S = 0.02
 _DECIDED_PART = {
     PartStatus.COMMITTED: TxnStatus.COMMITTED,
@@ -75,6 +77,8 @@ class Recovery:
             Waiter, None
         ] = {}  # readers' questions that are asked on to participants
         self._kicks: dict[bytes, None] = {}  # blocked-by questions on their way
+        self._done: OutboxDone | None = None  # not proposed yet while `_done_in` is the evaluator's
+        self._done_in: list[Pending] | None = None
 
     # -- life and time
 
@@ -225,7 +229,7 @@ class Recovery:
             if request.mode == QueryMode.READ:
                 waiter = Waiter(request, origin, now)
                 self._looking[waiter] = None
-                _Visibility(self, waiter, staged)
+                Visibility(self, waiter, staged)
             else:
                 ev.out.reply(origin, TxnReply(request.id, TxnStatus.STAGED), False)
             return
@@ -291,12 +295,7 @@ class Recovery:
             self._recovering.pop(txn_id, None)
             ev.runnable += self._outcome_waiting.pop(txn_id, [])
             if origin is not None:
-                status = (
-                    TxnStatus.COMMITTED
-                    if answer.status == PartStatus.COMMITTED
-                    else TxnStatus.ABORTED
-                )
-                ev.out.reply(origin, TxnReply(request.id, status, answer.ts), False)
+                ev.out.reply(origin, _decision(request, answer), False)
             self._post(txn_id, participants)
 
         pending.then = then
@@ -386,14 +385,26 @@ class Recovery:
             if key not in self.ev.state.outbox:
                 return
             if isinstance(reply, Ack):
-                pending = Pending(b"", None, None)
-                pending.command = OutboxDone(row.txn_id, row.anchor_key, part.locus)
-                self.ev.propose(pending)
+                self._outbox_done((row.txn_id, row.anchor_key, part.locus))
             else:
                 reached("outbox_sent_again")
             self._outbox_again.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
 
         self.call(part.locus, request, on_reply)
+
+    def _outbox_done(self, row: tuple[bytes, bytes, bytes]) -> None:
+        """One command for all rows that are acknowledged before it is proposed."""
+        proposals, command = self.ev.proposals, self._done
+        if (
+            command is None
+            or self._done_in is not proposals
+            or len(command.rows) >= OUTBOX_DONE_ROWS_MAX
+        ):
+            pending = Pending(b"", None, None)
+            pending.command = self._done = command = OutboxDone([])
+            self._done_in = proposals
+            self.ev.propose(pending)
+        command.rows.append(row)
 
     # -- a participant
 
@@ -407,6 +418,9 @@ class Recovery:
             ev.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
             return
         part = ev.state.part(request.txn_id, request.locus)
+        if part is not None and part.row.participants:  # the anchor's own: only with its record
+            self._decide(request.txn_id, request.locus, request.commit_ts, request, origin)
+            return
         if part is not None:
             ev.propose_resolve(
                 part, request.commit_ts, hinted=not request.record, request=request, origin=origin
@@ -532,55 +546,12 @@ class Recovery:
             self.query_txn(waiter.request, waiter.origin, self.ev.now)
 
 
-class _Visibility:
-    """The anchor answers a reader at read_ts about a STAGED transaction: asks each participant, decides nothing."""
-
-    def __init__(self, recovery: Recovery, waiter: Waiter, staged: Staged) -> None:
-        self.recovery = recovery
-        self.waiter = waiter
-        self.missing = {participant.locus: participant for participant in staged.participants}
-        self.commit_ts = 0
-        self.answered = False
-        request: QueryTxn = waiter.request
-        for participant in staged.participants:
-            question = QueryPart(0, 0, 0, request.txn_id, participant.locus, request.read_ts)
-            recovery.call(participant.locus, question, self._on_reply(participant))
-
-    def _on_reply(self, participant: Participant) -> Callable[[Reply], None]:
-        def on_reply(reply: Reply) -> None:
-            if not self.answered:
-                self._learn(participant, reply)
-
-        return on_reply
-
-    def _learn(self, participant: Participant, reply: Reply) -> None:
-        if not isinstance(reply, PartReply):
-            self._answer(
-                Failure(self.waiter.request.id, "unavailable", "a participant did not answer")
-            )
-            return
-        status = reply.status
-        request: QueryTxn = self.waiter.request
-        request_id = request.id
-        if status == PartStatus.PREPARED:
-            self.commit_ts = max(self.commit_ts, reply.ts)
-            self.missing.pop(participant.locus, None)
-            if not self.missing:  # R2: all prepared and staged is committed, whoever writes it down
-                self._answer(TxnReply(request_id, TxnStatus.COMMITTED, self.commit_ts))
-        elif status == PartStatus.COMMITTED:
-            self._answer(TxnReply(request_id, TxnStatus.COMMITTED, reply.ts))
-        elif status == PartStatus.EXPIRED and request.txn_id not in self.recovery.ev.state.staged:
-            self.answered = True
-            reached("participant_forgot")
-            self.recovery.look_again(self.waiter)
-        elif status in (PartStatus.FENCED, PartStatus.ABORTED):
-            self._answer(TxnReply(request_id, TxnStatus.ABORTED))
-        else:
-            self._answer(TxnReply(request_id, TxnStatus.INVISIBLE))
-
-    def _answer(self, reply: Reply) -> None:
-        self.answered = True
-        self.recovery.looked(self.waiter, reply)
+def _decision(request: Request, answer: Answer) -> Reply:
+    """What to tell whoever brought a decision, once it stands."""
+    if isinstance(request, Resolve):
+        return Ack(request.id)
+    committed = answer.status == PartStatus.COMMITTED
+    return TxnReply(request.id, TxnStatus.COMMITTED if committed else TxnStatus.ABORTED, answer.ts)
 
 
 __all__ = ["Recovery"]

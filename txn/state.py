@@ -4,8 +4,9 @@ Invariants: S1 an undecided part, a staged record, an outbox row is in memory ex
 only when a replica starts; a queue in RocksDB slows with its own tombstones). S2 at most one intent per key (I10). S3 no
 intent under a guard of another transaction (I10). S4 nothing here changes but by txn/apply.py, or at `load`.
 
-INTENT and GUARD have no rows of their own (DESIGN.md section 2). A PREPARED row holds its writes and
-guards whole, and intents and guards are derived from it; so they cannot disagree (I10), and a commit writes fewer rows.
+INTENT, GUARD and STAGED have no rows of their own (DESIGN.md section 2). A PREPARED row holds its writes and guards whole,
+the anchor's also the participants: intents, guards and the staged record are derived from it; so they cannot disagree (I10),
+and a commit writes fewer rows.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from txn import keycode
+from txn.decided import RecentlyDecided
 from txn.ports import Rows
-from txn.types import Guard, Participant, PartStatus, TxnStatus, point_end
+from txn.types import Guard, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
 
 
 class RangeRow(msgspec.Struct, array_like=True):
@@ -34,6 +36,7 @@ class RangeRow(msgspec.Struct, array_like=True):
     gc_threshold: int = 0
     outcome_horizon: int = 0
     installing: bool = False
+    decided_begin: int = 0  # the largest begin_ts of any DECIDED row ever written (txn/decided.py)
 
 
 class PreparedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -43,6 +46,9 @@ class PreparedRow(msgspec.Struct, array_like=True, frozen=True):
     keys: list[bytes]
     values: list[bytes | None]
     guards: list[Guard]
+    participants: list[
+        Participant
+    ] = []  # of the whole transaction, at its anchor only: it is STAGED
 
 
 class DecidedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -54,10 +60,6 @@ class DecidedRow(msgspec.Struct, array_like=True, frozen=True):
     other_txn: bytes = b""
     other_version: int = 0
     hinted: bool = False
-
-
-class StagedRow(msgspec.Struct, array_like=True, frozen=True):
-    participants: list[Participant]
 
 
 class TerminalRow(msgspec.Struct, array_like=True, frozen=True):
@@ -118,7 +120,6 @@ encode_row = _encode
 _decode_range = msgspec.msgpack.Decoder(RangeRow).decode
 _decode_prepared = msgspec.msgpack.Decoder(PreparedRow).decode
 _decode_decided = msgspec.msgpack.Decoder(DecidedRow).decode
-_decode_staged = msgspec.msgpack.Decoder(StagedRow).decode
 _decode_terminal = msgspec.msgpack.Decoder(TerminalRow).decode
 _decode_outbox = msgspec.msgpack.Decoder(OutboxRow).decode
 
@@ -143,6 +144,7 @@ class RangeState:
         self.staged: dict[bytes, Staged] = {}  # txn_id -> record
         self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
         self.oracle_hi = 0
+        self.decided = RecentlyDecided(row.decided_begin)
 
     def load(self, rows: Rows) -> None:
         """Read what is undecided, once, when the replica starts or has installed a snapshot."""
@@ -155,12 +157,10 @@ class RangeState:
             self.outbox,
         ):
             mirror.clear()
+        self.decided = RecentlyDecided(self.row.decided_begin)
         for key, data in self._family(rows, keycode.PREPARED):
             locus, at = keycode.unescape(key, 1)
             self.add_part(Part(locus, key[at:], _decode_prepared(data)))
-        for key, data in self._family(rows, keycode.STAGED):
-            anchor_key, at = keycode.unescape(key, 1)
-            self.staged[key[at:]] = Staged(anchor_key, _decode_staged(data).participants)
         for key, data in self._family(rows, keycode.OUTBOX):
             anchor_key, at = keycode.unescape(key, 1)
             txn_id, row = key[at : at + 16], _decode_outbox(data)
@@ -178,6 +178,8 @@ class RangeState:
 
     def add_part(self, part: Part) -> None:
         self.parts.setdefault(part.txn_id, {})[part.locus] = part
+        if part.row.participants:
+            self.staged[part.txn_id] = Staged(part.locus, part.row.participants)
         for key in part.row.keys:
             assert key not in self.intents, "I10: a second intent on a key"
             self.intents[key] = part
@@ -190,6 +192,8 @@ class RangeState:
     def remove_part(self, part: Part) -> None:
         loci = self.parts[part.txn_id]
         del loci[part.locus]
+        if part.row.participants:
+            del self.staged[part.txn_id]
         if not loci:
             del self.parts[part.txn_id]
         for key in part.row.keys:
@@ -206,6 +210,11 @@ class RangeState:
             spans[:] = [span for span in spans if span[2] is not part]
             if not spans:
                 del self.span_guards[part.txn_id]
+
+    def note_decided(self, txn_id: bytes) -> None:
+        """A DECIDED row of this transaction is being written (D1)."""
+        self.decided.add(txn_id)
+        self.row.decided_begin = max(self.row.decided_begin, begin_ts_of(txn_id))
 
     # -- look-ups
 
@@ -266,6 +275,8 @@ class RangeState:
             part = self.part(txn_id, locus)
             if part is not None:
                 return Answer(PartStatus.PREPARED, part.row.min_ts)
+        if self.decided.absent(txn_id):
+            return ABSENT
         data = get.get(keycode.part_row(keycode.DECIDED, locus, txn_id))
         if data is None:
             return ABSENT

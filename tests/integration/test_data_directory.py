@@ -75,7 +75,7 @@ async def test_without_its_log_a_node_does_not_start(data):
 
 async def test_a_newer_format_is_a_version_mismatch(data):
     file = data / "node.toml"
-    file.write_text(file.read_text().replace("format = 1", "format = 2"))
+    file.write_text(file.read_text().replace("format = 2", "format = 3"))
     assert isinstance(await refusal(data), VersionMismatch)
 
 

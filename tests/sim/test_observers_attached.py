@@ -89,7 +89,7 @@ def _outbox_dropped() -> Patch:
             row = self.ev.state.outbox.get((txn_id, participant.locus))
             if row is not None:
                 pending = Pending(b"", None, None)
-                pending.command = OutboxDone(txn_id, row.anchor_key, participant.locus)
+                pending.command = OutboxDone([(txn_id, row.anchor_key, participant.locus)])
                 self.ev.propose(pending)
 
     return Recovery, "_post", post

@@ -30,7 +30,7 @@ from txn.messages import (
     TxnReply,
 )
 from txn.mvcc import encode_latest
-from txn.state import DecidedRow, OutboxRow, PreparedRow, StagedRow, TerminalRow, encode_row
+from txn.state import DecidedRow, OutboxRow, PreparedRow, TerminalRow, encode_row
 from txn.types import Guard, Participant, PartStatus, TxnStatus, Write, make_txn_id, point_end
 
 BEGIN, LAST = 100, 199  # issued: all of these
@@ -74,7 +74,7 @@ class Ghost:
         self.answers.told("n1", 2, b"", request, reply)
 
     def commit_over_two_ranges(self, ts: int = 120) -> None:
-        self.apply(prepared(ONE, ANCHOR, ts - 5), staged(ONE))
+        self.apply(staged(ONE, min_ts=ts - 5))
         self.apply(prepared(ONE, OTHER, ts))
         self.apply(
             gone(ONE, ANCHOR),
@@ -92,10 +92,17 @@ def version(key: bytes, ts: int, txn_id: bytes, value: bytes | None = b"v") -> R
 
 
 def prepared(
-    txn_id: bytes, locus: bytes, min_ts: int, *keys: bytes, guards: tuple[Guard, ...] = ()
+    txn_id: bytes,
+    locus: bytes,
+    min_ts: int,
+    *keys: bytes,
+    guards: tuple[Guard, ...] = (),
+    participants: tuple[Participant, ...] = (),
 ) -> Rows:
     written = list(keys or (locus,))
-    row = PreparedRow(ANCHOR, min_ts, BEGIN, written, [b"v"] * len(written), list(guards))
+    row = PreparedRow(
+        ANCHOR, min_ts, BEGIN, written, [b"v"] * len(written), list(guards), list(participants)
+    )
     return {keycode.part_row(keycode.PREPARED, locus, txn_id): encode_row(row)}
 
 
@@ -108,15 +115,16 @@ def decided(txn_id: bytes, locus: bytes, status: int, ts: int = 0) -> Rows:
     return {keycode.part_row(keycode.DECIDED, locus, txn_id): encode_row(row)}
 
 
-def staged(txn_id: bytes, *loci: bytes) -> Rows:
-    participants = [Participant(each, each, point_end(each)) for each in loci or (ANCHOR, OTHER)]
-    row = StagedRow(participants)
-    return {keycode.part_row(keycode.STAGED, ANCHOR, txn_id): encode_row(row)}
+def staged(txn_id: bytes, *loci: bytes, min_ts: int = 110) -> Rows:
+    """The anchor's part, which is the record."""
+    participants = tuple(
+        Participant(each, each, point_end(each)) for each in loci or (ANCHOR, OTHER)
+    )
+    return prepared(txn_id, ANCHOR, min_ts, participants=participants)
 
 
 def ended(txn_id: bytes, ts: int) -> Rows:
     return {
-        keycode.part_row(keycode.STAGED, ANCHOR, txn_id): None,
         keycode.part_row(keycode.TERMINAL, ANCHOR, txn_id): encode_row(TerminalRow(ts)),
     }
 
@@ -150,7 +158,7 @@ def test_a_commit_over_two_ranges_is_silent(ghost: Ghost) -> None:
 
 
 def test_an_abort_after_a_fence_is_silent(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(decided(ONE, OTHER, FENCED))
     ghost.apply(
         gone(ONE, ANCHOR), decided(ONE, ANCHOR, ABORTED), ended(ONE, 0), outbox(ONE, OTHER, 0)
@@ -211,14 +219,14 @@ def test_i2_an_ended_record_is_staged(ghost: Ghost) -> None:
 
 
 def test_i3_a_staged_record_is_aborted_though_nobody_refused(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(ended(ONE, 0), outbox(ONE, ANCHOR, 0), outbox(ONE, OTHER, 0))
     assert "I3" in ghost.told
     assert set(ghost.told) == {"I3", "I19"}  # its own part is decided in the same entry
 
 
 def test_i4_committed_though_a_part_is_not_prepared(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(
         gone(ONE, ANCHOR),
         decided(ONE, ANCHOR, COMMITTED, 110),
@@ -231,7 +239,7 @@ def test_i4_committed_though_a_part_is_not_prepared(ghost: Ghost) -> None:
 def test_i4_committed_at_another_timestamp_than_the_largest(ghost: Ghost) -> None:
     ghost.commit_over_two_ranges()
     assert ghost.told == []
-    ghost.apply(prepared(TWO, ANCHOR, 131), staged(TWO))
+    ghost.apply(staged(TWO, min_ts=131))
     ghost.apply(prepared(TWO, OTHER, 130))
     ghost.apply(
         gone(TWO, ANCHOR),
@@ -250,7 +258,7 @@ def test_i4_a_refused_transaction_commits(ghost: Ghost) -> None:
 
 @pytest.mark.parametrize("status", [FENCED, ABORTED])
 def test_i5_a_part_is_refused_after_all_were_prepared(ghost: Ghost, status: int) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(prepared(ONE, OTHER, 111))
     ghost.apply(gone(ONE, OTHER), decided(ONE, OTHER, status))
     assert "I5" in ghost.told
@@ -258,7 +266,7 @@ def test_i5_a_part_is_refused_after_all_were_prepared(ghost: Ghost, status: int)
 
 
 def test_i5_a_record_is_aborted_after_all_were_prepared(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(prepared(ONE, OTHER, 111))
     ghost.apply(ended(ONE, 0), outbox(ONE, OTHER, 0))
     assert ghost.told[0] == "I5"
@@ -420,14 +428,14 @@ def test_i19_an_outbox_row_goes_before_its_part_is_decided(ghost: Ghost) -> None
 
 
 def test_i19_a_record_ends_and_a_participant_is_not_told(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(prepared(ONE, OTHER, 111))
     ghost.apply(gone(ONE, ANCHOR), decided(ONE, ANCHOR, COMMITTED, 111), ended(ONE, 111))
     assert ghost.told == ["I19"]
 
 
 def test_i19_what_is_posted_is_not_the_record(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(prepared(ONE, OTHER, 111))
     decision = decided(ONE, ANCHOR, COMMITTED, 111)
     ghost.apply(gone(ONE, ANCHOR), decision, ended(ONE, 111), outbox(ONE, OTHER, 0))
@@ -461,8 +469,8 @@ def test_i20_an_anchor_that_takes_no_part(ghost: Ghost) -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [prepared(ONE, OTHER, 110), staged(ONE), {**staged(ONE), **ended(ONE, 0)}],
-    ids=["a part", "a record", "nothing"],
+    [prepared(ONE, OTHER, 110), staged(ONE)],
+    ids=["a part", "the anchor's, which is a record, too"],
 )
 def test_i22_what_stays_undecided(ghost: Ghost, rows: Rows) -> None:
     ghost.now = 5.0
@@ -471,12 +479,20 @@ def test_i22_what_stays_undecided(ghost: Ghost, rows: Rows) -> None:
     assert ghost.told == []
     ghost.transactions.undecided_too_long(16.1, 6.0, 10.0)
     ghost.transactions.undecided_too_long(30.0, 6.0, 10.0)
-    left = any(data is not None and key[:1] != keycode.TERMINAL for key, data in rows.items())
-    assert ghost.told == (["I22"] if left else [])
+    assert ghost.told == ["I22"] * (2 if rows == staged(ONE) else 1)
+
+
+def test_i22_what_was_decided_in_time(ghost: Ghost) -> None:
+    ghost.now = 5.0
+    ghost.apply(staged(ONE))
+    ghost.apply({**gone(ONE, ANCHOR), **decided(ONE, ANCHOR, PartStatus.ABORTED), **ended(ONE, 0)})
+    told = list(ghost.told)
+    ghost.transactions.undecided_too_long(30.0, 6.0, 10.0)
+    assert ghost.told == told
 
 
 def test_i22_an_outbox_row_that_stays(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(decided(ONE, OTHER, FENCED))
     ghost.apply(
         gone(ONE, ANCHOR), decided(ONE, ANCHOR, ABORTED), ended(ONE, 0), outbox(ONE, OTHER, 0)
@@ -494,7 +510,7 @@ def test_i6_a_commit_is_told_that_no_log_says(ghost: Ghost) -> None:
 
 
 def test_i6_an_implied_commit_may_be_told_and_no_other(ghost: Ghost) -> None:
-    ghost.apply(prepared(ONE, ANCHOR, 110), staged(ONE))
+    ghost.apply(staged(ONE))
     ghost.apply(prepared(ONE, OTHER, 111))
     question = QueryTxn(1, 2, 1, ONE, ANCHOR, 0, 130)
     ghost.answer(question, TxnReply(1, TxnStatus.COMMITTED, 111))

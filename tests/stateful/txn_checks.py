@@ -37,7 +37,7 @@ from txn.messages import (
     TxnReply,
 )
 from txn.mvcc import decode_latest, read_at
-from txn.state import DecidedRow, PreparedRow, StagedRow, TerminalRow
+from txn.state import DecidedRow, PreparedRow, TerminalRow
 from txn.types import FenceReason, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Checker:
                 self._collected(group, row_key, command)
             elif family == keycode.LATEST and data is not None:
                 self._version(row_key[1:], Stored(*decode_latest(data)))
-            elif family in (keycode.PREPARED, keycode.DECIDED, keycode.STAGED, keycode.TERMINAL):
+            elif family in (keycode.PREPARED, keycode.DECIDED, keycode.TERMINAL):
                 key, at = keycode.unescape(row_key, 1)
                 self._row(group, family, row_key[at:], key, data, rows)
         for txn_id, locus in outbox_gone:
@@ -197,25 +197,26 @@ class Checker:
                 if rows.get(keycode.part_row(keycode.DECIDED, key, txn_id)) is None:
                     raise Violation("I1: a prepared part was forgotten")
             else:
-                self._prepared(part, msgspec.msgpack.decode(data, type=PreparedRow))
+                row = msgspec.msgpack.decode(data, type=PreparedRow)
+                self._prepared(part, row)
+                if row.participants:
+                    self._staged(group, txn_id, row)
         elif data is None and family in (keycode.DECIDED, keycode.TERMINAL):
             self._forgotten(group, family, txn_id, key)
         elif family == keycode.DECIDED:
             assert data is not None
             self._decided(part, msgspec.msgpack.decode(data, type=DecidedRow))
-        elif family == keycode.STAGED:
-            if data is not None:
-                if begin_ts_of(txn_id) <= self._settled_upto.get(group.number, 0):
-                    raise Violation(f"{txn_id.hex()} is staged, after it was said to be settled")
-                if txn_id in self.record:
-                    raise Violation(f"I2: {txn_id.hex()} is staged again")
-                self.record[txn_id] = -1
-                self.participants[txn_id] = msgspec.msgpack.decode(
-                    data, type=StagedRow
-                ).participants
         else:
             assert data is not None
             self._terminal(txn_id, msgspec.msgpack.decode(data, type=TerminalRow).commit_ts)
+
+    def _staged(self, group: Group, txn_id: bytes, row: PreparedRow) -> None:
+        if begin_ts_of(txn_id) <= self._settled_upto.get(group.number, 0):
+            raise Violation(f"{txn_id.hex()} is staged, after it was said to be settled")
+        if txn_id in self.record:
+            raise Violation(f"I2: {txn_id.hex()} is staged again")
+        self.record[txn_id] = -1
+        self.participants[txn_id] = row.participants
 
     def _prepared(self, part: Part, row: PreparedRow) -> None:
         if part in self.status:

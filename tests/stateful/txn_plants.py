@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, evaluate, keycode, recovery, values
+from txn import apply, decided, evaluate, keycode, recovery, values, visibility
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
+from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
 from txn.gc import Collector, Found
 from txn.latches import LatchTable, Pending
@@ -164,14 +165,14 @@ def _decided_with_min() -> Patches:
 
 def _any_prepared_is_committed() -> Patches:
     """A reader is told COMMITTED as soon as one part is prepared."""
-    learn = recovery._Visibility._learn
+    learn = visibility.Visibility._learn
 
     def hasty(self: Any, participant: Any, reply: Any) -> None:
         if isinstance(reply, PartReply) and reply.status == PartStatus.PREPARED:
             self.missing = {participant.locus: participant}
         learn(self, participant, reply)
 
-    return [(recovery._Visibility, "_learn", hasty)]
+    return [(visibility.Visibility, "_learn", hasty)]
 
 
 def _invisible_while_latched() -> Patches:
@@ -212,7 +213,7 @@ def _outbox_dropped_early() -> Patches:
     def hasty(self: Recovery, key: tuple[bytes, bytes], row: Outbox) -> None:
         send(self, key, row)
         pending = Pending(b"", None, None)
-        pending.command = OutboxDone(row.txn_id, row.anchor_key, row.participant.locus)
+        pending.command = OutboxDone([(row.txn_id, row.anchor_key, row.participant.locus)])
         self.ev.propose(pending)
 
     return [(Recovery, "_send_outbox", hasty)]
@@ -268,6 +269,22 @@ def _record_collected_early() -> Patches:
     return [(Collector, "_slice_of_terminal", all_of_them)]
 
 
+def _decided_not_remembered() -> Patches:
+    """What was decided is not remembered, so that its row is not looked for."""
+    return [(RecentlyDecided, "add", lambda *_: None)]
+
+
+def _decided_forgotten_below_the_floor() -> Patches:
+    """What is forgotten of the decided does not raise the floor."""
+
+    def add(self: RecentlyDecided, txn_id: bytes) -> None:
+        self._recent[txn_id] = None
+        if len(self._recent) > decided.REMEMBERED_MAX:
+            del self._recent[next(iter(self._recent))]
+
+    return [(RecentlyDecided, "add", add)]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -298,9 +315,11 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "invisible_for_ever": (_invisible_for_ever, 120),
     "outbox_dropped_early": (_outbox_dropped_early, 10),
     "horizon_left_behind": (_horizon_left_behind, 10),
-    "newest_kept_version_collected": (_newest_kept_version_collected, 10),
+    "newest_kept_version_collected": (_newest_kept_version_collected, 60),
     "hinted_part_collected": (_hinted_part_collected, 200),
-    "record_collected_early": (_record_collected_early, 40),
+    "record_collected_early": (_record_collected_early, 200),
+    "decided_not_remembered": (_decided_not_remembered, 10),
+    "decided_forgotten_below_the_floor": (_decided_forgotten_below_the_floor, 10),
 }
 
 SWITCHES: Final[dict[str, str]] = {

@@ -32,7 +32,7 @@ from kvstore.sim.observers.report import Report
 from txn import keycode
 from txn.messages import Prepare
 from txn.mvcc import is_tombstone
-from txn.state import DecidedRow, OutboxRow, PreparedRow, StagedRow, TerminalRow
+from txn.state import DecidedRow, OutboxRow, PreparedRow, TerminalRow
 from txn.types import Participant, PartStatus, begin_ts_of
 
 Part = tuple[bytes, bytes]  # txn_id, locus
@@ -42,7 +42,6 @@ SPANS_MAX = 200  # of served scans that are remembered; the oldest timestamps go
 _NEVER = (PartStatus.FENCED, PartStatus.ABORTED)
 _decode_prepared = msgspec.msgpack.Decoder(PreparedRow).decode
 _decode_decided = msgspec.msgpack.Decoder(DecidedRow).decode
-_decode_staged = msgspec.msgpack.Decoder(StagedRow).decode
 _decode_terminal = msgspec.msgpack.Decoder(TerminalRow).decode
 _decode_outbox = msgspec.msgpack.Decoder(OutboxRow).decode
 
@@ -243,15 +242,15 @@ class Transactions:
             if data is None:
                 self._unprepared(place, (txn_id, key))
             else:
-                self._prepared(place, (txn_id, key), _decode_prepared(data), now)
+                row = _decode_prepared(data)
+                self._prepared(place, (txn_id, key), row, now)
+                if row.participants:
+                    self._staged(place, txn_id, key, row.participants, now)
         elif family == keycode.DECIDED:
             if data is None:
                 self._part_forgotten(place, txn_id, key)
             else:
                 self._decided(place, (txn_id, key), _decode_decided(data))
-        elif family == keycode.STAGED:
-            if data is not None:
-                self._staged(place, txn_id, key, _decode_staged(data).participants, now)
         elif family == keycode.TERMINAL:
             if data is None:
                 self._record_forgotten(place, txn_id)

@@ -31,8 +31,8 @@ def test_an_identity_is_read_back_as_it_was_written():
         b"",
         b"\xff\xfe",
         b"format = ",
-        b"format = 1\ncluster_id = 5\n",
-        b'format = 1\nnode_id = "x"\n',
+        b"format = 2\ncluster_id = 5\n",
+        b'format = 2\nnode_id = "x"\n',
     ],
 )
 def test_a_damaged_identity_is_refused(text):
@@ -40,11 +40,14 @@ def test_a_damaged_identity_is_refused(text):
         identity.decode_identity(text)
 
 
-def test_a_newer_format_is_refused_and_says_so():
+def test_another_format_is_refused_and_says_so():
     data = identity.encode_identity(identity.identity_of(requests()[0]))
-    newer = data.replace(b"format = 1", b"format = 2")
-    with pytest.raises(VersionMismatch, match="has format 2, this version of Kvorum reads 1"):
-        identity.decode_identity(newer)
+    for other in (1, 3):
+        changed = data.replace(b"format = 2", b"format = %d" % other)
+        with pytest.raises(
+            VersionMismatch, match=f"format {other}, this version of Kvorum reads 2"
+        ):
+            identity.decode_identity(changed)
 
 
 def test_replicas_of_a_range_begin_with_equal_rows():

@@ -197,7 +197,7 @@ def test_an_outbox_row_goes_once():
     place = Range()
     place.apply([prepare(staged=True), Decide(T, b"a", 60)])
     for _ in range(2):
-        one(place, OutboxDone(T, b"a", b"x"))
+        one(place, OutboxDone([(T, b"a", b"x")]))
         assert place.state.outbox == {}
     assert place.rows.get(keycode.outbox_row(b"a", T, b"x")) is None
 
@@ -223,7 +223,7 @@ def test_the_oracles_bound_only_rises():
         Decide(T, b"a", 60),
         resolve(60),
         AbortUnstaged(T, b"a"),
-        OutboxDone(T, b"a", b"x"),
+        OutboxDone([(T, b"a", b"x")]),
         OracleBound(1 << 62),
     ],
 )
