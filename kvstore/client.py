@@ -208,6 +208,7 @@ class Database:
             "calls_retried": self._router.calls_retried,
             "messages_sent": self._router.messages_sent,
             "commit_attempts": self._committer.attempts,
+            "commit_retries": self._committer.retries,
             "conflicts": self._committer.conflicts,
         }
 

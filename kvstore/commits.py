@@ -164,7 +164,8 @@ class Committer:
 
     def __init__(self, router: Router, rng: random.Random) -> None:
         self.conflicts = 0  # attempts that were refused because of another transaction
-        self.attempts = 0
+        self.attempts = 0  # but for single writes that their range answered at once
+        self.retries = 0  # attempts that followed another of the same write set
         self._router = router
         self._bits = rng.getrandbits
         self._random = rng.random
@@ -239,6 +240,7 @@ class Committer:
                 raise DeadlineExceeded(
                     f"the time ran out after {failures} attempts: {error}"
                 ) from error
+            self.retries += 1
             txn_id = b""
             await asyncio.sleep(wait_s)
 

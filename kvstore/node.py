@@ -20,6 +20,7 @@ from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
+from kvstore.measures import NodeMeasures
 from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
@@ -547,6 +548,12 @@ class Node:
         if self.state != "ready":
             return False, self.state
         return True, "ready"
+
+    def measures(self) -> NodeMeasures | None:
+        """What was noted of times and sizes; None until the node is a member."""
+        if self.host is None or self.store is None:
+            return None
+        return NodeMeasures(self.host.measures, self.store.measures)
 
     def status(self) -> dict[str, Any]:
         """A JSON-able picture of the node."""
