@@ -424,10 +424,8 @@ class Router:
             if payload[0] != REPLIES:
                 raise msgspec.DecodeError(f"a message of kind {payload[0]}")
             replies = _decode.decode(memoryview(payload)[1:])
-        except (msgspec.DecodeError, IndexError, RecursionError):
-            if link.channel is not None:
-                link.channel.abort()
-            return
+        except (msgspec.DecodeError, IndexError, RecursionError) as error:
+            raise FrameError(f"answers do not decode: {error}") from error  # ends the stream
         pop = link.pending.pop
         now = self.monotonic()
         for reply in replies:

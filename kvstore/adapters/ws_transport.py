@@ -26,7 +26,7 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from kvstore.errors import KVError, PipeClosed
-from kvstore.link import WIRE_BYTES_MAX
+from kvstore.link import WIRE_BYTES_MAX, MalformedFrame
 from kvstore.ports import FramePipe
 from replication.errors import FrameError
 
@@ -40,6 +40,13 @@ BUFFER_BYTES_MAX: Final = (
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5
+
+# What aiohttp tells a peer whose WebSocket it could not read, by the code with which it closes (RFC 6455, 7.4.1).
+_REPROACHES: Final = {
+    aiohttp.WSCloseCode.PROTOCOL_ERROR: "not a WebSocket message",
+    aiohttp.WSCloseCode.INVALID_TEXT: "text that is not UTF-8",
+    aiohttp.WSCloseCode.MESSAGE_TOO_BIG: "a frame that is too large",
+}
 
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 Socket = aiohttp.ClientWebSocketResponse[bool] | web.WebSocketResponse[bool]
@@ -122,11 +129,15 @@ class WsPipe:
         if message.type is aiohttp.WSMsgType.BINARY:
             data = message.data
             return data if type(data) is bytes else bytes(data)
+        if message.type is aiohttp.WSMsgType.TEXT:
+            raise FrameError("a text message; frames are binary")
         self.abort()
         if message.type is aiohttp.WSMsgType.ERROR:
+            if isinstance(message.data, aiohttp.WebSocketError):
+                raise FrameError(f"not a frame: {message.data}")  # aiohttp has told the other side
             raise PipeClosed(f"the connection failed: {message.data}")
-        if message.type is aiohttp.WSMsgType.TEXT:
-            raise PipeClosed("a text message; frames are binary")
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data in _REPROACHES:
+            raise MalformedFrame(f"the other side could not read it: {_REPROACHES[message.data]}")
         raise PipeClosed("the other side closed the connection")
 
     def buffered_bytes(self) -> int:

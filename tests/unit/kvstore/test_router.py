@@ -19,10 +19,13 @@ from kvstore.errors import (
     Unavailable,
     WrongCluster,
 )
+from kvstore.link import encode_frame
 from kvstore.ranges import META_KEY
 from kvstore.sim import loop as sim
 from kvstore.sim.loop import EPOCH_S
-from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from kvstore.streams import Stream
+from replication.errors import FrameError
+from tests.unit.kvstore.fake_cluster import FakeCluster, Pipe, simulate
 from txn.messages import (
     GetDirectory,
     GetTimestamps,
@@ -425,11 +428,15 @@ def test_another_cluster_is_refused():
 def test_bytes_that_do_not_decode_end_the_connection_and_nothing_else():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await _ready(db)
-        channel = next(link.channel for link in db.router.links if link.channel is not None)
-        assert channel.on_message is not None
-        channel.on_message(b"\x03\xc1garbage")
-        channel.on_message(b"")
-        assert await db.put(b"k", b"v")
+        for garbage in (b"\x03\xc1garbage", b""):
+            channel = next(link.channel for link in db.router.links if link.channel is not None)
+            assert isinstance(channel, Stream)
+            pipe = channel._pipe
+            assert isinstance(pipe, Pipe)
+            pipe.inbox.append(encode_frame(0, 0, garbage))
+            pipe.wake()
+            assert await db.put(b"k", b"v")
+            assert isinstance(channel.error, FrameError)
 
     simulate(test)
 
