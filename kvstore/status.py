@@ -45,6 +45,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
         "outcomes": dict(store.transaction_counters),
+        "heard": list(node.roster.heard) if node.roster is not None else [],
         "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
     }
     if node.database is not None:

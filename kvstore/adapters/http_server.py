@@ -246,13 +246,15 @@ class _Gateway:
     # --- administration
 
     async def _identity(self, _request: web.Request) -> web.Response:
-        node, state = self._node, str(self._node.status().get("state", ""))
+        node, status = self._node, self._node.status()
+        state = str(status.get("state", ""))
         empty = not node.cluster_id and state == "waiting"
         identity = {
             "cluster_id": node.cluster_id,
             "node_id": node.node_id,
             "state": state,
             "empty": empty,
+            "heard": status.get("heard", []),  # members that were ever connected
         }
         return _json(identity)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,3 +331,20 @@ def test_nodes_that_wait_for_init_say_what_to_do():
         assert answer.status == 503
     finally:
         waiting.stop()
+
+
+def test_a_wiped_disk_is_not_its_old_self_again():
+    """The others remember that it was a member: `kvctl init` does not give it back its old replica ids (pitfall 9)."""
+    with LocalCluster(3, splits=SPLITS, settings=FAST) as cluster:
+        nodes = ",".join(cluster.addresses)
+        words = ("init", "--nodes", nodes, "--split", "g", "--split", "n")
+        assert kvctl(cluster, *words).returncode == 0  # all is done already
+        cluster.kill(2)
+        shutil.rmtree(cluster.nodes[2].directory)
+        cluster.restart(2, ready=False)
+        refused = kvctl(cluster, *words)
+        assert refused.returncode != 0
+        assert "node 3 was a member" in refused.stderr
+        assert cluster.status(2)["state"] == "waiting"
+        with kvstore.Client(",".join(cluster.addresses[:2]), timeout=20.0) as database:
+            database.put(b"a", b"1")

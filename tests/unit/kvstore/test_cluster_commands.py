@@ -242,6 +242,17 @@ def test_init_finishes_what_was_cut_off(initialized):
     assert nodes.sent == [2, 3]
 
 
+def test_a_member_whose_disk_is_gone_is_not_made_its_old_self_again(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    initialized(nodes, [b"m"])
+    sent = list(nodes.sent)
+    nodes.identities[0]["heard"] = [2, 3]
+    nodes.identities[2] = dict(EMPTY)
+    with pytest.raises(Refused, match="h:3 is empty, but node 3 was a member"):
+        initialized(nodes, [b"m"])
+    assert nodes.sent == sent
+
+
 def test_init_sends_again_to_a_node_that_did_not_answer(initialized):
     nodes = Nodes(EMPTY, EMPTY, EMPTY)
     nodes.fail_once = [1]

@@ -495,7 +495,13 @@ def init_body(**changes):
 async def test_an_empty_node_says_so_and_serves_no_data(empty_http):
     http, _ = empty_http
     identity = await (await http.get("/v1/admin/identity")).json()
-    assert identity == {"cluster_id": "", "node_id": 0, "state": "waiting", "empty": True}
+    assert identity == {
+        "cluster_id": "",
+        "node_id": 0,
+        "state": "waiting",
+        "empty": True,
+        "heard": [],
+    }
     assert await refusal(await http.get("/v1/kv/a")) == (503, "not_ready")
     assert await refusal(await http.put("/v1/kv/a", data=b"x")) == (503, "not_ready")
     assert (await http.get("/health/live")).status == 200
