@@ -414,7 +414,7 @@ class Router:
             if fatal and len(self.links) <= 1:
                 self._finish(call, error)
                 continue
-            call.failure = error if fatal else Unavailable(error.message)
+            call.lost(error if fatal else Unavailable(error.message))
             self._again(call, None)
 
     # --- answers ----------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ class Router:
         if code not in _AGAIN:
             self._finish(call, from_wire(code, failure.message, details))
             return
-        call.failure = from_wire(code, failure.message, details)
+        call.refused(failure)
         if code == "throttled":
             told_s = max(number(details, "retry_after_s"), number(details, "retry_after"))
             wait_s = max(min(told_s, THROTTLED_S_MAX), self._backoff(call.tries))

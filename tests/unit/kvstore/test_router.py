@@ -15,6 +15,7 @@ from kvstore.errors import (
     DiskFull,
     EpochMismatch,
     KVError,
+    NoQuorum,
     Throttled,
     Unavailable,
     WrongCluster,
@@ -468,6 +469,29 @@ def test_scans_are_addressed_by_their_span():
         ]
 
     simulate(test, FakeCluster(b"m"))
+
+
+def test_a_range_that_nobody_leads_is_no_quorum_though_other_nodes_are_down():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        cluster.stop_node(2)
+        cluster.stop_node(3)
+        cluster.fail(Read, "not_leader", {"leader_node": 0}, times=1_000)
+        with pytest.raises(NoQuorum, match=r"range \d+ has no leader: .* answers.*kvctl status"):
+            await db.get(b"k", timeout=3.0)
+
+    simulate(test)
+
+
+def test_a_range_that_has_a_leader_again_is_not_without_quorum():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        cluster.fail(Read, "not_leader", {"leader_node": 0}, times=3)
+        cluster.fail(Read, "throttled", {"retry_after": 0.5}, times=1_000)
+        with pytest.raises(Throttled):
+            await db.get(b"k", timeout=3.0)
+
+    simulate(test)
 
 
 def test_a_failure_with_odd_details_is_only_a_failure():
