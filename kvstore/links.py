@@ -21,7 +21,7 @@ from kvstore.errors import (
 )
 from kvstore.link import Hello
 from kvstore.ranges import Route
-from txn.messages import Failure, GetDirectory, GetTimestamps, Reply, Request
+from txn.messages import Failure, GetDirectory, GetTimestamps, Read, Reply, Request, Scan
 
 REQUEST_OVERHEAD_BYTES: Final = 96
 OUTGOING_BYTES_MAX: Final = (
@@ -85,6 +85,14 @@ class Call(msgspec.Struct, eq=False):
     sent: bool = False
     parked: bool = False
     failure: KVError | None = None  # what the last try came to
+
+    @property
+    def asks_for_now(self) -> bool:
+        """The timestamp of its answer is the newest that there was, not one that the request named (a snapshot's)."""
+        request = self.request
+        if isinstance(request, Read | Scan):
+            return not request.at
+        return isinstance(request, GetTimestamps)
 
     def refused(self, failure: Failure) -> None:
         """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""

@@ -102,7 +102,7 @@ class Router:
     ) -> None:
         self.ranges = RangeCache()
         self.cluster = ""
-        self.seen_ts = 0  # the largest timestamp in any answer: it had been issued by `seen_at`
+        self.seen_ts = 0  # the largest timestamp in any answer; it was new at `seen_at`
         self.seen_at = float("-inf")
         self.messages_sent = 0
         self.calls_retried = 0
@@ -446,7 +446,8 @@ class Router:
                 ts = 0
                 if isinstance(reply, Directory):
                     self._on_directory(reply)
-            if ts and ts >= self.seen_ts:
+            newest = self.seen_ts
+            if ts > newest or (ts == newest and self.seen_at < now and call.asks_for_now):
                 self.seen_ts = ts
                 self.seen_at = now
             self._calls -= 1

@@ -37,6 +37,7 @@ from txn.messages import (
     Read,
     Scan,
 )
+from txn.types import begin_ts_of
 
 
 def now() -> float:
@@ -469,6 +470,50 @@ def test_scans_are_addressed_by_their_span():
         ]
 
     simulate(test, FakeCluster(b"m"))
+
+
+def test_reading_an_old_snapshot_does_not_make_its_timestamp_new():
+    """A put after ten minutes of such reads begins at a timestamp of now: at the old one its outcome would be expired."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        version = await db.put(b"k", b"v")
+        old = db.router.seen_ts
+        assert old == version
+        snapshot = db.snapshot(at=version)
+        for _ in range(60):
+            await asyncio.sleep(10.0)
+            assert await snapshot.get(b"k") == b"v"
+        cluster.seed(other=b"v")  # others have gone on
+        await db.put(b"k", b"w")
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
+
+    simulate(test)
+
+
+def test_a_read_of_the_newest_makes_its_timestamp_new_even_if_it_is_the_same():
+    """So a put after it needs no question to the oracle, which may be out of reach."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"v")
+        await asyncio.sleep(60.0)
+        assert await db.get(b"k") == b"v"
+        before = len(cluster.of(GetTimestamps))
+        await db.put(b"k", b"w")
+        assert len(cluster.of(GetTimestamps)) == before
+
+    simulate(test)
+
+
+def test_an_idle_cluster_is_asked_for_the_time_once_and_not_at_every_put():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"v")
+        await asyncio.sleep(60.0)
+        before = len(cluster.of(GetTimestamps))
+        await asyncio.gather(*[db.put(b"k%d" % number, b"v") for number in range(20)])
+        await db.put(b"k", b"w")
+        assert len(cluster.of(GetTimestamps)) <= before + 2
+
+    simulate(test)
 
 
 def test_a_range_that_nobody_leads_is_no_quorum_though_other_nodes_are_down():
