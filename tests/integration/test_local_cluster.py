@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -314,7 +315,12 @@ def test_the_demonstration_holds():
     done = command("kvstore.cli.server", "demo", "--exit")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held" in done.stdout
-    assert "killed node" in done.stdout
+    assert "with 6 ranges: 4 of the bank, one for each city, and 2 of the system" in done.stdout
+    killed = re.search(
+        r"killed node \d \(SIGKILL\), the leader of (\d) of 6 ranges: (.+)", done.stdout
+    )
+    assert killed is not None
+    assert len(killed[2].split(", ")) == int(killed[1])
 
 
 def test_nodes_that_wait_for_init_say_what_to_do():
