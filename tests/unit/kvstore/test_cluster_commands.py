@@ -154,6 +154,15 @@ def test_status_of_nobody_is_unavailable(asked):
     assert CliRunner().invoke(admin.app, ["status"]).exit_code == 11
 
 
+@pytest.mark.parametrize("kind", ["nodes", "ranges"])
+def test_nothing_is_listed_as_if_it_were_known_when_nobody_answers(asked, kind):
+    asked({})
+    done = CliRunner().invoke(admin.app, ["--endpoints", "h:1", kind, "ls"])
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "error: unavailable: no node answers at h:1" in done.stderr
+
+
 def test_nodes_and_ranges_are_listed(asked):
     asked(three("leader", "follower", "follower", down=(3,), start="", end=""))
     run = lambda *words: CliRunner().invoke(admin.app, ["--endpoints", "h:1", *words])  # noqa: E731
