@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -201,7 +202,7 @@ class WsNetwork:
         except TimeoutError:
             raise PipeClosed(f"no connection to {address} within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise PipeClosed(f"no connection to {address}: {error}") from error
+            raise PipeClosed(f"no connection to {address}: {_reason(error)}") from error
         finally:
             _dialled.reset(token)
         return self._keep(WsPipe(self, socket, slot[-1], path))
@@ -318,6 +319,12 @@ class WsNetwork:
             pipe.abort()
         if self._tasks:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+def _reason(error: Exception) -> str:
+    """In the system's words where there are any: aiohttp's say the address twice and speak of TLS."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number).lower() if number else str(error)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -358,6 +358,16 @@ async def test_an_application_that_someone_else_runs_closes_its_streams_at_shutd
 
 
 @websockets
+async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(PipeClosed) as caught:
+            await world.near.dial(address, PATH, 5.0)
+    assert caught.value.message == f"no connection to {address}: connection refused"
+
+
+@websockets
 async def test_web_pages_are_refused(world: World) -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
