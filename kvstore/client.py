@@ -208,6 +208,7 @@ class Database:
             "calls_retried": self._router.calls_retried,
             "messages_sent": self._router.messages_sent,
             "commit_attempts": self._committer.attempts,
+            "commit_retries": self._committer.retries,
             "conflicts": self._committer.conflicts,
         }
 
@@ -269,9 +270,9 @@ class Database:
 
         return RowScan(begin, limit)
 
-    def snapshot(self, at: int | None = None) -> Snapshot:
-        """A read-only view at one version: `at`, or as of its first read."""
-        return Snapshot(View(self._started_router(), self._timeout_s, at=_at(at)))
+    def snapshot(self, at: int | None = None, *, timeout: float | None = None) -> Snapshot:
+        """A read-only view at one version: `at`, or as of its first read. timeout: seconds for each of its reads."""
+        return Snapshot(View(self._started_router(), self._timeout(timeout), at=_at(at)))
 
     def _view(self, timeout: float | None) -> View:
         return View(self._started_router(), self._timeout(timeout))

@@ -164,7 +164,8 @@ class Committer:
 
     def __init__(self, router: Router, rng: random.Random) -> None:
         self.conflicts = 0  # attempts that were refused because of another transaction
-        self.attempts = 0
+        self.attempts = 0  # but for single writes that their range answered at once
+        self.retries = 0  # attempts that followed another of the same write set
         self._router = router
         self._bits = rng.getrandbits
         self._random = rng.random
@@ -191,7 +192,7 @@ class Committer:
         deadline: float,
         *,
         patient: bool,
-        renames: bool = True,
+        renames: Callable[[], bool] = lambda: True,
         txn_id: bytes = b"",
         age: int = 0,
         priority: int = 0,
@@ -201,16 +202,21 @@ class Committer:
         """Commit once, or raise.
 
         Args: patient: conflicts are tried again under a new id. renames: an attempt that nobody refused because of its
-        content (its ranges changed, or it was given up) may be tried again under a new id. txn_id: of the first
-        attempt, if it has one already. first: its only Prepare and the answer, if that has been sent. on_rename: is told
-        every id that is taken here, before anything is sent under it: the last one is what to ask the outcome of.
+        content (its ranges changed, or it was given up) may be tried again under a new id; asked whenever one is about to
+        be taken, for the old one may have been told meanwhile. txn_id: of the first attempt, if it has one already. first:
+        its only Prepare and the answer, if that has been sent. on_rename: is told every id that is taken here, before
+        anything is sent under it: the last one is what to ask the outcome of.
         Raises: Conflict, CompareFailed, InvalidArgument, TransactionTooLarge, CommitUnknown, OutcomeExpired,
         DeadlineExceeded, Unavailable, Throttled.
         """
         failures = 0
+        failure: KVError | None = None  # of the last attempt
         while True:
             if not txn_id:
-                txn_id = self.txn_id(await self.begin_ts(deadline))
+                begin_ts = await self.begin_ts(deadline)
+                if failure is not None and not renames():
+                    raise failure
+                txn_id = self.txn_id(begin_ts)
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
@@ -227,10 +233,10 @@ class Committer:
             if coordinator.state is State.COMMITTED:
                 results = coordinator.results[0] if coordinator.one_range else None
                 return Done(coordinator.commit_ts, results, txn_id)
-            error = drive.error()
+            failure = error = drive.error()
             conflicted = isinstance(error, Conflict)
             self.conflicts += conflicted
-            if not ((conflicted and patient) or (drive.blameless and renames)):
+            if not ((conflicted and patient) or (drive.blameless and renames())):
                 raise error
             reached("attempt_repeated")
             failures += 1
@@ -239,6 +245,7 @@ class Committer:
                 raise DeadlineExceeded(
                     f"the time ran out after {failures} attempts: {error}"
                 ) from error
+            self.retries += 1
             txn_id = b""
             await asyncio.sleep(wait_s)
 

@@ -9,7 +9,8 @@ The dialling side says Hello first; the other answers with its own Hello, or ref
 
 Invariants
 L1  Nothing is delivered before the handshake is done, nor from or after a frame that is damaged, too large, of an
-    unknown kind or not legal in the present state: that is a FrameError and the end of the connection.
+    unknown kind or not legal in the present state: that is a FrameError and the end of the connection, of which the
+    other side is told the reason (MalformedFrame).
 L2  What waits to be sent is at most `queue_bytes_max`, and one ping, one pong, one hello or refusal; what waits to be
     reassembled at most `message_bytes_max` for each lane, in parts of at least MORE_BYTES_MIN.
 L3  A side that sent or heard nothing for a while pings (at most two ping intervals pass). A peer from which nothing
@@ -98,6 +99,14 @@ class PeerStalled(PipeClosed):
     code = "peer_stalled"
     retryable = True
     maybe_committed = True
+
+
+class MalformedFrame(PipeClosed):
+    """The other side could not read what it got: damaged on the way, too large, or of another program. It ended the
+    connection; a request that was on it may have been carried out.
+    """
+
+    code = "malformed_frame"
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True):
@@ -325,7 +334,8 @@ class LinkCore:
             self._offset[lane] = self._part_bytes[lane] = 0
 
     def _fail(self, what: str) -> FrameError:
-        self.close()
+        if self.state is not LinkState.CLOSED:
+            self.refuse(MalformedFrame(what))
         return FrameError(what)
 
     # --- receiving --------------------------------------------------------------------------------------------

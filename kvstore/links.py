@@ -10,10 +10,27 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from kvstore.errors import DeadlineExceeded, KVError, NotReady, Throttled, Unavailable
+from kvstore.errors import (
+    DeadlineExceeded,
+    KVError,
+    NoQuorum,
+    NotReady,
+    Throttled,
+    Unavailable,
+    from_wire,
+)
 from kvstore.link import Hello
 from kvstore.ranges import Route
-from txn.messages import GetDirectory, GetTimestamps, Reply, Request, Resolve
+from txn.messages import (
+    Failure,
+    GetDirectory,
+    GetTimestamps,
+    Read,
+    Reply,
+    Request,
+    Resolve,
+    Scan,
+)
 
 REQUEST_OVERHEAD_BYTES: Final = 96
 OUTGOING_BYTES_MAX: Final = (
@@ -77,6 +94,31 @@ class Call(msgspec.Struct, eq=False):
     sent: bool = False
     parked: bool = False
     failure: KVError | None = None  # what the last try came to
+
+    @property
+    def asks_for_now(self) -> bool:
+        """The timestamp of its answer is the newest that there was, not one that the request named (a snapshot's)."""
+        request = self.request
+        if isinstance(request, Read | Scan):
+            return not request.at
+        return isinstance(request, GetTimestamps)
+
+    def refused(self, failure: Failure) -> None:
+        """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""
+        code, details = failure.code, failure.details
+        if code == "not_leader" and not number(details, "leader_node"):
+            node = self.link.address if self.link is not None else "a node"
+            self.failure = NoQuorum(
+                f"range {self.range_id} has no leader: {node} answers, and knows of none. Most of its nodes must be up and "
+                "reach each other; `kvctl status` tells which are not"
+            )
+        else:
+            self.failure = from_wire(code, failure.message, details)
+
+    def lost(self, error: KVError) -> None:
+        """A node could not be reached. That others know of no leader is worth more than that."""
+        if not isinstance(self.failure, NoQuorum):
+            self.failure = error
 
     def overdue(self) -> KVError:
         """What its caller is told when the time has run out: what a server said is worth more than that."""

@@ -1,4 +1,4 @@
-"""What a node tells Prometheus: instruments that the node drives, and gauges read from `Node.status()` when scraped.
+"""What a node tells Prometheus: gauges and counters of `Node.status()`, histograms of `Node.measures()`, read when scraped.
 
 Names have the prefix `kvorum_` and base units; no label holds a key, a range or an address, so their number is bounded.
 A status without some figure leaves that gauge out rather than say 0.
@@ -9,126 +9,91 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.registry import Collector
+
+from kvstore.measures import NodeMeasures
+from replication.measures import SECONDS, Distribution
 
 Status = Mapping[str, Any]
 _Family = GaugeMetricFamily | CounterMetricFamily
 
-_FAST_S: Final = (
-    0.0001,
-    0.00025,
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-)
-_REQUEST_S: Final = (*_FAST_S, 2.5, 5.0, 10.0, 30.0)
-_BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATES: Final = ("waiting", "starting", "ready", "draining")
 _ROLES: Final = ("leader", "follower", "candidate", "pre-candidate", "refused")
 _OPERATION: Final = re.compile(r"[a-z_]{1,32}")
 
 
 class NodeMetrics:
-    """A node's registry and instruments. Cheap enough to call once per batch or request, not once per row.
+    """A node's registry: what it says of itself at each scrape, and the two instruments that its surroundings drive.
 
-    An instrument is registered when it is first used: what nobody measures yet is absent, not 0.
-    Args: status: `Node.status`, called at every scrape on the scraping thread. version: of the product.
+    Args: status, measures: `Node.status` and `Node.measures`, called at every scrape on the scraping thread. version: of
+    the product.
     """
 
     def __init__(
         self,
         status: Callable[[], Status],
         version: str,
+        measures: Callable[[], NodeMeasures | None] = lambda: None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.registry = registry if registry is not None else CollectorRegistry()
         self.registry.register(StatusCollector(status, version))
-
-    @cached_property
-    def request_seconds(self) -> Histogram:
-        return self._histogram(
-            "request_seconds", "Time to answer a request.", _REQUEST_S, "operation", "outcome"
+        self.registry.register(MeasureCollector(measures))
+        self._request_seconds = self._histogram(
+            "request_seconds", "Time to answer a request over HTTP.", "operation", "outcome"
+        )
+        self._loop_lag_seconds = self._histogram(
+            "event_loop_lag_seconds",
+            "How late the event loop ran a timer that is due ten times a second.",
         )
 
-    @cached_property
-    def commit_seconds(self) -> Histogram:
-        """By kind: single_range, cross_range."""
-        text = "Time from prepare to known outcome."
-        return self._histogram("commit_seconds", text, _REQUEST_S, "kind")
-
-    @cached_property
-    def aborts(self) -> Counter:
-        return self._counter("transaction_aborts_total", "Transactions aborted.", "reason")
-
-    @cached_property
-    def retries(self) -> Counter:
-        return self._counter("transaction_retries_total", "Transactions run again.")
-
-    @cached_property
-    def lock_wait_seconds(self) -> Histogram:
-        return self._histogram("lock_wait_seconds", "Time waited for a lock.", _REQUEST_S)
-
-    @cached_property
-    def raft_commit_seconds(self) -> Histogram:
-        return self._histogram("raft_commit_seconds", "From proposal to commit.", _FAST_S)
-
-    @cached_property
-    def raft_append_seconds(self) -> Histogram:
-        text = "From an append to the follower's answer."
-        return self._histogram("raft_append_seconds", text, _FAST_S)
-
-    @cached_property
-    def raft_elections(self) -> Counter:
-        return self._counter("raft_elections_total", "Elections begun here.")
-
-    @cached_property
-    def wal_write_seconds(self) -> Histogram:
-        return self._histogram("wal_write_seconds", "Time to write a batch of the log.", _FAST_S)
-
-    @cached_property
-    def wal_sync_seconds(self) -> Histogram:
-        return self._histogram("wal_sync_seconds", "Time to sync a batch of the log.", _FAST_S)
-
-    @cached_property
-    def turn_seconds(self) -> Histogram:
-        return self._histogram("turn_seconds", "Duration of one turn of the node.", _FAST_S)
-
-    @cached_property
-    def turn_entries(self) -> Histogram:
-        return self._histogram("turn_entries", "Log entries in one turn.", _BATCH)
-
-    @cached_property
-    def loop_lag_seconds(self) -> Histogram:
-        text = "How late the event loop runs a timer."
-        return self._histogram("event_loop_lag_seconds", text, _FAST_S)
-
-    @cached_property
-    def oracle_seconds(self) -> Histogram:
-        return self._histogram("oracle_seconds", "Time to get timestamps.", _FAST_S)
-
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"kvorum_{name}", text, labels, buckets=buckets, registry=self.registry)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"kvorum_{name}", text, labels, registry=self.registry)
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"kvorum_{name}", text, labels, buckets=SECONDS, registry=self.registry)
 
     def observe_request(self, operation: str, outcome: str, seconds: float) -> None:
         """One request; `outcome` is "ok" or the code of its error. Odd names count as "other"."""
         names = [name if _OPERATION.fullmatch(name) else "other" for name in (operation, outcome)]
-        self.request_seconds.labels(*names).observe(seconds)
+        self._request_seconds.labels(*names).observe(seconds)
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        """One timer of the loop, and how late it ran."""
+        self._loop_lag_seconds.observe(seconds)
+
+
+class MeasureCollector(Collector):
+    """Turns what a node noted into histograms; nothing while it is no member of a cluster."""
+
+    def __init__(self, measures: Callable[[], NodeMeasures | None]) -> None:
+        self._measures = measures
+
+    def describe(self) -> Iterable[_Family]:
+        return ()
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        noted = self._measures()
+        if noted is None:
+            return
+        commits = {
+            "single_range": noted.store.single_range_seconds,
+            "cross_range": noted.store.cross_range_seconds,
+        }
+        yield _distribution(
+            "commit_seconds",
+            "At the leader, from a Prepare's evaluation to its answer: a commit in one range, or one range's part of a "
+            "commit across ranges. The first of each kind in a log entry stands for all of that kind.",
+            commits,
+            "kind",
+        )
+        for name, (text, measure) in _NOTED.items():
+            yield _distribution(name, text, {"": measure(noted)})
 
 
 class StatusCollector(Collector):
@@ -151,9 +116,45 @@ class StatusCollector(Collector):
         yield from _range_families(status.get("ranges"))
         for group, text in _GROUPS.items():
             yield from _group_families(group, text, status.get(group))
+        yield from _aborts(status.get("outcomes"))
         yield from _refusals(status.get("refused"))
 
 
+_NOTED: Final[Mapping[str, tuple[str, Callable[[NodeMeasures], Distribution]]]] = {
+    "raft_commit_seconds": (
+        "At the leader, from proposing an entry to its being committed, and on the own disk.",
+        lambda noted: noted.host.commit_seconds,
+    ),
+    "raft_append_seconds": (
+        "From an append to the follower's word that it is on its disk; one at a time for each follower.",
+        lambda noted: noted.host.append_seconds,
+    ),
+    "wal_write_seconds": (
+        "To write one batch of the log, of all ranges, without its sync.",
+        lambda noted: noted.host.log_write_seconds,
+    ),
+    "wal_sync_seconds": (
+        "To sync one batch of the log (fdatasync).",
+        lambda noted: noted.host.log_sync_seconds,
+    ),
+    "turn_seconds": (
+        "For how long one turn of the node held the event loop, syncs that are done inline included.",
+        lambda noted: noted.host.turn_seconds,
+    ),
+    "turn_entries": (
+        "Log entries of all ranges in one batch of the log.",
+        lambda noted: noted.host.turn_entries,
+    ),
+    "turn_requests": (
+        "Requests that were evaluated in one turn.",
+        lambda noted: noted.store.turn_requests,
+    ),
+    "oracle_seconds": (
+        "Of one question for timestamps, but for those that the oracle here answers in the same turn.",
+        lambda noted: noted.store.oracle_seconds,
+    ),
+}
+_FENCES: Final = "fences_by_"
 _GROUPS: Final[
     Mapping[str, str]
 ] = {  # a group of figures in the status -> what its help texts begin with
@@ -168,6 +169,7 @@ _GROUPS: Final[
     "oracle": "Of the timestamp oracle",
     "channel": "Of the replicated message channel",
     "connections": "Of the connections of clients",
+    "client": "Of the node's own client, which serves HTTP and calls between ranges",
 }
 _COUNTERS: Final[Mapping[str, frozenset[str]]] = {  # figures that only grow; others are counters by their `_total`
     "host": frozenset(
@@ -179,6 +181,9 @@ _COUNTERS: Final[Mapping[str, frozenset[str]]] = {  # figures that only grow; ot
         }
     ),
     "peers": frozenset({"messages_sent", "frames_sent", "frames_dropped"}),
+    "client": frozenset(
+        {"calls_retried", "messages_sent", "commit_attempts", "commit_retries", "conflicts"}
+    ),
     "requests": frozenset(
         {
             "requests", "requests_throttled", "commands", "entries", "rows_written", "read_index_rounds",
@@ -217,8 +222,8 @@ def _group_families(group: str, text: str, figures: Any) -> Iterable[_Family]:
         return
     counters = _COUNTERS.get(group, frozenset())
     for name, value in figures.items():
-        if not isinstance(value, numbers.Real):
-            continue
+        if not isinstance(value, numbers.Real) or name.startswith(_FENCES):
+            continue  # fences are told by reason
         clean = re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
         is_counter = name in counters or clean.endswith("_total")
         clean = clean.removesuffix("_total").removeprefix(f"{group}_")
@@ -230,6 +235,32 @@ def _group_families(group: str, text: str, figures: Any) -> Iterable[_Family]:
             yield CounterMetricFamily(full, help_text, value=float(value))
         else:
             yield GaugeMetricFamily(full, help_text, value=float(value))
+
+
+def _aborts(outcomes: Any) -> Iterable[_Family]:
+    if not isinstance(outcomes, Mapping):
+        return
+    family = CounterMetricFamily(
+        "kvorum_transaction_aborts",
+        "Fences, each of which ends a transaction; one that two ranges refuse counts twice. By compare: a condition "
+        "did not hold; conflict; recovery: abandoned; request: it cannot be done.",
+        labels=["reason"],
+    )
+    for name, count in outcomes.items():
+        if name.startswith(_FENCES):
+            family.add_metric([name.removeprefix(_FENCES).removesuffix("_total")], float(count))
+    yield family
+
+
+def _distribution(
+    name: str, text: str, noted: Mapping[str, Distribution], label: str = ""
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"kvorum_{name}", text, labels=[label] if label else [])
+    for value, each in noted.items():
+        buckets = [(str(bound), count) for bound, count in each.cumulative()]
+        buckets[-1] = ("+Inf", buckets[-1][1])
+        family.add_metric([value] if label else [], buckets, each.total)
+    return family
 
 
 def _refusals(refused: Any) -> Iterable[_Family]:

@@ -20,10 +20,12 @@ from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
+from kvstore.measures import NodeMeasures
 from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
+from kvstore.roster import Roster
 from kvstore.status import node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
@@ -124,6 +126,7 @@ class Node:
             join,
         )
         self._files: NodeFiles
+        self.roster: Roster | None = None
         self._log: LogFiles | None = None
         self._remote: RemoteRanges | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -148,6 +151,7 @@ class Node:
     async def start(self) -> None:
         """Listen, and serve what the directory holds. Raises: DataDirectoryError, ConfigError, CorruptionError, OSError."""
         self._files = self.adapters.open_directory(self._directory)
+        self.roster = Roster(self._files)
         stored = self._files.read_file(identities.FILE_NAME)
         found = identities.decode_identity(stored) if stored is not None else None
         if found is not None:
@@ -377,11 +381,15 @@ class Node:
                 self.connections.add(self.store, stream)
             else:
                 assert self.peers is not None
+                assert self.roster is not None
+                self.roster.note(stream.peer.node)
                 self.peers.heard_from(stream.peer.node)
                 stream.on_message = self._receiver(kind, stream.peer.node)
             ended = await stream.wait_closed()
             if isinstance(ended, FrameError):
                 self._malformed(kind, ended)
+        except OSError as error:
+            self._on_fatal(error)  # nothing may be read from a member that could not be noted
         finally:
             stream.abort()
             self._streams.pop(id(stream), None)
@@ -544,6 +552,12 @@ class Node:
         if self.state != "ready":
             return False, self.state
         return True, "ready"
+
+    def measures(self) -> NodeMeasures | None:
+        """What was noted of times and sizes; None until the node is a member."""
+        if self.host is None or self.store is None:
+            return None
+        return NodeMeasures(self.host.measures, self.store.measures)
 
     def status(self) -> dict[str, Any]:
         """A JSON-able picture of the node."""

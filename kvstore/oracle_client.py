@@ -47,6 +47,7 @@ class OracleClient:
         ] = []  # of other nodes and clients, for the oracle here
         self._wanting: dict[int, Replica] = {}  # ranges here that want timestamps
         self._in_flight: list[_Want] | None = None
+        self._asked_at = 0.0  # what is in flight
         self._arrived: Timestamps | None = None
         self._not_before = 0.0  # after a failure: not asked again earlier
         self._evaluator: Evaluator | None = None  # of the meta range, while it leads
@@ -150,13 +151,15 @@ class OracleClient:
             if (first or not fresh) and leased:
                 self._give(wants, Timestamps(0, oracle.last, first, fresh), now)
                 return
-        self._in_flight = wants
+        self._in_flight, self._asked_at = wants, now
         store.ask_oracle(GetTimestamps(0, fresh), self._on_reply)
 
     def _on_reply(self, reply: Reply) -> None:
         """From the oracle, or a Failure: then the same is asked for again, by whoever still leads."""
         if isinstance(reply, Timestamps):
             self._arrived = reply
+            took_s = self._store.clock.monotonic() - self._asked_at
+            self._store.measures.oracle_seconds.note(took_s)
         else:
             wants, self._in_flight = self._in_flight or [], None
             for want in wants:

@@ -103,6 +103,7 @@ class PeerSet:
                 "node": node,
                 "address": link.address,
                 "up": link.up,
+                "error": "" if link.up or link.last_error is None else str(link.last_error),
                 "dials": link.dials,
                 "drops": link.drops,
                 "queue_bytes": link.stream.queue_bytes if link.stream is not None else 0,

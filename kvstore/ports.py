@@ -106,7 +106,7 @@ class FramePipe(Protocol):
         """Returns when the bytes left our buffers below the high-water mark. Raises: PipeClosed."""
 
     async def receive(self) -> bytes:
-        """The next frame. Raises: PipeClosed."""
+        """The next frame. Raises: PipeClosed; FrameError: what came is no frame of this kind of wire."""
 
     def buffered_bytes(self) -> int:
         """What was handed over and has not left yet; that it falls shows progress."""

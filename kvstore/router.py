@@ -103,7 +103,7 @@ class Router:
     ) -> None:
         self.ranges = RangeCache()
         self.cluster = ""
-        self.seen_ts = 0  # the largest timestamp in any answer: it had been issued by `seen_at`
+        self.seen_ts = 0  # the largest timestamp in any answer; it was new at `seen_at`
         self.seen_at = float("-inf")
         self.messages_sent = 0
         self.calls_retried = 0
@@ -421,7 +421,7 @@ class Router:
             if fatal and len(self.links) <= 1:
                 self._finish(call, error)
                 continue
-            call.failure = error if fatal else Unavailable(error.message)
+            call.lost(error if fatal else Unavailable(error.message))
             self._again(call, None)
 
     # --- answers ----------------------------------------------------------------------------------
@@ -431,10 +431,8 @@ class Router:
             if payload[0] != REPLIES:
                 raise msgspec.DecodeError(f"a message of kind {payload[0]}")
             replies = _decode.decode(memoryview(payload)[1:])
-        except (msgspec.DecodeError, IndexError, RecursionError):
-            if link.channel is not None:
-                link.channel.abort()
-            return
+        except (msgspec.DecodeError, IndexError, RecursionError) as error:
+            raise FrameError(f"answers do not decode: {error}") from error  # ends the stream
         pop = link.pending.pop
         now = self.monotonic()
         for reply in replies:
@@ -455,7 +453,8 @@ class Router:
                 ts = 0
                 if isinstance(reply, Directory):
                     self._on_directory(reply)
-            if ts and ts >= self.seen_ts:
+            newest = self.seen_ts
+            if ts > newest or (ts == newest and self.seen_at < now and call.asks_for_now):
                 self.seen_ts = ts
                 self.seen_at = now
             self._calls -= 1
@@ -486,7 +485,7 @@ class Router:
         if code not in _AGAIN:
             self._finish(call, from_wire(code, failure.message, details))
             return
-        call.failure = from_wire(code, failure.message, details)
+        call.refused(failure)
         if code == "throttled":
             told_s = max(number(details, "retry_after_s"), number(details, "retry_after"))
             wait_s = max(min(told_s, THROTTLED_S_MAX), self._backoff(call.tries))

@@ -32,7 +32,10 @@ def node_status(node: Node) -> dict[str, Any]:
         "ranges": [_range(node, replica) for replica in store.replicas.values()],
         "engine": {**engine.stats(), "flushes_total": node.flushes},
         "host": figures,
-        "raft": {"leaderships_begun_total": store.leaderships_begun},
+        "raft": {
+            "leaderships_begun_total": store.leaderships_begun,
+            "elections_begun_total": host.measures.elections_begun,
+        },
         "requests": {**store.counters, "open": store.open_requests},
         "connections": {
             "open": len(node.connections.open),
@@ -42,8 +45,11 @@ def node_status(node: Node) -> dict[str, Any]:
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
         "outcomes": dict(store.transaction_counters),
+        "heard": list(node.roster.heard) if node.roster is not None else [],
         "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
     }
+    if node.database is not None:
+        status["client"] = node.database.stats()
     if node.peers is not None:
         peers = node.peers.status()
         status["peer_links"] = peers

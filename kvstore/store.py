@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvstore.measures import StoreMeasures
 from kvstore.oracle_client import OracleClient
 from kvstore.ports import Clock, Engine
 from kvstore.replica import Replica, ReplicaConfig
@@ -120,6 +121,7 @@ class Store:
             "read_index_rounds": 0,
             "oracle_rounds": 0,
         }
+        self.measures = StoreMeasures()
         self.leaderships_begun = 0
         self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
@@ -215,6 +217,8 @@ class Store:
         for _ in range(taken):
             asker, request = inbox.popleft()
             self._dispatch(asker, request, now)
+        if taken:
+            self.measures.turn_requests.note(taken)
         self._handled += taken
         while self._frames and self._frames[0][0] <= self._handled:
             self._inbox_bytes -= self._frames.popleft()[1]
@@ -385,7 +389,7 @@ class Store:
     def finish(self) -> None:
         self._write()
         staged, self._staged = self._staged, {}
-        now = self.clock.monotonic()
+        now, counters = self.clock.monotonic(), self.transaction_counters
         for replica in staged.values():
             applied, replica.applied_now = replica.applied_now, []
             evaluator = replica.evaluator
@@ -396,7 +400,15 @@ class Store:
                 continue
             self._touched[replica.range_id] = replica
             for own in applied:
+                commits = counters["commits_one_range_total"]
+                parts = counters["parts_prepared_total"]
                 evaluator.applied(own.pendings, own.answers, now)
+                self.measures.applied(
+                    own.pendings,
+                    counters["commits_one_range_total"] - commits,
+                    counters["parts_prepared_total"] - parts,
+                    now,
+                )
             if replica.term_started and not evaluator.ready:
                 evaluator.start(now)
                 if replica.range_id == META_RANGE_ID:

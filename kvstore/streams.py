@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstore.errors import KVError, PipeClosed
-from kvstore.link import Hello, LinkCore, LinkLimits, LinkState, PeerStalled
+from kvstore.link import Hello, LinkCore, LinkLimits, LinkState, MalformedFrame, PeerStalled
 from kvstore.ports import FramePipe, Network
 from replication.errors import FrameError
 
@@ -205,15 +205,38 @@ class Stream:
                     on_message(message)
                 elif self._writer is None and core.has_output():
                     self._pump()
-        except (KVError, FrameError) as error:
+        except FrameError as error:
+            await self._say_why(error)
+        except KVError as error:
             self._end(error)
         except Exception as error:
             self._end(error)
             raise  # a fault of the callback: let the loop report it
 
+    async def _say_why(self, error: FrameError) -> None:
+        """Tell the peer what was wrong with its words, for a bounded time, and end. Nothing else is sent any more."""
+        if self._ended or self._closing:
+            self._end(error)
+            return
+        self.error = error
+        self._closing = True
+        if self._core.state is not LinkState.CLOSED:  # `on_message` found the fault
+            self._core.refuse(MalformedFrame(str(error)))
+        try:
+            async with asyncio.timeout(REFUSAL_LINGER_S):
+                self._pump()
+                while self._writer is not None:
+                    await self._writer
+                await self._pipe.close(REFUSAL_LINGER_S)
+        except TimeoutError:
+            pass  # it will learn that the connection ended
+        finally:
+            self._end(error)
+
     def _arm(self) -> None:
         deadline = self._core.deadline()
-        assert deadline is not None
+        if deadline is None:
+            return  # a refusal leaves, for a bounded time
         delay = max(0.0, deadline - self._monotonic())
         self._timer = self._loop.call_later(delay, self._on_timer)
 
@@ -238,7 +261,8 @@ class Stream:
         if self._ended:
             return
         self._ended = True
-        self.error = None if self._closing else error
+        if not self._closing:
+            self.error = error
         self._core.close()
         self._pipe.abort()  # the reader and the writer wake with PipeClosed
         if self._timer is not None:
@@ -303,7 +327,7 @@ async def _shake_hands(
         return Stream(pipe, core, clock)
     except TimeoutError:
         raise PeerStalled(f"no handshake within {timeout_s:g} s") from None
-    except KVError:
+    except (KVError, FrameError):
         if core.has_output():  # a refusal: the other side should learn why
             await _linger(pipe, core, clock)
         raise

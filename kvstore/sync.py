@@ -327,9 +327,9 @@ class Client:
         )
         return Rows(thread, scan)
 
-    def snapshot(self, at: int | None = None) -> BlockingSnapshot:
+    def snapshot(self, at: int | None = None, *, timeout: float | None = None) -> BlockingSnapshot:
         thread, database = self._open()
-        return BlockingSnapshot(thread, database.snapshot(at))
+        return BlockingSnapshot(thread, database.snapshot(at, timeout=timeout))
 
     # --- writes -----------------------------------------------------------------------------------
 

@@ -374,13 +374,15 @@ class Transaction:
         # a span may be guarded though nothing was read: then from now on
         guards = self._spans.guards(await self._view.version()) if len(self._spans) else []
         if not self._txn_id:
-            self._txn_id = self._committer.txn_id(await self._committer.begin_ts(deadline))
+            begin_ts = await self._committer.begin_ts(deadline)
+            if not self._txn_id:  # another task may have read `id` meanwhile
+                self._txn_id = self._committer.txn_id(begin_ts)
         buffer = self._buffer
         done = await self._committer.commit(
             WriteSet(buffer.anchor_key, buffer.writes(), [], guards),
             deadline,
             patient=False,
-            renames=not self._id_told,
+            renames=lambda: not self._id_told,  # another task may read it during the commit
             txn_id=self._txn_id,
             age=self._age,
             priority=self._options.priority,

@@ -1,15 +1,14 @@
 """The host: every group of a node, one turn at a time. The asyncio shell of replication.
 
 A turn (architecture.md section 4): the machine evaluates what the world asked; the inbox is stepped; due timers tick.
-Then, until nothing is left, `ready()` of each touched group is carried out: what may leave at once goes out, one send
-per node; the rest is staged into ONE batch of the log. Three phases follow one another, each ending in the same way:
+Then `ready()` of each touched group is carried out, until nothing is left: what may leave at once goes out, one send
+per node; the rest is staged into ONE batch of the log. Three phases follow, each ending in the same way:
 
     turn -> sends ─(sockets flush)─> write + sync -> acknowledgements ─(sockets flush)─> apply -> answers
 
-A phase that has nothing to do is left out, and one that sent nothing does not wait for sockets: uvloop writes them at
-the end of a loop iteration, so the next phase is some `call_soon`s away. While a sync runs in a thread, turns and
-applies go on and fill the next batch: one batch syncs, one fills. Only touched groups are visited; there is one heap
-of deadlines and one loop timer.
+A phase with nothing to do is left out, and one that sent nothing does not wait for sockets (uvloop writes them at the
+end of a loop iteration: some `call_soon`s). While a sync runs in a thread, turns and applies go on and fill the next
+batch. Only touched groups are visited; there is one heap of deadlines and one loop timer.
 
 - H1 nothing that must be on disk first leaves before it is: `replication/durability.py` holds it and asserts.
 - H2 an entry reaches the machine once, in order, and only when it is durable here (the core hands out no other).
@@ -24,14 +23,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar
 
 from replication.errors import FrameError, NotLeader
 from replication.installer import Installer
-from replication.loglane import Job, LogLane
+from replication.loglane import Job, LogLane, Written
+from replication.measures import Measures
 from replication.messages import InstallSnapshot, Message
-from replication.ports import Clock, LogFiles, Machine, Peers
+from replication.ports import Clock, LogFiles, Machine, Peers, RunInThread
 from replication.raft import RaftNode
 from replication.ready import RaftConfig, Ready
 from replication.replica import Applier, Replica, open_replica
@@ -50,20 +50,12 @@ from replication.types import Membership, SnapshotMeta
 from replication.wal import GroupLog, Wal
 
 # Keys of the host's own deadlines; groups have positive ids.
-IDLE: Final = -1
-TRANSFERS: Final = -2
-STATELESS: Final = -3
-STALL: Final = -4
+IDLE, TRANSFERS, STATELESS, STALL = -1, -2, -3, -4
 INTERNAL: Final = InstallSnapshot  # made here of a verified stream, never taken from the network
 
 T = TypeVar("T")
 Then = Callable[[], None]
 Phase = Callable[[float], None]
-
-
-class RunInThread(Protocol):
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
-        """Await `work()` done elsewhere. Cancelling the wait does not stop the work."""
 
 
 class Host:
@@ -98,7 +90,8 @@ class Host:
         self._run_in_thread = run_in_thread
         self._replicas: dict[int, Replica] = {}
         self.sync_policy = SyncPolicy(sync_mode if run_in_thread is not None else "inline")
-        self._lane = LogLane(wal=wal, files=files, clock=clock, policy=self.sync_policy)
+        self.measures = Measures()
+        self._lane = LogLane(wal, files, clock, self.sync_policy, self.measures)
         self._deadlines = Deadlines()
         self._outbox = Outbox()
         self._installer = Installer(self, self._replicas, machine, clock.monotonic)
@@ -165,6 +158,7 @@ class Host:
             rng=random.Random(self._rng.getrandbits(64)),
             quiet=recovered is not None,
             now=self._clock.monotonic(),
+            measures=self.measures,
         )
         self._replicas[group] = added
         self._lane.begin_group(
@@ -201,7 +195,9 @@ class Host:
 
     def propose(self, group: int, term: int, data: bytes) -> int:
         """Propose a command; returns its index. Raises: NotLeader (of exactly `term`), ProposalDropped."""
-        index = self._served(group).raft.propose(term, data, self._clock.monotonic())
+        replica, now = self._served(group), self._clock.monotonic()
+        index = replica.raft.propose(term, data, now)
+        replica.proposed.append((index, now))
         self.touch(group)
         return index
 
@@ -305,15 +301,15 @@ class Host:
         if self._loop is not None:
             self._loop.call_soon(self.turn)
 
-    def turn(self) -> None:
-        """One turn. Called by the loop; tests call it themselves."""
-        self._turn_asked = False
-        self._run(self._turn)
-
     @property
     def turn_wanted(self) -> bool:
         """Something waits for a turn (for those who drive without a loop)."""
         return self._turn_asked
+
+    def turn(self) -> None:
+        """One turn. Called by the loop; tests call it themselves."""
+        self._turn_asked = False
+        self._run(self._turn)
 
     def deadline(self) -> float | None:
         """When a turn is due even if nothing arrives."""
@@ -340,14 +336,16 @@ class Host:
         if self._busy:
             return
         self._busy = True
+        began = now = self._clock.monotonic()
         try:
             while self._phases:
-                now = self._clock.monotonic()
                 self._phases.popleft()(now)
                 if not self._stopped:
                     self._settle(now)
+                now = self._clock.monotonic()
             if not self._stopped:
                 self._machine.settled()
+            self.measures.turn_seconds.note(now - began)
         except Exception as error:  # noqa: BLE001  # whatever it was, what this node knows is in doubt
             self._fail(error)
         finally:
@@ -445,8 +443,10 @@ class Host:
             message = self._lane.gate.admit(group, outgoing)
             if message is not None:
                 self._post(replica, message)
-        if ready.committed and replica.take_committed(ready.committed):
-            self._applier.groups[group] = None
+        if ready.committed:
+            replica.time_commits(ready.committed, self._clock.monotonic(), self.measures)
+            if replica.take_committed(ready.committed):
+                self._applier.groups[group] = None
         if ready.read_states or ready.reads_failed:
             replica.answer_reads(self._machine, ready.read_states, ready.reads_failed)
         for other in ready.snapshot_to:
@@ -484,13 +484,13 @@ class Host:
             self._deadlines.set(STALL, now + 2 * self._raft_config.election_timeout_s)
             self._start(
                 lambda: self._lane.write(job),
-                lambda seconds: self._end_sync(job, seconds, threaded=True),
+                lambda written: self._end_sync(job, written, threaded=True),
             )
 
-    def _end_sync(self, job: Job, seconds: float, *, threaded: bool) -> None:
+    def _end_sync(self, job: Job, written: Written, *, threaded: bool) -> None:
         """A batch is durable: cores hear of it, what waited for it leaves."""
         now = self._clock.monotonic()
-        tokens, messages = self._lane.done(job, seconds, threaded=threaded)
+        tokens, messages = self._lane.done(job, written, threaded=threaded)
         for group, token in tokens:
             self._replicas[group].raft.persisted(token)
             self._dirty[group] = None

@@ -227,6 +227,8 @@ class Leader:
         last = previous + len(entries)
         peer.sent_commit = max(peer.sent_commit, min(commit, last))
         peer.sent(last, size)
+        if entries and not peer.timed_index:
+            peer.timed_index, peer.timed_at = last, state.now
 
     def _send_beats(self) -> None:
         state = self._state
@@ -288,6 +290,9 @@ class Leader:
         match = message.match_index
         assert match <= log.last_index, f"replica {message.sender} claims {match}: {message!r}"
         news = peer.accepted(match)
+        if 0 < peer.timed_index <= match:
+            state.measures.append_seconds.note(state.now - peer.timed_at)
+            peer.timed_index = 0
         if peer.state is State.PROBE or (
             peer.state is State.SNAPSHOT and peer.match >= log.start_index
         ):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from replication.durability import Durable, Gate, Released
+from replication.measures import Measures
 from replication.ports import Clock, LogFiles
 from replication.probes import reached
 from replication.ready import Token
@@ -26,18 +27,30 @@ class Job(NamedTuple):
 
     batch: WalBatch
     waiting: list[Then]
+    entries: int  # in the batch
+
+
+class Written(NamedTuple):
+    """Seconds that the disk took for a batch; the creation of a segment is not in them."""
+
+    write_s: float
+    sync_s: float
 
 
 class LogLane:
     """See the module."""
 
-    def __init__(self, *, wal: Wal, files: LogFiles, clock: Clock, policy: SyncPolicy) -> None:
+    def __init__(
+        self, wal: Wal, files: LogFiles, clock: Clock, policy: SyncPolicy, measures: Measures
+    ) -> None:
         self.gate = Gate()
         self.policy = policy
         self.staged = False  # something waits to be taken
         self.syncing = False
         self.began_s = 0.0
         self._wal, self._files, self._clock = wal, files, clock
+        self._measures = measures
+        self._entries = 0  # staged
         self._waiting: list[Then] = []
         self._deleting: list[int] = []
         self._counters = {"synced_bytes": 0, "segments_created": 0, "segments_deleted": 0}
@@ -62,6 +75,7 @@ class LogLane:
             self._wal.set_hard_state(group, state)
         if entries:
             self._wal.append(group, entries)
+            self._entries += len(entries)
         self.gate.stage(group, token)
         self.staged = True
 
@@ -108,24 +122,31 @@ class LogLane:
             return None
         self.gate.seal(batch.number)
         waiting, self._waiting = self._waiting, []
+        entries, self._entries = self._entries, 0
         self.syncing, self.began_s = True, now
-        return Job(batch, waiting)
+        return Job(batch, waiting, entries)
 
-    def write(self, job: Job) -> float:
-        """Write and sync; returns the seconds. In whatever thread. Raises: LogWriteFailed; the host must stop."""
+    def write(self, job: Job) -> Written:
+        """Write and sync. In whatever thread. Raises: LogWriteFailed; the host must stop."""
         batch = job.batch
         if batch.create_bytes:
             self._files.create(batch.segment, batch.create_bytes)
         began_s = self._clock.monotonic()
         self._files.write(batch.segment, batch.offset, batch.data)
+        written_s = self._clock.monotonic()
         self._files.sync(batch.segment)
-        return self._clock.monotonic() - began_s
+        return Written(written_s - began_s, self._clock.monotonic() - written_s)
 
-    def done(self, job: Job, seconds: float, *, threaded: bool) -> Released:
+    def done(self, job: Job, written: Written, *, threaded: bool) -> Released:
         """`write` has returned: the batch is durable. The caller passes on what is released, then calls who waited."""
         batch = job.batch
         self.syncing = False
-        self.policy.note(seconds, self._clock.monotonic() - self.began_s, threaded=threaded)
+        took_s, waited_s = sum(written), self._clock.monotonic() - self.began_s
+        self.policy.note(took_s, waited_s, threaded=threaded)
+        self._measures.log_write_seconds.note(written.write_s)
+        self._measures.log_sync_seconds.note(written.sync_s)
+        if job.entries:
+            self._measures.turn_entries.note(job.entries)
         self._counters["synced_bytes"] += len(batch.data)
         self._counters["segments_created"] += batch.create_bytes > 0
         self._wal.synced(batch.number)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
 
 from replication.messages import Message
 from replication.types import Entry, SnapshotMeta
+
+T = TypeVar("T")
 
 
 class LogFiles(Protocol):
@@ -40,6 +42,11 @@ class Clock(Protocol):
     """Monotonic seconds. The only clock that replication reads, and only its host."""
 
     def monotonic(self) -> float: ...
+
+
+class RunInThread(Protocol):
+    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]:
+        """Await `work()` done elsewhere. Cancelling the wait does not stop the work."""
 
 
 class Machine(Protocol):

@@ -53,6 +53,8 @@ class Progress:
         "snapshot_deadline",
         "snapshot_due",
         "state",
+        "timed_at",
+        "timed_index",
     )
 
     def __init__(self, next_index: int) -> None:
@@ -72,6 +74,8 @@ class Progress:
         self.heard_since_beat = False
         self.snapshot_due = False  # the host has not been asked for the snapshot yet
         self.snapshot_deadline: float | None = None  # sent; if no word comes until then, begin anew
+        self.timed_index = 0  # the last index of the one append that is being timed; 0: none
+        self.timed_at = 0.0
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -135,6 +139,7 @@ class Progress:
         self.paused = False
         self.snapshot_due = False
         self.snapshot_deadline = None
+        self.timed_index = 0
         self._flights.clear()
 
     def become_replicate(self) -> None:
@@ -150,6 +155,7 @@ class Progress:
         self.paused = False
         self.snapshot_due = True
         self.snapshot_deadline = None
+        self.timed_index = 0
         self._flights.clear()
 
     def status(self) -> dict[str, object]:

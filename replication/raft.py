@@ -28,6 +28,7 @@ from replication.errors import (
 )
 from replication.leading import Leader
 from replication.log import RaftLog
+from replication.measures import Measures
 from replication.membership import History, check_change, is_voter, validate
 from replication.messages import (
     AppendRequest,
@@ -72,6 +73,7 @@ class RaftNode(ReplicaState):
         applied: int,
         now: float,
         vote_not_before: float = 0.0,
+        measures: Measures | None = None,
     ) -> None:
         """A replica as its disk has it.
 
@@ -90,7 +92,7 @@ class RaftNode(ReplicaState):
         for entry in entries:
             if entry.kind == EntryKind.CONFIG:
                 history.append(entry.index, decode_membership(entry.data))
-        super().__init__(group, replica, config, log, history)
+        super().__init__(group, replica, config, log, history, measures or Measures())
         self.now = now
         self.electable = True  # the host's word: false while its storage makes no progress
         self._rng = rng
@@ -485,6 +487,7 @@ class RaftNode(ReplicaState):
 
     def _campaign(self, *, transfer: bool) -> None:
         """Begin an election. The own vote counts, and the requests leave, once term and vote are durable (I1)."""
+        self.measures.elections_begun += 1
         self.term += 1
         self._vote = self.replica
         self._hard_state_due = True

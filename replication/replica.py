@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from replication.measures import Measures
 from replication.messages import Message
 from replication.ports import Machine
 from replication.probes import chance, reached
@@ -39,6 +40,7 @@ class Replica:
         "install",
         "led_term",
         "log_start",
+        "proposed",
         "queue",
         "raft",
         "reads",
@@ -60,6 +62,9 @@ class Replica:
             False  # rows of the state are damaged: it leads nothing until a snapshot replaces them
         )
         self.install: SnapshotMeta | None = None  # the core accepted this one
+        self.proposed: deque[tuple[int, float]] = (
+            deque()
+        )  # (index, when), of the term that is led; raft bounds what is uncommitted
         self.led_term = 0  # the term whose leadership the machine was told; 0: none
 
     def node_of(self, replica: int) -> int | None:
@@ -80,6 +85,12 @@ class Replica:
             reached("committed_entries_skipped")
             self.raft.applied_to(min(entries[-1].index, self.applied))
         return len(self.queue) > 0
+
+    def time_commits(self, entries: Sequence[Entry], now: float, measures: Measures) -> None:
+        """Committed entries, of which some were proposed here."""
+        upto, proposed = entries[-1].index, self.proposed
+        while proposed and proposed[0][0] <= upto:
+            measures.commit_seconds.note(now - proposed.popleft()[1])
 
     def applied_to(self, machine: Machine, index: int) -> None:
         """The machine has applied up to `index`, and answered."""
@@ -111,6 +122,7 @@ class Replica:
         term = self.raft.term
         if self.led_term and (not leads or self.led_term != term):
             ended, self.led_term = self.led_term, 0
+            self.proposed.clear()
             machine.leadership(self.group, ended, False)
         if leads and not self.led_term:
             self.led_term = term
@@ -237,6 +249,7 @@ def open_replica(
     rng: random.Random,
     quiet: bool,
     now: float,
+    measures: Measures | None = None,
 ) -> Replica:
     """A replica as it begins. quiet: an old self may have promised a lease; no vote until the longest one is over."""
     alone = membership.voters == (replica,) and not membership.voters_outgoing
@@ -252,5 +265,6 @@ def open_replica(
         applied=start.applied,
         now=now,
         vote_not_before=now + config.election_timeout_s if quiet and not alone else 0.0,
+        measures=measures,
     )
     return Replica(group, replica, raft, start.applied)

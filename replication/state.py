@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from replication.log import RaftLog
+from replication.measures import Measures
 from replication.membership import History, is_voter
 from replication.messages import Message
 from replication.reads import ReadState
@@ -14,13 +15,20 @@ class ReplicaState:
     """The log, the membership, and how far they are committed and applied; messages that wait to be handed out."""
 
     def __init__(
-        self, group: int, replica: int, config: RaftConfig, log: RaftLog, history: History
+        self,
+        group: int,
+        replica: int,
+        config: RaftConfig,
+        log: RaftLog,
+        history: History,
+        measures: Measures,
     ) -> None:
         self.group = group
         self.replica = replica
         self.config = config
         self.log = log
         self.history = history
+        self.measures = measures  # of the node, shared by its replicas
         self.now = float("-inf")  # the latest time that was passed in
         self.term = 0
         self.commit_index = 0

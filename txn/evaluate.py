@@ -388,6 +388,7 @@ class Evaluator:
             ):
                 write = writes[0]
                 pending = Pending(txn_id, request, origin)
+                pending.since = now
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
                 pending.seen = ((latest_key, latest),)
@@ -425,6 +426,7 @@ class Evaluator:
         if self._in_conflict(request, origin, now, since):
             return
         pending = Pending(txn_id, request, origin)
+        pending.since = since
         refusal = compute(request, pending, self.rows)
         if refusal is not None:
             self._refuse(request, origin, refusal)

@@ -32,6 +32,7 @@ class Pending:
         "results",
         "seen",
         "sequence",
+        "since",
         "spans",
         "then",
         "txn_id",
@@ -53,6 +54,7 @@ class Pending:
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
         self.waiters: list[Waiter] = []
         self.sequence = 0
+        self.since = 0.0  # of a Prepare: when its evaluation first began
         self.part: Part | None = None  # what a Resolve resolves
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
         self.lost: Callable[[], None] | None = None  # it was not proposed after all

@@ -65,7 +65,9 @@ def document() -> _Json:
             "/v1/kv": {"get": _scan()},
             "/v1/txn": {"post": _txn()},
             "/v1/admin/identity": {
-                "get": _plain("Which cluster and node this is, and whether it is empty.")
+                "get": _plain(
+                    "Which cluster and node this is, whether it is empty, and which members it ever heard."
+                )
             },
             "/v1/admin/init": {"post": _init()},
             "/v1/admin/status": {"get": _plain("Everything the node knows of itself.")},

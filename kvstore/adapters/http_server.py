@@ -50,6 +50,7 @@ BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 REQUESTS_IN_FLIGHT_MAX: Final = 1_024
 BODY_TIMEOUT_S: Final = 30.0
 REQUEST_TIMEOUT_S_MAX: Final = 300.0
+READ_GRACE_S: Final = 0.25
 PAGE_BYTES_MAX: Final = 4 * limits.MIB
 _KV_PATH: Final = "/v1/kv/"
 _REFUSALS: Final = {404: "unknown_path", 405: "method_not_allowed"}
@@ -196,7 +197,7 @@ class _Gateway:
             if at is None:
                 entry = await database.get_entry(key, timeout=timeout_s)
             else:
-                entry = await database.snapshot(at=at).get_entry(key)
+                entry = await database.snapshot(at, timeout=timeout_s).get_entry(key)
         if entry is None:
             raise NotFound("no such key")
         return web.Response(
@@ -229,9 +230,9 @@ class _Gateway:
     async def _scan(self, request: web.Request) -> web.Response:
         names = ("prefix", "start", "end", "limit", "reverse", "keys_only", "at", "timeout")
         query = Query(request.rel_url.raw_query_string, names)
-        database = self._database()
-        async with _reading(self._timeout(query)):
-            return _json(await _scan_page(database, query))
+        database, timeout_s = self._database(), self._timeout(query)
+        async with _reading(timeout_s):
+            return _json(await _scan_page(database, query, timeout_s))
 
     async def _txn(self, request: web.Request) -> web.Response:
         query = Query(request.rel_url.raw_query_string, ("timeout",))
@@ -246,13 +247,15 @@ class _Gateway:
     # --- administration
 
     async def _identity(self, _request: web.Request) -> web.Response:
-        node, state = self._node, str(self._node.status().get("state", ""))
+        node, status = self._node, self._node.status()
+        state = str(status.get("state", ""))
         empty = not node.cluster_id and state == "waiting"
         identity = {
             "cluster_id": node.cluster_id,
             "node_id": node.node_id,
             "state": state,
             "empty": empty,
+            "heard": status.get("heard", []),  # members that were ever connected
         }
         return _json(identity)
 
@@ -372,7 +375,7 @@ class _Body:
         self._reserved = 0
 
 
-async def _scan_page(database: Database, query: Query) -> dict[str, Any]:
+async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict[str, Any]:
     """One page, all of it at one version, bounded in rows and in bytes.
 
     {"items", "more", "next", "version"}: ask on with start=next (end=next if reverse) and at=version.
@@ -385,7 +388,8 @@ async def _scan_page(database: Database, query: Query) -> dict[str, Any]:
     reverse, keys_only = query.flag("reverse"), query.flag("keys_only")
     items: list[dict[str, bytes]] = []
     size_bytes, more = 0, False
-    async with database.snapshot(at=query.integer("at", 1, VERSION_MAX)) as view:
+    at = query.integer("at", 1, VERSION_MAX)
+    async with database.snapshot(at, timeout=timeout_s) as view:
         async for key, value in view.scan(
             start or b"",
             end,
@@ -424,9 +428,9 @@ async def _run(database: Database, wanted: TransactionRequest, timeout_s: float)
 
 @contextlib.asynccontextmanager
 async def _reading(timeout_s: float) -> AsyncIterator[None]:
-    """All reads of a request together have its `timeout`."""
+    """All reads of a request together have its `timeout`; a little more, for each one's own error says more than ours."""
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(timeout_s + READ_GRACE_S):
             yield
     except TimeoutError as error:
         raise error if isinstance(error, KVError) else DeadlineExceeded from None

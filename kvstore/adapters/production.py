@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kvstore.node import Node
 
 THREADS_MAX = 4
+LOOP_LAG_EVERY_S = 0.1
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 
 
@@ -47,6 +49,7 @@ class ProductionAdapters:
         self.network: ClosableNetwork = network or WsNetwork()
         self._config = config
         self._directory = Path()
+        self._loop_lag = _LoopLag()
         self._lock = -1
 
     def open_directory(self, directory: str) -> DirectoryFiles:
@@ -91,15 +94,19 @@ class ProductionAdapters:
         return DirectoryLogFiles(self._directory / "wal")
 
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
-        metrics = NodeMetrics(node.status, VERSION)
+        metrics = NodeMetrics(node.status, VERSION, node.measures)
         app = web.Application(client_max_size=self._config.http.body_bytes_max)
         add_routes(
             app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http
         )
         assert isinstance(self.network, WsNetwork)
-        return await self.network.serve(address, on_pipe, app, self._config.http.shutdown_timeout_s)
+        shutdown_timeout_s = self._config.http.shutdown_timeout_s
+        served_at = await self.network.serve(address, on_pipe, app, shutdown_timeout_s)
+        self._loop_lag.start(metrics.observe_loop_lag)
+        return served_at
 
     async def close(self) -> None:
+        self._loop_lag.stop()
         await self.network.close()
         self.executor.close()
         self._unlock()
@@ -108,6 +115,29 @@ class ProductionAdapters:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+class _LoopLag:
+    """Tells ten times a second how late the running loop's timer was, from `start` to `stop`."""
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, observe: Callable[[float], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tick(due: float) -> None:
+            now = loop.time()
+            if due:
+                observe(max(0.0, now - due))
+            due = now + LOOP_LAG_EVERY_S
+            self._timer = loop.call_at(due, tick, due)
+
+        tick(0.0)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Surface:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -26,7 +27,7 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from kvstore.errors import KVError, PipeClosed
-from kvstore.link import WIRE_BYTES_MAX
+from kvstore.link import WIRE_BYTES_MAX, MalformedFrame
 from kvstore.ports import FramePipe
 from replication.errors import FrameError
 
@@ -40,6 +41,13 @@ BUFFER_BYTES_MAX: Final = (
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5
+
+# What aiohttp tells a peer whose WebSocket it could not read, by the code with which it closes (RFC 6455, 7.4.1).
+_REPROACHES: Final = {
+    aiohttp.WSCloseCode.PROTOCOL_ERROR: "not a WebSocket message",
+    aiohttp.WSCloseCode.INVALID_TEXT: "text that is not UTF-8",
+    aiohttp.WSCloseCode.MESSAGE_TOO_BIG: "a frame that is too large",
+}
 
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 Socket = aiohttp.ClientWebSocketResponse[bool] | web.WebSocketResponse[bool]
@@ -122,11 +130,15 @@ class WsPipe:
         if message.type is aiohttp.WSMsgType.BINARY:
             data = message.data
             return data if type(data) is bytes else bytes(data)
+        if message.type is aiohttp.WSMsgType.TEXT:
+            raise FrameError("a text message; frames are binary")
         self.abort()
         if message.type is aiohttp.WSMsgType.ERROR:
+            if isinstance(message.data, aiohttp.WebSocketError):
+                raise FrameError(f"not a frame: {message.data}")  # aiohttp has told the other side
             raise PipeClosed(f"the connection failed: {message.data}")
-        if message.type is aiohttp.WSMsgType.TEXT:
-            raise PipeClosed("a text message; frames are binary")
+        if message.type is aiohttp.WSMsgType.CLOSE and message.data in _REPROACHES:
+            raise MalformedFrame(f"the other side could not read it: {_REPROACHES[message.data]}")
         raise PipeClosed("the other side closed the connection")
 
     def buffered_bytes(self) -> int:
@@ -190,7 +202,7 @@ class WsNetwork:
         except TimeoutError:
             raise PipeClosed(f"no connection to {address} within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise PipeClosed(f"no connection to {address}: {error}") from error
+            raise PipeClosed(f"no connection to {address}: {_reason(error)}") from error
         finally:
             _dialled.reset(token)
         return self._keep(WsPipe(self, socket, slot[-1], path))
@@ -307,6 +319,12 @@ class WsNetwork:
             pipe.abort()
         if self._tasks:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+
+def _reason(error: Exception) -> str:
+    """In the system's words where there are any: aiohttp's say the address twice and speak of TLS."""
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number).lower() if number else str(error)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -30,7 +30,7 @@ from kvstore.cli.output import (
     print_json,
 )
 from kvstore.cli.shape import ADMIN_OPTIONS, hoisting
-from kvstore.errors import KVError
+from kvstore.errors import KVError, Unavailable
 from kvstore.quantities import parse_duration
 
 ENDPOINTS_DEFAULT: Final = "127.0.0.1:7400"
@@ -200,7 +200,7 @@ def nodes_ls(context: typer.Context) -> None:
     given: Globals = context.obj
 
     def work() -> None:
-        found = health.assess(_reports(given))
+        found = health.assess(_some(_reports(given)))
         if given.format is Format.JSON:
             print_json(found.nodes)
         else:
@@ -223,7 +223,7 @@ def ranges_ls(
     given: Globals = context.obj
 
     def work() -> None:
-        found = health.assess(_reports(given)).ranges
+        found = health.assess(_some(_reports(given))).ranges
         shown = [
             each
             for each in found
@@ -420,6 +420,15 @@ def _reports(given: Globals) -> dict[str, Any]:
             for address in health.addresses_of(report)
         ]
         todo = [address for address in dict.fromkeys(named) if address not in reports]
+    return reports
+
+
+def _some(reports: dict[str, Any]) -> dict[str, Any]:
+    """Raises Unavailable: nobody answered, so nothing is known (`status` has an exit status of its own for that)."""
+    if not any(reports.values()):
+        raise Unavailable(
+            f"no node answers at {', '.join(reports)}: name nodes that run by --endpoints or KVORUM_ENDPOINTS"
+        )
     return reports
 
 

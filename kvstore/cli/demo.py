@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
+from kvstore.bootstrap import META_RANGE_ID
 from kvstore.cli.output import console
 from kvstore.errors import KVError
 from kvstore.testing.cluster import LocalCluster
@@ -43,9 +44,11 @@ def run(nodes: int, directory: Path | None, *, stay: bool) -> int:
     splits = [city.encode() + b"/" for city in CITIES[1:]]
     began = time.monotonic()
     with LocalCluster(nodes, directory=directory, splits=splits) as cluster:
+        ranges = len(cluster.leaders())
         _say(
             out,
-            f"{nodes} nodes and {len(CITIES)} ranges are up after {time.monotonic() - began:.1f} s:",
+            f"{nodes} nodes are up after {time.monotonic() - began:.1f} s, with {ranges} ranges: "
+            f"{len(CITIES)} of the bank, one for each city, and {ranges - len(CITIES)} of the system",
         )
         for node in cluster.nodes:
             _say(
@@ -148,14 +151,15 @@ class _Demo:
         cluster = self._cluster
         leaders = await asyncio.to_thread(cluster.leaders)
         victim = await cluster.busiest_async()
-        led = sum(1 for number in leaders.values() if number == victim)
+        led = [range_id for range_id, number in leaders.items() if number == victim]
         for pulse in self._pulses.values():
             pulse.gap_s = 0.0
         before = self._transfers
         cluster.kill(victim)
         _say(
             self._out,
-            f"killed node {victim + 1} (SIGKILL), the leader of {led} of {len(leaders)} ranges",
+            f"killed node {victim + 1} (SIGKILL), the leader of {len(led)} of {len(leaders)} ranges: "
+            + ", ".join(map(_name_of, led)),
         )
         await asyncio.sleep(AFTER_KILL_S)
         now = time.monotonic()
@@ -214,6 +218,16 @@ class _Pulse:
     def longest_gap(self, now: float) -> float:
         """With the one that has not ended yet."""
         return max(self.gap_s, 0.0 if self._last is None else now - self._last)
+
+
+def _name_of(range_id: int) -> str:
+    """Whose range it is: `kvctl init` numbers them, the meta range first, then by their start."""
+    place = range_id - META_RANGE_ID - 1
+    if 0 <= place < len(CITIES):
+        return CITIES[place]
+    return (
+        "the directory and the oracle" if range_id == META_RANGE_ID else "the system's other keys"
+    )
 
 
 def _account(city: str, person: str) -> bytes:

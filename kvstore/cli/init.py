@@ -34,7 +34,8 @@ def initialize(
     """Ask every node who it is, and send the plan to those that are empty. Nothing is sent unless all of them answer.
 
     Raises: InvalidArgument for bad addresses or split keys. Unavailable when a node does not answer in time. Refused
-    when one holds data, or their cluster was begun with other arguments. WrongCluster when they are of several.
+    when one holds data, was a member and lost it, or their cluster was begun with other arguments. WrongCluster when they
+    are of several.
     """
     deadline = time.monotonic() + timeout_s
     created_ms, bits = time.time_ns() // 1_000_000, secrets.randbits(64)
@@ -52,6 +53,7 @@ def initialize(
     missing = []
     for request, address, identity in zip(requests, addresses, identities, strict=True):
         if not identity.get("cluster_id"):
+            _refuse_if_heard(address, request.your_node_id, identities)
             missing.append((address, request))
         elif int(identity.get("node_id", 0)) != request.your_node_id:
             raise Refused(
@@ -94,6 +96,16 @@ def _cluster_id_of(addresses: Sequence[str], identities: Sequence[dict[str, Any]
             + ", ".join(f"{a}: {c}" for c, a in found.items())
         )
     return next(iter(found), "")
+
+
+def _refuse_if_heard(address: str, node_id: int, identities: Sequence[dict[str, Any]]) -> None:
+    """An empty node that was a member has lost its votes with its disk: as its old self it could lose writes."""
+    if any(node_id in identity.get("heard", ()) for identity in identities):
+        raise Refused(
+            f"{address} is empty, but node {node_id} was a member of this cluster already: without its disk it must not come "
+            "back as the same node. Stop it and put its data directory back (the others go on without it; replacing a "
+            "node is not possible yet)"
+        )
 
 
 def _send(missing: Sequence[tuple[str, bootstrap.InitRequest]], deadline: float) -> None:

@@ -21,10 +21,12 @@ from kvstore.adapters.ws_transport import (
     split_address,
 )
 from kvstore.errors import PipeClosed
-from kvstore.link import WIRE_BYTES_MAX
+from kvstore.link import WIRE_BYTES_MAX, Hello, LinkCore, LinkLimits, MalformedFrame
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as sim
 from kvstore.sim.network import SimHost, SimNetwork
+from kvstore.streams import accept
+from replication.errors import FrameError
 
 FRAME: Final = bytes(64 * 1024)
 PATH: Final = "/v1/peer"
@@ -356,6 +358,16 @@ async def test_an_application_that_someone_else_runs_closes_its_streams_at_shutd
 
 
 @websockets
+async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(PipeClosed) as caught:
+            await world.near.dial(address, PATH, 5.0)
+    assert caught.value.message == f"no connection to {address}: connection refused"
+
+
+@websockets
 async def test_web_pages_are_refused(world: World) -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
@@ -366,7 +378,7 @@ async def test_web_pages_are_refused(world: World) -> None:
 
 
 @websockets
-async def test_text_and_oversized_messages_end_the_connection(world: World) -> None:
+async def test_text_and_oversized_messages_are_no_frames(world: World) -> None:
     async with aiohttp.ClientSession() as session:
         for send in (
             lambda ws: ws.send_str("text"),
@@ -375,8 +387,43 @@ async def test_text_and_oversized_messages_end_the_connection(world: World) -> N
             async with session.ws_connect(f"http://{world.address}{PATH}") as ws:
                 _, far = await world.served.get()
                 await send(ws)
-                with pytest.raises(PipeClosed):
+                with pytest.raises(FrameError):
                     await far.receive()
+
+
+@websockets
+async def test_who_sends_too_large_a_frame_is_told_so(world: World) -> None:
+    near, far = await world.pair()
+    await near.send(bytes(WIRE_BYTES_MAX + 1000))
+    reading = asyncio.ensure_future(far.receive())
+    with pytest.raises(MalformedFrame, match="too large"):
+        await near.receive()
+    with pytest.raises(FrameError):
+        await reading
+
+
+@websockets
+async def test_who_sends_what_is_no_frame_is_told_why_over_the_stream(world: World) -> None:
+    told: asyncio.Queue[Exception | None] = asyncio.Queue()
+
+    async def serve(pipe: FramePipe) -> None:
+        stream = await accept(pipe, Hello(node=2))
+        stream.on_message = lambda _: None
+        told.put_nowait(await stream.wait_closed())
+
+    world.behave = serve
+    near = await world.near.dial(world.address, PATH, 5.0)
+    core = LinkCore(dialler=True, hello=Hello(), limits=LinkLimits(), now=0.0)
+    hello = core.take(0.0)
+    assert hello is not None
+    await near.send(hello)
+    core.receive(await near.receive(), 0.0)
+    await near.send(b"\0" * 100)
+    with pytest.raises(MalformedFrame, match="checksum"):
+        core.receive(await near.receive(), 0.0)
+    with pytest.raises(PipeClosed):
+        await near.receive()
+    assert isinstance(await told.get(), FrameError)
 
 
 def test_addresses_are_split_at_the_last_colon():

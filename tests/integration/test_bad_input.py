@@ -16,7 +16,7 @@ from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import LimitsSection, NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
-from kvstore.link import Hello
+from kvstore.link import Hello, MalformedFrame
 from kvstore.node import Node
 from kvstore.streams import connect
 from txn.messages import Failure, Prepare, Read, ReadReply, Reply
@@ -115,7 +115,7 @@ async def test_somebody_who_is_no_member_gets_no_peer_stream(tmp_path):
 async def test_a_malformed_message_ends_its_stream_and_nothing_else(tmp_path, payload):
     async with one_node(tmp_path) as (node, db):
         ended = await ask(node, payload)
-        assert isinstance(ended, Exception)
+        assert isinstance(ended, MalformedFrame)
         await db.get(b"before")
         assert node.status()["connections"]["malformed_total"] == 1
 

@@ -141,7 +141,10 @@ async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):
     await database.start()
     await database.put(b"a", b"1")
     registry = NodeMetrics(node.status, "0").registry
-    assert node.status()["raft"] == {"leaderships_begun_total": 3}  # of three ranges, one each
+    assert node.status()["raft"] == {
+        "leaderships_begun_total": 3,  # of three ranges, one each
+        "elections_begun_total": 3,
+    }
     assert registry.get_sample_value("kvorum_raft_leaderships_begun_total") == 3
     await database.close()
     await node.stop(drain=False)

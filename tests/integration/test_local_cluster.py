@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,7 +315,12 @@ def test_the_demonstration_holds():
     done = command("kvstore.cli.server", "demo", "--exit")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held" in done.stdout
-    assert "killed node" in done.stdout
+    assert "with 6 ranges: 4 of the bank, one for each city, and 2 of the system" in done.stdout
+    killed = re.search(
+        r"killed node \d \(SIGKILL\), the leader of (\d) of 6 ranges: (.+)", done.stdout
+    )
+    assert killed is not None
+    assert len(killed[2].split(", ")) == int(killed[1])
 
 
 def test_nodes_that_wait_for_init_say_what_to_do():
@@ -330,3 +337,20 @@ def test_nodes_that_wait_for_init_say_what_to_do():
         assert answer.status == 503
     finally:
         waiting.stop()
+
+
+def test_a_wiped_disk_is_not_its_old_self_again():
+    """The others remember that it was a member: `kvctl init` does not give it back its old replica ids (pitfall 9)."""
+    with LocalCluster(3, splits=SPLITS, settings=FAST) as cluster:
+        nodes = ",".join(cluster.addresses)
+        words = ("init", "--nodes", nodes, "--split", "g", "--split", "n")
+        assert kvctl(cluster, *words).returncode == 0  # all is done already
+        cluster.kill(2)
+        shutil.rmtree(cluster.nodes[2].directory)
+        cluster.restart(2, ready=False)
+        refused = kvctl(cluster, *words)
+        assert refused.returncode != 0
+        assert "node 3 was a member" in refused.stderr
+        assert cluster.status(2)["state"] == "waiting"
+        with kvstore.Client(",".join(cluster.addresses[:2]), timeout=20.0) as database:
+            database.put(b"a", b"1")

@@ -93,8 +93,8 @@ class FakeDatabase:
         yield tx
         tx.commit()
 
-    def snapshot(self, at=None):
-        self.check()
+    def snapshot(self, at=None, *, timeout=None):
+        self.check(timeout)
         if at is not None and at > self.version:
             raise InvalidArgument("above the last issued version")
         return FakeSnapshot(self, at or self.version)
@@ -107,6 +107,9 @@ class FakeSnapshot:
 
     async def version(self):
         return self._version
+
+    async def get_entry(self, key):
+        return None if key not in self._rows else FakeEntry(key, self._rows[key], self._version)
 
     async def __aenter__(self):
         return self

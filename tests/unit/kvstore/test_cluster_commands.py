@@ -154,6 +154,15 @@ def test_status_of_nobody_is_unavailable(asked):
     assert CliRunner().invoke(admin.app, ["status"]).exit_code == 11
 
 
+@pytest.mark.parametrize("kind", ["nodes", "ranges"])
+def test_nothing_is_listed_as_if_it_were_known_when_nobody_answers(asked, kind):
+    asked({})
+    done = CliRunner().invoke(admin.app, ["--endpoints", "h:1", kind, "ls"])
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert "error: unavailable: no node answers at h:1" in done.stderr
+
+
 def test_nodes_and_ranges_are_listed(asked):
     asked(three("leader", "follower", "follower", down=(3,), start="", end=""))
     run = lambda *words: CliRunner().invoke(admin.app, ["--endpoints", "h:1", *words])  # noqa: E731
@@ -240,6 +249,17 @@ def test_init_finishes_what_was_cut_off(initialized):
     done = initialized(nodes, [b"m"])
     assert done.cluster_id == cluster_id
     assert nodes.sent == [2, 3]
+
+
+def test_a_member_whose_disk_is_gone_is_not_made_its_old_self_again(initialized):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    initialized(nodes, [b"m"])
+    sent = list(nodes.sent)
+    nodes.identities[0]["heard"] = [2, 3]
+    nodes.identities[2] = dict(EMPTY)
+    with pytest.raises(Refused, match="h:3 is empty, but node 3 was a member"):
+        initialized(nodes, [b"m"])
+    assert nodes.sent == sent
 
 
 def test_init_sends_again_to_a_node_that_did_not_answer(initialized):

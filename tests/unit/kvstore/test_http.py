@@ -200,6 +200,22 @@ async def test_a_read_has_the_requests_timeout_and_not_the_clients(http, databas
     assert database.timeouts == [20.0, 30.0]
 
 
+async def test_a_scan_and_a_read_of_the_past_have_the_requests_timeout_too(http, database):
+    for path in ("/v1/kv?timeout=20s", f"/v1/kv/a?at={database.version}&timeout=21s", "/v1/kv"):
+        assert (await http.get(path)).status in {200, 404}
+    assert database.timeouts == [20.0, 21.0, 30.0]
+
+
+async def test_a_read_whose_time_is_up_ends_with_what_is_known(http, database, monkeypatch):
+    async def lead_by_nobody(key, *, timeout):
+        await asyncio.sleep(timeout)
+        raise NoQuorum("range 2 has no leader")
+
+    monkeypatch.setattr(database, "get_entry", lead_by_nobody)
+    answer = await http.get("/v1/kv/a?timeout=10ms")
+    assert await refusal(answer) == (503, "no_quorum")
+
+
 async def test_a_read_that_takes_too_long_is_a_typed_timeout(http, database, monkeypatch):
     async def never(key, *, timeout):
         await asyncio.get_running_loop().create_future()
@@ -495,7 +511,13 @@ def init_body(**changes):
 async def test_an_empty_node_says_so_and_serves_no_data(empty_http):
     http, _ = empty_http
     identity = await (await http.get("/v1/admin/identity")).json()
-    assert identity == {"cluster_id": "", "node_id": 0, "state": "waiting", "empty": True}
+    assert identity == {
+        "cluster_id": "",
+        "node_id": 0,
+        "state": "waiting",
+        "empty": True,
+        "heard": [],
+    }
     assert await refusal(await http.get("/v1/kv/a")) == (503, "not_ready")
     assert await refusal(await http.put("/v1/kv/a", data=b"x")) == (503, "not_ready")
     assert (await http.get("/health/live")).status == 200

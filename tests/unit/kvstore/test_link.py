@@ -39,6 +39,7 @@ from kvstore.link import (
     LinkCore,
     LinkLimits,
     LinkState,
+    MalformedFrame,
     PeerStalled,
     WrongNode,
     agreed_version,
@@ -290,6 +291,19 @@ def test_unknown_flags_and_lanes_are_refused_even_with_a_good_checksum(kind):
     head = struct.pack("<I", kind)
     with pytest.raises(FrameError, match="unknown kind"):
         far.receive(struct.pack("<I", crc32c(b"body", crc32c(head))) + head + b"body", 0.0)
+
+
+def test_the_sender_of_a_bad_frame_is_told_what_was_wrong_and_only_once():
+    near, far = opened()
+    far.send(b"queued", 0.0)
+    with pytest.raises(FrameError):
+        far.receive(b"bad bytes", 0.0)
+    with pytest.raises(MalformedFrame, match="unknown kind"):
+        near.receive(taken(far), 0.0)
+    assert not near.has_output()  # a reproach is not answered by another
+    with pytest.raises(FrameError):
+        far.receive(b"bad bytes", 0.0)
+    assert not far.has_output()
 
 
 def test_after_a_bad_frame_not_even_a_good_one_is_delivered():

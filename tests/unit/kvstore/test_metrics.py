@@ -8,7 +8,9 @@ import pytest
 from aiohttp import test_utils, web
 
 from kvstore.adapters import http_server
+from kvstore.measures import NodeMeasures, StoreMeasures
 from kvstore.metrics import NodeMetrics
+from replication.measures import Measures
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
 
@@ -66,11 +68,41 @@ def test_figures_that_only_grow_are_counters_and_the_others_gauges():
     assert read("kvorum_requests_open") == 2
 
 
-def test_an_instrument_that_nobody_uses_is_absent_not_zero():
-    metrics = NodeMetrics(dict, "0.1.0")
-    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") is None
-    metrics.turn_seconds.observe(0.001)
-    assert metrics.registry.get_sample_value("kvorum_turn_seconds_count") == 1.0
+def test_a_node_that_is_no_member_yet_has_no_histograms_of_its_own():
+    registry = NodeMetrics(dict, "0.1.0", lambda: None).registry
+    assert registry.get_sample_value("kvorum_turn_seconds_count") is None
+
+
+def test_what_the_node_noted_becomes_histograms():
+    noted = NodeMeasures(Measures(), StoreMeasures())
+    noted.host.turn_seconds.note(0.0003)
+    noted.host.turn_seconds.note(99.0)
+    noted.host.turn_entries.note(5)
+    noted.store.cross_range_seconds.note(0.02, times=3)
+    read = NodeMetrics(dict, "0.1.0", lambda: noted).registry.get_sample_value
+    assert read("kvorum_turn_seconds_count") == 2.0
+    assert read("kvorum_turn_seconds_sum") == pytest.approx(99.0003)
+    assert read("kvorum_turn_seconds_bucket", {"le": "0.0005"}) == 1.0
+    assert read("kvorum_turn_seconds_bucket", {"le": "10.0"}) == 1.0
+    assert read("kvorum_turn_seconds_bucket", {"le": "+Inf"}) == 2.0
+    assert read("kvorum_turn_entries_bucket", {"le": "8.0"}) == 1.0
+    assert read("kvorum_commit_seconds_count", {"kind": "cross_range"}) == 3.0
+    assert read("kvorum_commit_seconds_count", {"kind": "single_range"}) == 0.0
+
+
+def test_aborts_are_told_by_reason_and_not_twice():
+    status = {"outcomes": {"fences_by_conflict_total": 4, "commits_one_range_total": 2}}
+    read = NodeMetrics(lambda: status, "0.1.0").registry.get_sample_value
+    assert read("kvorum_transaction_aborts_total", {"reason": "conflict"}) == 4.0
+    assert read("kvorum_outcomes_fences_by_conflict_total") is None
+    assert read("kvorum_outcomes_commits_one_range_total") == 2.0
+
+
+def test_the_lag_of_the_loop_is_measured_in_the_real_world():
+    read = (metrics := NodeMetrics(dict, "0.1.0")).registry.get_sample_value
+    metrics.observe_loop_lag(0.004)
+    assert read("kvorum_event_loop_lag_seconds_bucket", {"le": "0.005"}) == 1.0
+    assert read("kvorum_event_loop_lag_seconds_bucket", {"le": "0.0025"}) == 0.0
 
 
 def test_odd_names_do_not_become_labels():

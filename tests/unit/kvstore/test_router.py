@@ -15,14 +15,18 @@ from kvstore.errors import (
     DiskFull,
     EpochMismatch,
     KVError,
+    NoQuorum,
     Throttled,
     Unavailable,
     WrongCluster,
 )
+from kvstore.link import encode_frame
 from kvstore.ranges import META_KEY
 from kvstore.sim import loop as sim
 from kvstore.sim.loop import EPOCH_S
-from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from kvstore.streams import Stream
+from replication.errors import FrameError
+from tests.unit.kvstore.fake_cluster import FakeCluster, Pipe, simulate
 from txn.messages import (
     GetDirectory,
     GetTimestamps,
@@ -33,6 +37,7 @@ from txn.messages import (
     Read,
     Scan,
 )
+from txn.types import begin_ts_of
 
 
 def now() -> float:
@@ -425,11 +430,15 @@ def test_another_cluster_is_refused():
 def test_bytes_that_do_not_decode_end_the_connection_and_nothing_else():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await _ready(db)
-        channel = next(link.channel for link in db.router.links if link.channel is not None)
-        assert channel.on_message is not None
-        channel.on_message(b"\x03\xc1garbage")
-        channel.on_message(b"")
-        assert await db.put(b"k", b"v")
+        for garbage in (b"\x03\xc1garbage", b""):
+            channel = next(link.channel for link in db.router.links if link.channel is not None)
+            assert isinstance(channel, Stream)
+            pipe = channel._pipe
+            assert isinstance(pipe, Pipe)
+            pipe.inbox.append(encode_frame(0, 0, garbage))
+            pipe.wake()
+            assert await db.put(b"k", b"v")
+            assert isinstance(channel.error, FrameError)
 
     simulate(test)
 
@@ -461,6 +470,73 @@ def test_scans_are_addressed_by_their_span():
         ]
 
     simulate(test, FakeCluster(b"m"))
+
+
+def test_reading_an_old_snapshot_does_not_make_its_timestamp_new():
+    """A put after ten minutes of such reads begins at a timestamp of now: at the old one its outcome would be expired."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        version = await db.put(b"k", b"v")
+        old = db.router.seen_ts
+        assert old == version
+        snapshot = db.snapshot(at=version)
+        for _ in range(60):
+            await asyncio.sleep(10.0)
+            assert await snapshot.get(b"k") == b"v"
+        cluster.seed(other=b"v")  # others have gone on
+        await db.put(b"k", b"w")
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
+
+    simulate(test)
+
+
+def test_a_read_of_the_newest_makes_its_timestamp_new_even_if_it_is_the_same():
+    """So a put after it needs no question to the oracle, which may be out of reach."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"v")
+        await asyncio.sleep(60.0)
+        assert await db.get(b"k") == b"v"
+        before = len(cluster.of(GetTimestamps))
+        await db.put(b"k", b"w")
+        assert len(cluster.of(GetTimestamps)) == before
+
+    simulate(test)
+
+
+def test_an_idle_cluster_is_asked_for_the_time_once_and_not_at_every_put():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"v")
+        await asyncio.sleep(60.0)
+        before = len(cluster.of(GetTimestamps))
+        await asyncio.gather(*[db.put(b"k%d" % number, b"v") for number in range(20)])
+        await db.put(b"k", b"w")
+        assert len(cluster.of(GetTimestamps)) <= before + 2
+
+    simulate(test)
+
+
+def test_a_range_that_nobody_leads_is_no_quorum_though_other_nodes_are_down():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        cluster.stop_node(2)
+        cluster.stop_node(3)
+        cluster.fail(Read, "not_leader", {"leader_node": 0}, times=1_000)
+        with pytest.raises(NoQuorum, match=r"range \d+ has no leader: .* answers.*kvctl status"):
+            await db.get(b"k", timeout=3.0)
+
+    simulate(test)
+
+
+def test_a_range_that_has_a_leader_again_is_not_without_quorum():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        cluster.fail(Read, "not_leader", {"leader_node": 0}, times=3)
+        cluster.fail(Read, "throttled", {"retry_after": 0.5}, times=1_000)
+        with pytest.raises(Throttled):
+            await db.get(b"k", timeout=3.0)
+
+    simulate(test)
 
 
 def test_a_failure_with_odd_details_is_only_a_failure():

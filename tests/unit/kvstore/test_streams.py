@@ -18,12 +18,22 @@ from kvstore.errors import (
     VersionMismatch,
     WrongCluster,
 )
-from kvstore.link import BODY_BYTES_MAX, Hello, LinkCore, LinkLimits, PeerStalled, WrongNode
+from kvstore.link import (
+    BODY_BYTES_MAX,
+    HELLO,
+    Hello,
+    LinkCore,
+    LinkLimits,
+    MalformedFrame,
+    PeerStalled,
+    WrongNode,
+    encode_frame,
+)
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as sim
 from kvstore.sim.loop import SimLoop
 from kvstore.sim.network import SimHost, SimNetwork
-from kvstore.streams import Backoff, PeerLink, Stream, accept, connect
+from kvstore.streams import REFUSAL_LINGER_S, Backoff, PeerLink, Stream, accept, connect
 from replication.errors import FrameError
 
 LIMITS = LinkLimits(queue_bytes_max=2_000_000, message_bytes_max=1_000_000)
@@ -300,6 +310,63 @@ async def test_damaged_bytes_end_the_stream_with_a_frame_error(world: World) -> 
     assert isinstance(await world.accepted[0].wait_closed(), FrameError)
     assert isinstance(stream, Stream)
     assert world.told == []
+
+
+@simulated
+async def test_who_sent_damaged_bytes_is_told_why(world: World) -> None:
+    stream = await world.connect()
+    stream.on_message = lambda _: None
+    await until(lambda: world.accepted)
+    await world.network.pipes_of("near")[0].send(b"not a frame at all")
+    error = await stream.wait_closed()
+    assert isinstance(error, MalformedFrame)
+    assert error.code == "malformed_frame"
+    assert error.message == "a frame of the unknown kind 0x72662061"
+
+
+@simulated
+async def test_who_sent_a_message_that_does_not_decode_is_told_why(world: World) -> None:
+    class Refusing(list[bytes]):
+        def append(self, _: bytes) -> None:
+            raise FrameError("not a message of requests")
+
+    world.told = Refusing()
+    stream = await world.connect()
+    stream.on_message = lambda _: None
+    stream.send(b"rubbish")
+    error = await stream.wait_closed()
+    assert isinstance(error, MalformedFrame)
+    assert error.message == "not a message of requests"
+    assert isinstance(await world.accepted[0].wait_closed(), FrameError)
+
+
+@simulated
+async def test_who_does_not_listen_to_the_reason_is_cut_off_in_time(world: World) -> None:
+    stream = await world.connect()
+    await until(lambda: world.accepted)
+    far = world.accepted[0]
+    while far.send(bytes(100_000)):
+        pass  # the near side reads nothing: the wire is full
+    ended: list[float] = []
+    far.on_close = lambda _: ended.append(world.loop.time())
+    await world.network.pipes_of("near")[0].send(b"not a frame at all")
+    await until(lambda: not far.is_open)
+    began = world.loop.time()
+    assert not far.send(b"more")
+    assert isinstance(await far.wait_closed(), FrameError)
+    assert ended[0] - began <= 2 * REFUSAL_LINGER_S
+    stream.abort()
+
+
+@simulated
+async def test_a_malformed_handshake_is_answered_with_the_reason(world: World) -> None:
+    pipe = await world.near.dial(world.address, "/v1/peer", 5.0)
+    await pipe.send(encode_frame(HELLO, 0, b"rubbish"))
+    core = LinkCore(dialler=True, hello=Hello(), limits=LIMITS, now=0.0)
+    with pytest.raises(MalformedFrame, match="malformed handshake"):
+        core.receive(await pipe.receive(), 0.0)
+    await until(lambda: world.refusals)
+    assert [type(each) for each in world.refusals] == [FrameError]
 
 
 class TricklingPipe:

@@ -25,7 +25,7 @@ from kvstore.errors import (
     TransactionTooOld,
     ValueTooLarge,
 )
-from kvstore.transactions import Transaction, decode_token
+from kvstore.transactions import Aborted, Committed, Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Outcome, Prepare, Read, Scan
 from txn.types import FenceReason, Write, WriteKind
@@ -492,6 +492,38 @@ def test_an_attempt_whose_id_was_told_is_not_tried_again_under_another():
             tx.put(b"a", b"1")
             tx.put(b"c", b"1")
         assert tx.commit_version
+
+    simulate(test)
+
+
+def test_an_id_that_another_task_reads_during_the_commit_stays_the_commits():
+    """Whenever it is read: before the first attempt, between two, or before the second one's id is taken."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        told: list[str] = []
+        for moment in range(12):
+            await db.get(b"a")
+            cluster.set_ranges(b"b", version=2 * moment + 2)  # the first attempt meets other ranges
+            tx = db.transaction()
+            tx.put(b"a", b"%d" % moment)
+            tx.put(b"c", b"1")
+            commit = asyncio.ensure_future(tx.commit())
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            if moment >= 8:
+                await asyncio.sleep(0.001 * (moment - 7))
+            token = tx.id
+            try:
+                version = await commit or 0
+            except Conflict:
+                assert await db.outcome(token) == Aborted()
+                told.append("aborted")
+            else:
+                assert await db.outcome(token) == Committed(version)
+                told.append("committed")
+            assert tx.id == token
+            cluster.set_ranges(version=2 * moment + 3)
+        assert set(told) == {"aborted", "committed"}
 
     simulate(test)
 

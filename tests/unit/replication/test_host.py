@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.sim.disk import SimDisk
 from replication.errors import LogMismatch, LogWriteFailed, NotLeader
 from replication.messages import AppendRequest, InstallSnapshot, VoteRequest, VoteResponse
 from replication.ready import RaftConfig
 from replication.turns import HostLimits
 from replication.types import Entry, EntryKind, Membership, SnapshotMeta
 from replication.wal import Wal
-from tests.unit.replication.host_driver import World, append, led, restarted
+from tests.unit.replication.host_driver import ListMachine, State, World, append, led, restarted
 
 # -- the order of a turn
 
@@ -336,6 +337,29 @@ def test_a_removed_replica_leaves_a_durable_tombstone_before_its_rows_may_go():
     node.crash()
     _, logs = Wal.recover(node.disk)
     assert logs[1].tombstone == 1
+
+
+def test_a_wiped_disk_is_a_new_replica_and_does_not_answer_for_the_old_one():
+    world = World(nodes=3)
+    led(world)
+    node = world.nodes[3]
+    membership = node.machine.states[1].membership
+    node.crash()
+    node.disk, node.machine = SimDisk(), ListMachine({1: State(membership)})
+    node.groups = []
+    node.start()
+    node.host.add_group(1, 4, None, membership, (0, 0))  # the group again, under a new id
+    for message in (append(1, to=3), VoteRequest(1, 3, 1, 50, 99, 50, False)):
+        node.host.receive(message.sender, [message])
+        node.host.turn()
+    assert node.host.counters["messages_dropped_unknown"] == 2
+    assert node.peers.sends == []
+    assert (node.host.raft(1).term, node.host.raft(1).last_index) == (0, 0)
+    world.isolate(3)
+    world.advance(30.0)
+    assert (
+        node.host.raft(1).term == 0
+    )  # it is no voter of what it knows, so it does not campaign either
 
 
 # -- the log's segments and its mark

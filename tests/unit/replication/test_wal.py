@@ -148,6 +148,22 @@ def test_a_replica_may_begin_anew_after_its_tombstone():
     assert node.restart(node.disk.kill())[1].tombstone == 5
 
 
+def test_a_tombstone_survives_a_snapshot_and_every_segment_after_it():
+    node = Node()
+    node.append(1, *(entry(i) for i in range(1, 9)))
+    node.tombstone(1, 5)
+    node.commit()
+    node.reset(1, 40, 3)  # a snapshot for a later replica of the group
+    node.hard(1, 9)
+    node.commit()
+    first = node.wal.segments[0]
+    while first in node.wal.segments:
+        node.append(1, entry(node.group(1).last + 1, term=9, data=b"x" * 5000))
+        node.commit()
+        node.compact(1, node.group(1).last - 1)
+    assert node.restart(node.disk.kill())[1].tombstone == 5
+
+
 def test_a_full_segment_gives_way_to_the_next_which_begins_with_every_group():
     node = Node()
     node.hard(99, 7, vote=3)

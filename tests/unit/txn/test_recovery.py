@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
+from txn import keycode
 from txn.commands import AbortUnstaged, Decide, FencePart, OutboxDone, ResolvePart
 from txn.messages import Ack, Failure, Fence, PartReply, QueryMode, QueryPart, Resolve, TxnReply
 from txn.types import FenceReason, PartStatus, TxnStatus
@@ -396,6 +397,37 @@ def test_a_decision_is_delivered_and_its_rows_go_when_it_is_acknowledged():
         place.settle()
         assert len(place.state.outbox) == left
     assert place.evaluator.deadline() is None
+
+
+def test_what_is_acknowledged_in_one_turn_goes_by_one_command():
+    place = decided()
+    for _ in range(2):
+        place.answer(Ack(0))
+    place.settle()
+    assert [len(each.rows) for each in place.log if isinstance(each, OutboxDone)] == [2]
+    assert not place.state.outbox
+
+
+def test_the_outbox_is_served_from_memory_and_its_rows_are_not_searched(monkeypatch):
+    """A queue in the engine slows with its own tombstones (pitfall 27)."""
+    place = decided()
+    families = {keycode.OUTBOX, keycode.PREPARED}
+
+    def refuse(start, *_args, **_options):
+        assert start[:1] not in families, f"rows of family {start[:1]!r} are searched"
+        return scan(start, *_args, **_options)
+
+    scan = place.rows.scan
+    monkeypatch.setattr(place.rows, "scan", refuse)
+    place.answer(LOST)
+    place.answer(LOST)
+    place.settle()
+    place.pass_time(0.6)
+    assert len(place.calls) == 2
+    place.answer(Ack(0))
+    place.answer(Ack(0))
+    place.settle()
+    assert not place.state.outbox
 
 
 def test_without_an_acknowledgement_it_is_sent_again():

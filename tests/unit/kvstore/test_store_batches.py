@@ -1,0 +1,174 @@
+"""Claims: what the engine gets is whole. Wherever a crash cuts the sequence of write batches, each range's applied index says
+exactly which entries its rows hold (pitfall 1); and the log is never cut above what the engine has flushed (pitfall 23)."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
+from kvstore.config import NodeConfig
+from kvstore.errors import StorageError
+from kvstore.node import Node
+from kvstore.replica import new_config
+from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
+from replication.probes import choosing
+from replication.types import Entry, EntryKind, Membership
+from txn import keycode
+from txn.commands import Batch, Commit, decode_batch, encode_batch
+from txn.evaluate import Limits
+from txn.state import RangeRow, decode_range_row
+from txn.types import make_txn_id
+
+MEMBERS = Membership(voters=(1, 2, 3), nodes=((1, 1), (2, 2), (3, 3)))
+RANGES = {7: b"b", 8: b"d"}  # number -> start
+CREATED = (10, 2)  # (index, term) at which both begin
+
+
+class RecordingEngine(MemoryEngine):
+    def __init__(self) -> None:
+        super().__init__(MemoryDirectory())
+        self.batches: list[dict[bytes, bytes | None]] = []
+
+    def write(self, rows: Any) -> None:
+        self.batches.append(dict(rows))
+        super().write(rows)
+
+
+def store_of(engine: MemoryEngine) -> Store:
+    store = Store(
+        node=1,
+        cluster="c" * 32,
+        engine=engine,
+        clock=cast("Any", SimpleNamespace(monotonic=lambda: 0.0)),
+        limits=Limits(),
+        requests_max=10,
+        inbox_bytes_max=1 << 20,
+        oracle_window_ms=1_000,
+    )
+    store.attach(cast("Any", SimpleNamespace(wake=lambda: None)), cast("Any", None))
+    for number, start in RANGES.items():
+        row = RangeRow(number, start, bytes([start[0] + 2]), 1, 1, *CREATED)
+        store.add(row, new_config(MEMBERS, 1, *CREATED, 1))
+    return store
+
+
+def entry(number: int, index: int, keys: int = 3) -> Entry:
+    """An entry that puts its index under keys of its own, and under one that all entries share."""
+    start = RANGES[number]
+    commands: list[Any] = []
+    for key in [start, *(start + b"%d/%d" % (index, each) for each in range(keys))]:
+        txn_id = make_txn_id(1, index * 10_000 + len(commands))
+        commands.append(Commit(txn_id, key, index * 100 + len(commands), [key], [b"%d" % index]))
+    return Entry(index, 2, EntryKind.COMMAND, encode_batch(Batch(0, 1, commands)))
+
+
+def after_a_crash(batches: list[dict[bytes, bytes | None]]) -> MemoryEngine:
+    """What stands in an engine that got these batches and no other."""
+    engine = MemoryEngine(MemoryDirectory())
+    for rows in batches:
+        engine.write(rows)
+    return engine
+
+
+def entries_whose_rows_are_there(engine: MemoryEngine, number: int, upto: int) -> list[int]:
+    return [
+        index
+        for index in range(CREATED[0] + 1, upto + 1)
+        if engine.get(b"L" + RANGES[number] + b"%d/0" % index) is not None
+    ]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["as it comes", "cut after each entry"])
+@pytest.mark.parametrize("keys", [3, WRITE_BATCH_ROWS_MAX // 3], ids=["small", "large"])
+def test_the_applied_index_is_atomic_with_the_data(cut, keys):
+    engine = RecordingEngine()
+    store = store_of(engine)
+    last = CREATED[0] + 6
+    with choosing(lambda name: cut and name == "write_batch_cut"):
+        for first in range(CREATED[0] + 1, last, 2):
+            for number in RANGES:
+                store.apply(number, [entry(number, first, keys), entry(number, first + 1, keys)])
+            store.finish()
+    assert len(engine.batches) >= 3
+    for count in range(len(engine.batches) + 1):
+        left = after_a_crash(engine.batches[:count])
+        for number, start in RANGES.items():
+            stored = left.get(keycode.node_row(keycode.RANGE, number))
+            applied = decode_range_row(stored).applied_index if stored else CREATED[0]
+            expected = list(range(CREATED[0] + 1, applied + 1))
+            assert entries_whose_rows_are_there(left, number, last) == expected
+            newest = left.get(b"L" + start)
+            assert (newest or b"").endswith(b"" if applied == CREATED[0] else b"%d" % applied)
+            assert (newest is None) == (applied == CREATED[0])
+
+
+def node_of(store: Store, flush: Any) -> tuple[Any, list[dict[int, int]]]:
+    """A node around a store, whose engine is flushed by `flush`; and what its log was told to be cut at."""
+    cuts: list[dict[int, int]] = []
+
+    async def run(work: Any) -> Any:
+        return work()
+
+    adapters = SimpleNamespace(
+        clock=SimpleNamespace(monotonic=lambda: 0.0), executor=SimpleNamespace(run=run)
+    )
+    node: Any = Node("d", "a:1", "", NodeConfig(), cast("Any", adapters))
+    node.store, node.engine = store, SimpleNamespace(flush=flush)
+    node.host = SimpleNamespace(stats=lambda: {"synced_bytes": 0.0}, flushed=cuts.append)
+    return node, cuts
+
+
+async def test_the_log_is_not_cut_above_what_is_flushed():
+    store = store_of(RecordingEngine())
+    store.apply(7, [entry(7, 11), entry(7, 12)])
+    store.finish()
+
+    def flush() -> None:  # while it runs, turns go on
+        store.apply(7, [entry(7, 13)])
+        store.apply(8, [entry(8, 11)])
+        store.finish()
+
+    node, cuts = node_of(store, flush)
+    await node.flush()
+    assert cuts == [{7: 12, 8: CREATED[0]}]
+    assert store.applied(7) == (13, 2)
+
+
+async def test_a_flush_that_fails_cuts_nothing_and_stops_the_node():
+    def flush() -> None:
+        raise StorageError("no space")
+
+    node, cuts = node_of(store_of(RecordingEngine()), flush)
+    await node.flush()
+    assert cuts == []
+    with pytest.raises(StorageError):
+        await asyncio.wait_for(node.fatal, 1.0)
+
+
+async def test_a_range_whose_state_is_being_replaced_is_not_cut():
+    store = store_of(RecordingEngine())
+    store.replicas[8].state.row.installing = True
+    node, cuts = node_of(store, lambda: None)
+    await node.flush()
+    assert cuts == [{7: CREATED[0]}]
+
+
+def test_an_entry_has_the_same_rows_whoever_proposed_it():
+    """Apply is a function of entry and state: the leader's answers and latches leave no trace in the rows."""
+    entries = [entry(7, 11), entry(7, 12)]
+    follower, leader = RecordingEngine(), RecordingEngine()
+    for engine, proposed in ((follower, False), (leader, True)):
+        store = store_of(engine)
+        replica = store.replicas[7]
+        if proposed:
+            replica.evaluator = cast("Any", SimpleNamespace(term=2))
+            for each in entries:
+                replica.inflight[each.index] = (decode_batch(each.data), [])
+        store.apply(7, entries)
+        replica.evaluator = None  # nobody waits for answers here
+        store.finish()
+    assert follower.batches == leader.batches
