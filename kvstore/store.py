@@ -203,6 +203,25 @@ class Store:
     # -- the turn; Machine
 
     def drain(self, now: float) -> None:
+        """One turn; the most frequent one is of replication alone, and finds nothing to do here."""
+        deadlines = self._deadlines
+        if (
+            self._inbox
+            or self._local
+            or self._touched
+            or self._oracle_client.has_work
+            or deadlines.may_be_due(now)
+        ):
+            self._work(now)
+        self._end_turn()
+
+    def _end_turn(self) -> None:
+        self.on_turn_end()
+        due = self._deadlines.next()
+        if due is not None:
+            self.on_deadline(due)
+
+    def _work(self, now: float) -> None:
         for number in self._deadlines.due(now):
             replica = self.replicas.get(number)
             if replica is not None and replica.evaluator is not None:
@@ -283,10 +302,6 @@ class Store:
                         self.answer(origin, reply)
             rounds += 1
             assert rounds < 1_000, "ranges of one node call each other for ever"
-        self.on_turn_end()
-        due = self._deadlines.next()
-        if due is not None:
-            self.on_deadline(due)
 
     def _note_deadline(self, replica: Replica, evaluator: Evaluator, now: float) -> None:
         if evaluator.runnable:
@@ -403,6 +418,7 @@ class Store:
                 if replica.range_id == META_RANGE_ID:
                     self._oracle_client.start_term(evaluator, now)
         self._carry_out(now)
+        self._end_turn()
 
     # -- leadership and reads; Machine
 
