@@ -33,7 +33,8 @@ KIND_WORDS_MAX: Final = 8
 class Verdict:
     """`problems` empty: it passed. `operations` are done, `failed` did not happen, `unknown` may have.
 
-    `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare paths, and how often each was taken.
+    `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare
+    paths, and how often each was taken.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""Claims of the measurement of speed: every load, its own figures, of the operations that were done; a warm-up is not counted."""
+"""Claims of the measurement of speed: each load has figures of its own, of what was done; a warm-up is not counted."""
 
 from __future__ import annotations
 
