@@ -110,6 +110,11 @@ class OracleClient:
         self._wanting[replica.range_id] = replica
         return self._in_flight is None
 
+    @property
+    def has_work(self) -> bool:
+        """Whether `turn` would do anything if no range were touched."""
+        return bool(self._arrived is not None or self._wanting or self._waiting)
+
     def turn(self, now: float, touched: dict[int, Replica]) -> None:
         """Once a turn: hand out what has arrived, ask for what is wanted, serve if the oracle is here."""
         if self._arrived is not None:

@@ -70,6 +70,9 @@ class PeerSet:
         if link is None:
             return
         self.counters["messages_sent"] += len(messages)
+        if len(messages) == 1:  # of bounded size, whatever it is
+            self._send(link, messages)
+            return
         size, part = 0, []
         for message in messages:
             part.append(message)

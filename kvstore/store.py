@@ -205,6 +205,18 @@ class Store:
     # -- the turn; Machine
 
     def drain(self, now: float) -> None:
+        """One turn; the most frequent one is of replication alone, and finds nothing to do here."""
+        deadlines = self._deadlines
+        if (
+            self._inbox
+            or self._local
+            or self._touched
+            or self._oracle_client.has_work
+            or deadlines.may_be_due(now)
+        ):
+            self._work(now)
+
+    def _work(self, now: float) -> None:
         for number in self._deadlines.due(now):
             replica = self.replicas.get(number)
             if replica is not None and replica.evaluator is not None:
@@ -287,9 +299,6 @@ class Store:
                         self.answer(origin, reply)
             rounds += 1
             assert rounds < 1_000, "ranges of one node call each other for ever"
-        due = self._deadlines.next()
-        if due is not None:
-            self.on_deadline(due)
 
     def _note_deadline(self, replica: Replica, evaluator: Evaluator, now: float) -> None:
         if evaluator.runnable:
@@ -417,6 +426,9 @@ class Store:
 
     def settled(self) -> None:
         self.on_settled()
+        due = self._deadlines.next()
+        if due is not None:
+            self.on_deadline(due)
 
     # -- leadership and reads; Machine
 

@@ -52,7 +52,7 @@ class Leader:
         )
         self._lease_start: float | None = None  # None: to be computed
         self._lease_given_up = False
-        self._beat_at = state.now + config.heartbeat_s
+        self._beat_at = next_beat(state.now, config.heartbeat_s)
         self._notice_at = FOREVER
         self._transfer_until = FOREVER
 
@@ -234,12 +234,13 @@ class Leader:
         state = self._state
         self.beats_due = False
         for replica, peer in self.peers.items():
-            if peer.beat_due:
-                peer.beat_due = False
+            if peer.beat_due or peer.notice_due:
+                probe = self._probe if peer.beat_due else 0  # a notice is not answered
+                peer.beat_due = peer.notice_due = False
                 commit = min(state.commit_index, peer.match)
                 peer.sent_commit = max(peer.sent_commit, commit)
                 state.send(
-                    Heartbeat(state.group, replica, state.replica, state.term, commit, self._probe)
+                    Heartbeat(state.group, replica, state.replica, state.term, commit, probe)
                 )
 
     def _begin_read_round(self) -> None:
@@ -409,12 +410,12 @@ class Leader:
             self._notice_at = FOREVER
             for peer in self.peers.values():
                 if peer.sent_commit < min(state.commit_index, peer.match):
-                    peer.beat_due = self.beats_due = True
+                    peer.notice_due = self.beats_due = True
 
     def _beat(self) -> None:
         """A new probe. Whoever was sent appends and has answered them all gets it with the next append instead."""
         state = self._state
-        self._beat_at = state.now + state.config.heartbeat_s
+        self._beat_at = next_beat(state.now, state.config.heartbeat_s)
         self._next_probe()
         for peer in self.peers.values():
             peer.check_due = peer.paused or peer.match < state.log.last_index
@@ -435,3 +436,10 @@ class Leader:
         if announce:
             for replica in self.peers:
                 state.send(SteppedDown(state.group, replica, state.replica, state.term))
+
+
+def next_beat(now: float, heartbeat_s: float) -> float:
+    """When heartbeats are due next: on a grid of the node's clock, so that those of all its groups share frames."""
+    number = now // heartbeat_s + 1.0
+    at = number * heartbeat_s
+    return at if at > now else (number + 1.0) * heartbeat_s  # the division may have rounded down

@@ -67,7 +67,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True, tag=5, gc=False):
     sender: int
     term: int
     commit: int  # at most the receiver's known match index
-    probe: int
+    probe: int  # 0: only a notice of the commit index; no answer is wanted
 
 
 class HeartbeatResponse(msgspec.Struct, array_like=True, frozen=True, tag=6, gc=False):

@@ -40,7 +40,10 @@ def reached(name: str) -> None:
 def chance(name: str) -> bool:
     """Whether to take the rare way here: never, unless a simulator chose so."""
     chooser = _installed.chooser
-    return chooser is not None and chooser(name)
+    if chooser is None or not chooser(name):
+        return False
+    reached(f"chance:{name}")
+    return True
 
 
 @contextmanager
@@ -57,15 +60,8 @@ def counting() -> Iterator[dict[str, int]]:
 @contextmanager
 def choosing(chooser: Chooser) -> Iterator[None]:
     """Ask `chooser` at every chance until the end of the block."""
-
-    def choose(name: str) -> bool:
-        taken = chooser(name)
-        if taken:
-            reached(f"chance:{name}")
-        return taken
-
     before = _installed.chooser
-    _installed.chooser = choose
+    _installed.chooser = chooser
     try:
         yield
     finally:

@@ -48,6 +48,7 @@ class Progress:
         "heard_since_beat",
         "match",
         "next",
+        "notice_due",
         "paused",
         "sent_commit",
         "snapshot_deadline",
@@ -68,6 +69,7 @@ class Progress:
             0  # the newest commit index that was told, as far as the follower can use it
         )
         self.beat_due = False  # a heartbeat leaves with the next ready
+        self.notice_due = False  # the same, only to tell a commit index: no answer is wanted
         self.check_due = False  # if the follower answers a heartbeat, check its log by an append
         self.check_now = True  # send an append even if empty: where does the follower stand?
         self.append_since_beat = False

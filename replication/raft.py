@@ -663,6 +663,8 @@ class RaftNode(ReplicaState):
         self._hear(message.sender)
         if message.commit > self.commit_index and self._installing is None:
             self.commit_index = max(self.commit_index, min(message.commit, self.log.last_index))
+        if not message.probe:
+            return
         me, durable = self.replica, self.log.durable_index
         self.send(
             HeartbeatResponse(self.group, message.sender, me, self.term, message.probe, durable)

@@ -63,6 +63,10 @@ class Deadlines:
             self._queued[key] = deadline
             heapq.heappush(self._heap, (deadline, key))
 
+    def may_be_due(self, now: float) -> bool:
+        """Whether `due` has anything to look at."""
+        return bool(self._heap) and self._heap[0][0] <= now
+
     def due(self, now: float) -> list[int]:
         """Keys whose deadline has come, in order of their deadlines; they have no deadline until it is set again."""
         heap, keys = self._heap, []

@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Final
 
 from kvstore.sim.scenario import Options
@@ -27,6 +26,7 @@ from tools.simulation.flags import add_flags, command, options_of
 from tools.simulation.fleet import Fleet
 from tools.simulation.judging import Verdict, judge
 from tools.simulation.shrink import RUNS_MAX, SECONDS_MAX, Shrinker, Shrunk, describe
+from tools.simulation.speed import measure
 from tools.simulation.totals import Progress, Totals
 
 __all__ = ["Verdict", "judge", "main"]
@@ -34,8 +34,6 @@ __all__ = ["Verdict", "judge", "main"]
 SEED_LIMIT_S: Final = 120.0
 INTERRUPTED: Final = 130
 PROBLEMS_SHOWN: Final = 3
-SPEED: Final = Options(seconds=25.0, clients=9, ops=100, faults=False)  # 20 operations/s, about
-SPEED_SEEDS: Final = range(1, 6)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,7 +210,7 @@ def shrunk_lines(seed: int, shrunk: Shrunk, rows: Sequence[Event]) -> Iterator[s
     if rows:
         yield table(rows)
     for problem in shrunk.verdict.problems[:PROBLEMS_SHOWN]:
-        yield f"  {problem}"
+        yield f"  {problem.partition(chr(10))[0]}"  # where it was raised, the command below tells
     yield f"replay: {command(seed, shrunk.options)} --timeline"
 
 
@@ -259,21 +257,20 @@ def _many(given: argparse.Namespace) -> int:
 
 
 def _speed(given: argparse.Namespace) -> int:
-    """A calm cluster under load, with all checks on, in this process."""
-    totals = Totals()
-    for seed in SPEED_SEEDS:
+    """In this process."""
+
+    def play(seed: int, options: Options) -> Verdict:
         with _watchdog(given.seed_limit):
-            totals.add(replace(judge(seed, SPEED), result=None))
-    done = sum(totals.operations.values())
-    rate = done / totals.seconds
+            return judge(seed, options)
+
+    found = []
+    for speed in measure(play):
+        found.append(speed)
+        if given.output == "text":
+            print(speed.line(), flush=True)
     if given.output == "json":
-        print(json.dumps({**totals.as_json(), "operations_per_simulated_s": rate}, indent=2))
-    else:
-        print(
-            f"{totals.speed:.1f} simulated seconds per second of one core, {rate:.1f} operations per simulated "
-            f"second; {totals.seconds:.0f} simulated seconds, {totals.failures} of {totals.seeds} seeds failed"
-        )
-    return 1 if totals.failures else 0
+        print(json.dumps({speed.load: speed.as_json() for speed in found}, indent=2))
+    return 1 if any(speed.totals.failures for speed in found) else 0
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ class MemoryEngine:
                 raise TypeError("keys and values are bytes")
         live = directory.rows
         old: Old = {key: live.get(key) for key in rows}
-        for instant in self._instants.values():
-            instant.remember(old)
+        if self._instants:
+            for instant in self._instants.values():
+                instant.remember(old)
         for key, value in rows.items():
             if value is not None:
                 live[key] = value

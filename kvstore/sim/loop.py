@@ -25,8 +25,8 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 from kvstore.sim.process import (
     PROCESS,
     Process,
-    ProcessHandle,
-    ProcessTimerHandle,
+    SimHandle,
+    SimTimerHandle,
     bury,
     process_of,
 )
@@ -77,7 +77,7 @@ class SimLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.steps = 0
         self._rng = rng
-        self._now = EPOCH_S
+        self.now = EPOCH_S  # what `time` returns; to be read only
         self._end = EPOCH_S + time_limit_s
         self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
         self._timers_made = 0
@@ -91,14 +91,15 @@ class SimLoop(asyncio.BaseEventLoop):
         self._thread = threading.get_ident()
 
     def time(self) -> float:
-        return self._now
+        return self.now
 
     def _run_once(self) -> None:
         """Steps until the loop is stopped: with nothing ready, go to the next timer; then run what is ready now.
 
-        One call makes them all, and what each step needs is at hand in locals: this is the simulator's hottest code.
+        One call makes them all, with what each step needs at hand in locals, and a callback is called from here, not by
+        its handle: this is the simulator's hottest code.
         """
-        ready: deque[events.Handle] = self._ready  # type: ignore[attr-defined]
+        ready: deque[Any] = self._ready  # type: ignore[attr-defined]
         timers, due, take, pop = self._timers, ready.append, ready.popleft, heapq.heappop
         while True:
             self.steps += 1
@@ -111,26 +112,41 @@ class SimLoop(asyncio.BaseEventLoop):
             self._here += 1
             if self._here > STEPS_MAX:
                 names = sorted({repr(handle) for handle in ready})
-                raise SimLivelock(f"{STEPS_MAX} steps at {self._now:.3f}; now {names[:8]}")
-            now = self._now
+                raise SimLivelock(f"{STEPS_MAX} steps at {self.now:.3f}; now {names[:8]}")
+            now = self.now
             while timers and timers[0][0] <= now:  # never early, or it might be armed for ever
                 due(pop(timers)[2])
             for _ in range(len(ready)):
                 handle = take()
-                if not handle._cancelled:  # noqa: SLF001
-                    handle._run()  # noqa: SLF001
+                process = handle._process  # noqa: SLF001
+                if handle._cancelled or (  # noqa: SLF001
+                    process is not None and process.held and not process.takes(handle)
+                ):
+                    continue
+                try:
+                    handle._context.run(handle._callback, *handle._args)  # noqa: SLF001
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # noqa: BLE001  # whatever it is, the others go on
+                    self._failed(handle, error)
             if self._stopping:  # type: ignore[attr-defined]
                 return
 
+    def _failed(self, handle: Any, error: BaseException) -> None:
+        """As asyncio's handles tell it."""
+        message = f"Exception in callback {handle!r}"
+        self.call_exception_handler({"message": message, "exception": error, "handle": handle})
+
     def _jump(self) -> None:
-        if not self._timers:
+        timers = self._timers
+        if not timers:
             tasks = [*self._running.values()]
             for process in self._processes.values():
                 tasks += process.tasks.values()
             names = ", ".join(task.get_name() for task in tasks)
             raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
-        now, at = self._now + RESOLUTION_S, self._timers[0][0]
-        self._now = now = max(now, at)
+        now, at = self.now + RESOLUTION_S, timers[0][0]
+        self.now = now = max(now, at)
         if now > self._here_s + INSTANT_S:
             self._here, self._here_s = 0, now
             if now > self._end:
@@ -159,13 +175,9 @@ class SimLoop(asyncio.BaseEventLoop):
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
         process = PROCESS.get() if context is None else context.get(PROCESS)
-        if process is None:
-            handle = events.Handle(callback, args, self, context)
-        else:
-            handle = ProcessHandle(process, callback, args, self, context)
-            if process.dead:
-                return handle
-        self._ready.append(handle)  # type: ignore[attr-defined]
+        handle = SimHandle(process, callback, args, self, context)
+        if process is None or not process.dead:
+            self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
     def call_later(
@@ -175,7 +187,7 @@ class SimLoop(asyncio.BaseEventLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        return self.call_at(self._now + delay, callback, *args, context=context)
+        return self.call_at(self.now + delay, callback, *args, context=context)
 
     def call_at(
         self,
@@ -188,15 +200,12 @@ class SimLoop(asyncio.BaseEventLoop):
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
         process = PROCESS.get() if context is None else context.get(PROCESS)
-        if process is None:
-            timer = events.TimerHandle(when, callback, args, self, context)
-        else:
-            if process.clock_rate != 1.0:
-                now = self._now
-                when = now + (when - now) / process.clock_rate + ROUNDING_S
-            timer = ProcessTimerHandle(process, when, callback, args, self, context)
-            if process.dead:
-                return timer
+        if process is not None and process.clock_rate != 1.0:
+            now = self.now
+            when = now + (when - now) / process.clock_rate + ROUNDING_S
+        timer = SimTimerHandle(process, when, callback, args, self, context)
+        if process is not None and process.dead:
+            return timer
         self._timers_made += 1
         heapq.heappush(self._timers, (when, self._timers_made, timer))
         return timer
@@ -305,14 +314,41 @@ def _cancel_all(loop: SimLoop) -> None:
     loop.run_until_complete(loop.shutdown_asyncgens())
 
 
+_set_aside = 0  # how many blocks of `heap_set_aside` this process is in
+
+
 @contextmanager
-def _collected_by_steps() -> Iterator[None]:
-    """Finalizers run at fixed steps only, else they would run when memory happens to be short."""
-    enabled = gc.isenabled()
-    gc.disable()
+def heap_set_aside() -> Iterator[None]:
+    """Collections do not look at what is there already, until the end of the outermost such block.
+
+    That is most of what they cost: everything that was imported. A run does it by itself; who plays many does it once.
+    """
+    global _set_aside  # noqa: PLW0603 - the heap is the process's, too
+    if not _set_aside:
+        gc.freeze()
+    _set_aside += 1
     try:
         yield
     finally:
+        _set_aside -= 1
+        if not _set_aside:
+            gc.unfreeze()
+
+
+@contextmanager
+def _collected_by_steps() -> Iterator[None]:
+    """Finalizers run at fixed steps only, else they would run when memory happens to be short.
+
+    What was there before is set aside meanwhile: what ends in it would end in the midst of the run.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with heap_set_aside():
+            try:
+                yield
+            finally:
+                gc.collect()
+    finally:
         if enabled:
             gc.enable()
-        gc.collect()

@@ -57,7 +57,8 @@ class MessageFaults:
         self._direct[server.name] = direct
 
         def receive(sender: int, messages: Sequence[Message], size_bytes: int = 0) -> None:
-            astray = self._paths.get((f"n{sender}", server.name))
+            paths = self._paths
+            astray = paths.get((f"n{sender}", server.name)) if paths else None
             kept = messages if astray is None else self._filter(server, sender, messages, astray)
             if kept:
                 direct(sender, kept, size_bytes)

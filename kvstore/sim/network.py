@@ -15,10 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import random
-import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, Final
 
 from crc32c import crc32c
 
@@ -55,7 +54,7 @@ class SimNetwork:
         )
         self.fingerprint = 0
         self._delays: dict[tuple[str, str], tuple[float, float]] = {}
-        self._blocked: dict[tuple[str, str], float] = {}  # path -> until when
+        self.blocked: dict[tuple[str, str], float] = {}  # path -> until when; nearly always empty
         self._hosts: dict[str, SimHost] = {}
         self._listeners: dict[str, tuple[SimHost, OnPipe]] = {}
         self._pipes: dict[int, SimPipe] = {}  # ends that are not closed, by number
@@ -93,10 +92,10 @@ class SimNetwork:
     def heal(self, a: Names | None = None, b: Names | None = None) -> None:
         """End partitions and clogs: all of them, or those between `a` and `b`, either way."""
         if a is None or b is None:
-            self._blocked.clear()
+            self.blocked.clear()
         else:
             for path in _paths(a, b, one_way=False):
-                self._blocked.pop(path, None)
+                self.blocked.pop(path, None)
         self._kick()
 
     def set_delay(self, a: Names, b: Names, delay_s: tuple[float, float] | None) -> None:
@@ -130,16 +129,18 @@ class SimNetwork:
     # --- for hosts and pipes ----------------------------------------------------------------------------------
 
     def draw_delay(self, source: str, target: str) -> float:
-        return self.rng.uniform(*self._delays.get((source, target), self.delay_s))
+        low, high = self._delays.get((source, target), self.delay_s)
+        return low + (high - low) * self.rng.random()  # as `uniform` does
 
     def blocked_until(self, source: str, target: str) -> float:
-        return self._blocked.get((source, target), 0.0)
+        return self.blocked.get((source, target), 0.0)
 
     def delivered(self, at: float, number: int, frame: bytes) -> None:
-        self.counters["frames"] += 1
-        self.counters["bytes"] += len(frame)
-        seen = crc32c(frame, self.fingerprint)
-        self.fingerprint = crc32c(struct.pack("<dq", at, number), seen)
+        """The fingerprint is one checksum for each frame: its time, and the connection, go into what it begins with."""
+        counters = self.counters
+        counters["frames"] += 1
+        counters["bytes"] += len(frame)
+        self.fingerprint = crc32c(frame, (self.fingerprint ^ hash((at, number))) & 0xFFFFFFFF)
 
     def lose(self) -> bool:
         return self.break_rate > 0 and self.rng.random() < self.break_rate
@@ -187,7 +188,7 @@ class SimNetwork:
 
     def _block(self, a: Names, b: Names, until: float, one_way: bool) -> None:
         for path in _paths(a, b, one_way=one_way):
-            self._blocked[path] = max(until, self._blocked.get(path, 0.0))
+            self.blocked[path] = max(until, self.blocked.get(path, 0.0))
 
     def _kick(self) -> None:
         for pipe in list(self._pipes.values()):
@@ -308,10 +309,14 @@ class SimPipe:
         return self.outgoing.target
 
     def try_send(self, frame: bytes) -> bool:
+        outgoing, network = self.outgoing, self._network
         self._check()
-        if self.outgoing.unacked_bytes >= self._network.window_bytes:
+        if outgoing.unacked_bytes >= network.window_bytes:
             return False
-        self._put(frame)
+        if network.break_rate and network.lose():
+            network.reset(self)
+        else:
+            outgoing.put(frame)
         return True
 
     async def send(self, frame: bytes) -> None:
@@ -322,12 +327,13 @@ class SimPipe:
             self._check()
 
     async def receive(self) -> bytes:
-        while not self._closed.done():
-            if self.incoming.inbox:
-                return self.incoming.consume()
-            if self.incoming.arrived_end:
+        incoming, closed = self.incoming, self._closed.done
+        while not closed():
+            if incoming.inbox:
+                return incoming.consume()
+            if incoming.arrived_end:
                 break
-            await self.incoming.wait_frame()
+            await incoming.reader
         raise PipeClosed("the connection is closed")
 
     def buffered_bytes(self) -> int:
@@ -377,6 +383,68 @@ class SimPipe:
             self.outgoing.put(frame)
 
 
+class _Reader:
+    """What the task that reads a pipe awaits: a future, but an arrival steps the task itself, at once.
+
+    A future would take one more callback of the loop for every frame. A process that is held (paused, dead, or to be
+    killed at some step) gets that callback, since each of its steps must be seen.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop", "_wakeup")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Of one pipe, for each frame that is waited for in turn."""
+        self._loop = loop
+        self._asyncio_future_blocking = False  # asyncio asks: was this object really awaited?
+        self._wakeup: Callable[[Any], object] | None = None
+        self._context: contextvars.Context | None = None
+        self._cancelled = False
+
+    def __await__(self) -> Generator[_Reader, None, None]:
+        assert self._wakeup is None, "two readers on one pipe"
+        self._asyncio_future_blocking = True
+        yield self
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(
+        self, wakeup: Callable[[Any], object], *, context: contextvars.Context
+    ) -> None:
+        self._wakeup, self._context = wakeup, context
+
+    def result(self) -> None:
+        """Raises: CancelledError."""
+        if self._cancelled:
+            self._cancelled = False
+            raise asyncio.CancelledError
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - tasks give one
+        if self._wakeup is None:
+            return False  # nobody waits any more: the task is about to run
+        self._cancelled = True
+        self.wake()
+        return True
+
+    def wake(self) -> None:
+        """Its task runs soon."""
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None:
+            self._loop.call_soon(wakeup, self, context=self._context)
+
+    def step(self) -> None:
+        """Its task runs now. Only where no other task runs."""
+        wakeup, context = self._wakeup, self._context
+        if wakeup is None or context is None:
+            return
+        process = context.get(PROCESS)
+        if process is not None and process.held:
+            self.wake()
+        else:
+            self._wakeup = None
+            context.run(wakeup, self)
+
+
 class _Direction:
     """The frames of one connection that go one way."""
 
@@ -395,10 +463,10 @@ class _Direction:
         self._last_at = 0.0
         self._ended = False  # nothing is sent any more
         self._discards = False  # the receiving end is gone
-        self._reader: asyncio.Future[None] | None = None
         self._writers: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self.reader = _Reader(self._loop)
 
     def put(self, frame: bytes) -> None:
         if self._ended:
@@ -441,16 +509,12 @@ class _Direction:
     def consume(self) -> bytes:
         frame = self.inbox.popleft()
         self._consumed_bytes += len(frame)
-        self._acknowledge()
+        if not self._network.blocked and not self._writers:
+            self.unacked_bytes -= self._consumed_bytes
+            self._consumed_bytes = 0
+        else:
+            self._acknowledge()
         return frame
-
-    async def wait_frame(self) -> None:
-        assert self._reader is None, "two readers on one pipe"
-        self._reader = self._loop.create_future()
-        try:
-            await self._reader
-        finally:
-            self._reader = None
 
     async def wait_acked(self) -> None:
         waiter: asyncio.Future[None] = self._loop.create_future()
@@ -466,32 +530,37 @@ class _Direction:
     def _launch(self, frame: bytes | None) -> None:
         if self._discards:
             return
-        delay = self._network.draw_delay(self.source, self.target)
-        self._last_at = max(self._last_at, self._loop.time() + delay)
-        self._flight.append((self._last_at, frame))
-        self._arm()
+        at = self._loop.time() + self._network.draw_delay(self.source, self.target)
+        if at < self._last_at:
+            at = self._last_at  # not before the frame that is before it
+        self._last_at = at
+        self._flight.append((at, frame))
+        if self._timer is None:
+            self._arm()
 
     def _arm(self) -> None:
         if self._timer is None and self._flight:
-            blocked = self._network.blocked_until(self.source, self.target)
-            at = max(self._flight[0][0], blocked)
+            at, network = self._flight[0][0], self._network
+            if network.blocked:
+                at = max(at, network.blocked_until(self.source, self.target))
             if at != FOREVER:
-                self._timer = self._loop.call_at(at, self._arrive, context=self._network.context)
+                self._timer = self._loop.call_at(at, self._arrive, context=network.context)
 
     def _arrive(self) -> None:
         self._timer = None
-        now = self._loop.time()
-        if self._network.blocked_until(self.source, self.target) <= now:
-            while self._flight and self._flight[0][0] <= now:
-                _, frame = self._flight.popleft()
+        now, network, flight = self._loop.time(), self._network, self._flight
+        if not network.blocked or network.blocked_until(self.source, self.target) <= now:
+            while flight and flight[0][0] <= now:
+                _, frame = flight.popleft()
                 if frame is None:
                     self.arrived_end = True
                     self.opposite.wake_writers()  # the receiver's own, for whom it is over
                 else:
-                    self._network.delivered(now, self._number, frame)
+                    network.delivered(now, self._number, frame)
                     self.inbox.append(frame)
-            self._wake_reader()
-        self._arm()
+            self.reader.step()
+        if flight:
+            self._arm()
 
     def _acknowledge(self) -> None:
         if not self._consumed_bytes:
@@ -499,11 +568,11 @@ class _Direction:
         if self._network.blocked_until(self.target, self.source) <= self._loop.time():
             self.unacked_bytes -= self._consumed_bytes
             self._consumed_bytes = 0
-            self.wake_writers()
+            if self._writers:
+                self.wake_writers()
 
     def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        self.reader.wake()
 
     def _cancel(self) -> None:
         if self._timer is not None:

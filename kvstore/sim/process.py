@@ -35,6 +35,9 @@ class Process:
         self.name = name
         self.dead = False
         self.paused = False
+        self.held = (
+            False  # dead, paused or with a fuse: each of its callbacks is looked at (`takes`)
+        )
         self.clock_rate = 1.0  # of its machine's monotonic clock, by which its timers go
         self.parked: list[events.Handle] = []
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # that have not ended, by number
@@ -67,7 +70,7 @@ class Process:
         """At once. May be called from within the process: raise Killed then."""
         if self.dead:
             return
-        self.dead = True
+        self.dead = self.held = True
         self.parked.clear()
         for ended in self._deaths.values():
             _set(ended)
@@ -79,23 +82,33 @@ class Process:
         """
         assert steps > 0
         self._fuse, self._on_fuse = steps, then
+        self._hold()
 
-    def burn(self) -> bool:
-        """One step of the fuse. True: it has burnt down, and the process is dead; the step is not taken."""
-        self._fuse -= 1
-        if self._fuse == 0:
-            outside(self._on_fuse)
-        return self.dead
+    def takes(self, handle: events.Handle) -> bool:
+        """Whether this callback runs now, though the process is held: what is left is a step of its fuse."""
+        if self.paused:
+            self.parked.append(handle)
+            return False
+        if self._fuse and not self.dead:
+            self._fuse -= 1
+            if self._fuse == 0:
+                outside(self._on_fuse)
+                self._hold()
+        return not self.dead
 
     def unlight(self) -> None:
         self._fuse = 0
+        self._hold()
+
+    def _hold(self) -> None:
+        self.held = self.dead or self.paused or self._fuse > 0
 
     @property
     def lit(self) -> bool:
         return self._fuse > 0
 
     def pause(self) -> None:
-        self.paused = True
+        self.paused = self.held = True
 
     def resume(self) -> list[events.Handle]:
         """Returns what waits to run; the loop runs it (`SimLoop.resume`).
@@ -103,6 +116,7 @@ class Process:
         What arrived comes first, then the timers that are due: so do event loops when a stopped process goes on.
         """
         self.paused = False
+        self._hold()
         parked, self.parked = self.parked, []
         parked.sort(key=lambda handle: isinstance(handle, events.TimerHandle))
         return parked
@@ -133,47 +147,40 @@ def outside(function: Callable[..., T], *args: Any) -> T:
     return world().run(function, *args)
 
 
-class ProcessHandle(events.Handle):
-    """A callback of a process. Sets what its parents would, without their calls: there are thousands in each second."""
+class SimHandle(events.Handle):
+    """A callback, of a process or of nobody (None). Sets what its parent would, without a call: there are thousands in
+    each second. The loop calls what is in it itself, unless its process is held."""
 
     __slots__ = ("_process",)
 
     def __init__(
-        self, process: Process, callback: Any, args: Any, loop: Any, context: Context | None
+        self, process: Process | None, callback: Any, args: Any, loop: Any, context: Context | None
     ) -> None:
         self._process = process
         self._callback, self._args, self._loop = callback, args, loop
         self._context = contextvars.copy_context() if context is None else context
         self._cancelled, self._repr, self._source_traceback = False, None, None
 
-    def _run(self) -> None:
-        process = self._process
-        if process.paused:
-            process.parked.append(self)
-        elif not process.dead and not (process._fuse and process.burn()):  # noqa: SLF001  # hot
-            super()._run()
 
-
-class ProcessTimerHandle(events.TimerHandle):
-    """A timer of a process."""
+class SimTimerHandle(events.TimerHandle):
+    """A timer, likewise."""
 
     __slots__ = ("_process",)
 
     def __init__(
-        self, process: Process, when: float, callback: Any, args: Any, loop: Any, context: Any
+        self,
+        process: Process | None,
+        when: float,
+        callback: Any,
+        args: Any,
+        loop: Any,
+        context: Any,
     ) -> None:
         self._process = process
         self._when, self._scheduled = when, False
         self._callback, self._args, self._loop = callback, args, loop
         self._context = contextvars.copy_context() if context is None else context
         self._cancelled, self._repr, self._source_traceback = False, None, None
-
-    def _run(self) -> None:
-        process = self._process
-        if process.paused:
-            process.parked.append(self)
-        elif not process.dead and not (process._fuse and process.burn()):  # noqa: SLF001  # hot
-            super()._run()
 
 
 def bury(task: asyncio.Task[Any]) -> None:

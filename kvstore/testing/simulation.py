@@ -127,7 +127,7 @@ def _decorated(test: Test, options: Options) -> Played:
         __tracebackhide__ = True
         if asyncio._get_running_loop() is not None:  # noqa: SLF001 - the one that does not raise
             raise SimError("a simulated test brings its own event loop: call it from plain code")
-        with _small_heap():
+        with simulated.heap_set_aside():  # all of pytest
             for seed in wishes.chosen(options.seeds):
                 error = _play(seed, options, ours, test, args, kwargs)
                 if error is not None:
@@ -259,16 +259,6 @@ def _waiting_at(coro: Any) -> list[str]:
 
 def _is_skip(error: BaseException) -> bool:
     return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"  # pytest's
-
-
-@contextmanager
-def _small_heap() -> Iterator[None]:
-    """Each seed collects garbage at its end: what was there before (all of pytest) need not be looked at each time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from kvstore.config import LogSection, NodeConfig
 from kvstore.sim.adapters import QUICK_S, Machine
 from kvstore.sim.cluster import small_logs
 from replication.messages import Message, TimeoutNow, VoteRequest, VoteResponse
-from tests.sim.directed import HIGH, KEYS, LOW, META, Stage, play
+from tests.sim.directed import HIGH, KEYS, LOW, META, MIDDLE, Stage, play
 
 ALL = ("n1", "n2", "n3")
+GROUPS = (META, LOW, MIDDLE, HIGH)
+_FLUSHED_BY_HAND = structs.replace(small_logs(NodeConfig()).log, flush_interval_s=600.0)
 
 
 def one_vote_in_a_term() -> list[str]:
@@ -146,6 +149,46 @@ def half_a_snapshot_is_no_state() -> list[str]:
     return play(scenario)
 
 
+class _LosesAll(random.Random):
+    """Of a crash: every batch that the engine has not flushed is lost."""
+
+    def randint(self, a: int, b: int) -> int:
+        return b
+
+
+def an_installed_snapshot_is_on_disk() -> list[str]:
+    """n3 was away for too long, and gets n1's snapshot. As soon as it acknowledges what follows, it loses power."""
+
+    async def scenario(stage: Stage) -> None:
+        client = await stage.client("writer")
+        await stage.until_led_by("n1", HIGH)
+        await stage.put(client, KEYS[HIGH], b"0")
+        await stage.level(*GROUPS)
+        await stage.flush("n1", "n3")
+        host = stage.host("n1")
+        host.limits = replace(host.limits, log_tail_bytes_max=0)
+        stage.network.partition("n3", ["n1", "n2", client.name])
+        for number in range(1, 6):
+            await stage.put(client, KEYS[HIGH], b"%d" % number)
+        await asyncio.sleep(6.0)  # n1 keeps nothing for it any more
+        await stage.flush("n1")
+        raft = stage.raft("n3", HIGH)
+        before = raft.last_index
+        stage.network.heal()
+        await stage.until(lambda: raft.log.start_index > before, "n3 installs a snapshot")
+        await stage.level(HIGH)
+        machine = stage.server("n3").machine
+        machine.rng = _LosesAll(1)
+        stage.cluster.crash("n3")
+        await stage.cluster.restart("n3")
+        if stage.cluster.problems:
+            return
+        stage.claim(HIGH in stage.host("n3").groups(), "n3 does not serve what it acknowledged")
+        await stage.compare(HIGH)
+
+    return play(scenario, config=structs.replace(NodeConfig(), log=_FLUSHED_BY_HAND))
+
+
 def an_old_snapshot_is_refused() -> list[str]:
     """n1 sends a snapshot that nobody needs (it is late), while n2 goes on acknowledging entries."""
 
@@ -157,13 +200,25 @@ def an_old_snapshot_is_refused() -> list[str]:
         host: Any = stage.host("n1")
         stage.network.set_delay("n1", "n3", (0.2, 0.3))  # so that n2 is needed
 
+        two: Any = stage.host("n2")
+        arrive, held = two.receive_snapshot_chunk, []
+        two.receive_snapshot_chunk = lambda node, chunk: held.append((node, chunk))
+
         def send() -> None:
             host._transfers.send(HIGH, 2, 2)
             host.wake()
 
+        def release() -> None:
+            two.receive_snapshot_chunk = arrive
+            for node, chunk in held:
+                arrive(node, chunk)
+
         stage.within("n1", send)
+        await stage.until(lambda: bool(held), "a snapshot arrives")
         for number in range(1, 40):
             await stage.put(client, KEYS[HIGH], b"%d" % number)
+            if number == 10:
+                stage.within("n2", release)
         stage.network.set_delay("n1", "n3", None)
         if not stage.cluster.problems:
             await stage.compare(HIGH)

@@ -19,6 +19,7 @@ SCENARIOS: Final[list[Callable[[], list[str]]]] = [
     directed_leaders.a_stopped_leader_reads_nothing_old,
     directed_leaders.an_old_entry_is_not_committed_by_counting,
     directed_log.an_acknowledged_entry_is_on_two_disks,
+    directed_log.an_installed_snapshot_is_on_disk,
     directed_log.an_old_snapshot_is_refused,
     directed_log.durable_is_what_stands_there_now,
     directed_log.half_a_snapshot_is_no_state,

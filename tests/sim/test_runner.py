@@ -103,4 +103,6 @@ def test_a_planted_bug_shrinks_to_fewer_faults_and_operations_that_show_it_still
     assert found.options.clients * found.options.ops <= before / 2
     assert sum(again.faults.values()) <= sum(verdict.faults.values())
     assert any("PROBLEM" in line for line in lines), "the timeline shows when it showed"
+    assert len(found.verdict.workloads) == 1 < len(verdict.workloads)
+    assert not any("Traceback" in line for line in lines)
     assert lines[-1].startswith(f"replay: python -m tools.simulate --seed {seed} ")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import gc
 import multiprocessing
 import os
 import resource
@@ -30,6 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Final
 
+from kvstore.sim.loop import heap_set_aside
 from kvstore.sim.scenario import Options
 from tools.simulation.judging import Verdict
 
@@ -188,11 +188,11 @@ def _serve(
     connection: Connection, judge: Judge, limit_s: float, recycle: int, log_path: str
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    with open(log_path, "a", encoding="utf-8") as log:
+    with open(log_path, "a", encoding="utf-8") as log, contextlib.ExitStack() as stack:
         os.dup2(log.fileno(), sys.stderr.fileno())
         faulthandler.enable(log)
         _limit_memory()
-        gc.freeze()  # what is imported stays: collections, of which each seed has some, need not look
+        stack.enter_context(heap_set_aside())  # each seed has some collections
         connection.send((None, False))  # from now on time counts
         for count in range(1, recycle + 1):
             try:

@@ -33,7 +33,8 @@ KIND_WORDS_MAX: Final = 8
 class Verdict:
     """`problems` empty: it passed. `operations` are done, `failed` did not happen, `unknown` may have.
 
-    `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare paths, and how often each was taken.
+    `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare
+    paths, and how often each was taken.
     """
 
     seed: int
@@ -44,6 +45,7 @@ class Verdict:
     failed: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     probes: dict[str, int] = field(default_factory=dict)
+    workloads: tuple[str, ...] = ()
     digest: str = ""
     cpu_s: float = 0.0
     result: Result | None = None
@@ -67,6 +69,7 @@ def judge(seed: int, options: Options | None = None, sink: TextIO | None = None)
         failed=result.failed,
         faults=dict(result.faults),
         probes=dict(result.probes),
+        workloads=tuple(workload.name for workload in result.workloads),
         digest=result.digest,
         cpu_s=time.process_time() - began,
         result=result,

@@ -3,7 +3,7 @@
 Delta debugging (`ddmin`; Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2),
 2002) over what `Options` can leave out, coarse before fine, since a coarse step saves many fine ones:
 
-1. no faults at all; fewer clients, operations, seconds; fewer kinds of faults;
+1. no faults at all; fewer workloads, clients, operations, seconds; fewer kinds of faults;
 2. single faults (`faults_kept`) and single operations (`ops_kept`), each of which is drawn by itself, so that what
    stays is what it was;
 3. again from the start, until a whole round takes nothing away.
@@ -102,20 +102,27 @@ class Shrinker:
 
     def _coarse(self) -> None:
         self._try(replace(self._best, faults=False, kinds=(), faults_kept=None))
+        workloads = self._best.workloads or self._verdict.workloads
+        if len(workloads) > 1:
+            self._some("workloads", workloads)
         self._lower("clients", 1)
         self._lower("ops", 1)
         self._lower("seconds", SECONDS_MIN)
         kinds = self._best.kinds or tuple(sorted(self._verdict.faults))
         if self._best.faults and self._best.faults_kept is None and len(kinds) > 1:
-            # the empty set would mean: as the seed draws them
-            ddmin(kinds, lambda some: bool(some) and self._try(replace(self._best, kinds=some)))
+            self._some("kinds", kinds)
+
+    def _some(self, name: str, names: tuple[str, ...]) -> None:
+        """ddmin over names, of which one stays at least: none would mean, as the seed draws them."""
+        ddmin(names, lambda some: bool(some) and self._try(self._with(name, some)))
 
     def _lower(self, name: str, least: float) -> None:
         """Make a number smaller, boldly at first, as long as that works."""
         while True:
             now = getattr(self._best, name)
-            shares = [type(now)(now * share) for share in SHARES]
-            shares = [*shares, now - 1] if isinstance(now, int) else shares
+            whole = isinstance(now, int)
+            shares = [int(now * share) if whole else round(now * share, 2) for share in SHARES]
+            shares = [*shares, now - 1] if whole else shares
             smaller = sorted({max(least, share) for share in shares})
             if not any(value < now and self._try(self._with(name, value)) for value in smaller):
                 return
@@ -185,13 +192,18 @@ class Shrinker:
 
 
 def describe(options: Options, verdict: Verdict) -> str:
-    """A run in a few figures."""
+    """A run in a few figures. Operations are those of the clients, and of whoever reads in the end what is left."""
     faults = sum(verdict.faults.values())
     operations = verdict.operations + verdict.failed + verdict.unknown
+    workloads = f" ({', '.join(verdict.workloads)})" if verdict.workloads else ""
     return (
-        f"{faults} faults, {operations} operations of {options.clients} clients, "
-        f"{options.seconds:g} s of faults"
+        f"{_counted(faults, 'fault')}, {_counted(operations, 'operation')} of {_counted(options.clients, 'client')}"
+        f"{workloads}, {options.seconds:g} s of faults"
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _key(options: Options) -> str:
@@ -204,6 +216,7 @@ def _key(options: Options) -> str:
             options.ops,
             options.seconds,
             options.kinds,
+            options.workloads,
             None if kept is None else sorted(kept),
             None if ops is None else sorted(ops),
         )

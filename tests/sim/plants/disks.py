@@ -214,6 +214,7 @@ DISKS: Final[dict[str, Plant]] = {
         "a snapshot is acknowledged before the engine has it on disk",
         _snapshot_not_flushed,
         Seeds(SNAPSHOTS, 20),
+        directed=Directed(directed_log.an_installed_snapshot_is_on_disk),
     ),
     "no marker": Plant(
         "nothing on disk says that an installation is unfinished",

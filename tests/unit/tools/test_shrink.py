@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.sim.scenario import Options
 from tools.simulation.judging import Verdict
-from tools.simulation.shrink import Shrinker, Shrunk, ddmin
+from tools.simulation.shrink import Shrinker, Shrunk, ddmin, describe
 
 FAULTS = 40
 
@@ -118,6 +118,27 @@ def test_kinds_of_faults_that_do_not_matter_go() -> None:
 
     found = Shrinker(play, Options(), play(Options())).shrink()
     assert set(found.options.kinds) == {"crash", "flush"}
+
+
+def test_workloads_that_do_not_matter_go() -> None:
+    def play(options: Options) -> Verdict:
+        names = options.workloads or ("bank", "registers", "ring", "skew")
+        return Verdict(1, ["V1: two leaders"] if "ring" in names else [], workloads=names)
+
+    found = Shrinker(play, Options(), play(Options())).shrink()
+    assert found.options.workloads == ("ring",)
+    assert describe(found.options, found.verdict).startswith(
+        "0 faults, 0 operations of 1 client (ring), "
+    )
+
+
+def test_seconds_are_numbers_that_people_can_read() -> None:
+    def play(options: Options) -> Verdict:
+        return Verdict(1, ["V1: late"] if options.seconds > 1.3 else ["V2: early"])
+
+    found = Shrinker(play, Options(seconds=20.0), play(Options(seconds=20.0))).shrink()
+    assert 1.3 < found.options.seconds < 2.0
+    assert len(f"{found.options.seconds:g}") <= 4
 
 
 def minimal_for(needed: frozenset[int]) -> Callable[[tuple[int, ...]], bool]:
