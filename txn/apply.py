@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from txn import keycode
+from txn import keycode, stamps
 from txn.commands import (
     AbortUnstaged,
     Batch,
@@ -188,6 +188,7 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
         command.keys,
         command.values,
         command.guards,
+        command.stamps,
     )
     state.add_part(Part(locus, txn_id, row))
     overlay.put(keycode.part_row(keycode.PREPARED, locus, txn_id), encode_row(row))
@@ -266,11 +267,13 @@ def _resolve_part(
     overlay.delete(keycode.part_row(keycode.PREPARED, part.locus, part.txn_id))
     if commit_ts:
         assert commit_ts >= part.row.min_ts, "I4: committed below a part's min_ts"
-        for key, value in zip(part.row.keys, part.row.values, strict=True):
+        row = part.row
+        rows = stamps.filled(row.keys, row.values, row.stamps, commit_ts)
+        for key, value in rows.items():
             _write_version(overlay, key, commit_ts, part.txn_id, value)
     status = PartStatus.COMMITTED if commit_ts else PartStatus.ABORTED
-    row = DecidedRow(status, commit_ts, part.row.anchor_key, hinted=hinted)
-    overlay.put(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id), encode_row(row))
+    decided = DecidedRow(status, commit_ts, part.row.anchor_key, hinted=hinted)
+    overlay.put(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id), encode_row(decided))
 
 
 def _resolve(state: RangeState, overlay: Overlay, command: ResolvePart) -> Answer:

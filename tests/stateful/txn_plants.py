@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, evaluate, keycode, recovery, values
+from txn import apply, evaluate, keycode, recovery, stamps, values
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.evaluate import Evaluator, prepare_reply
 from txn.gc import Collector, Found
@@ -268,6 +268,55 @@ def _record_collected_early() -> Patches:
     return [(Collector, "_slice_of_terminal", all_of_them)]
 
 
+def _unchanged_row_not_held() -> Patches:
+    """An atomic operation that changes nothing leaves its row to others at once."""
+    compute = values._compute_atomic
+
+    def without(write: Any, final: Any, pending: Pending, rows: Rows) -> Answer | None:
+        guards = list(pending.guards)
+        refusal = compute(write, final, pending, rows)
+        pending.guards = guards
+        return refusal
+
+    return [(values, "_compute_atomic", without)]
+
+
+def _stamp_is_the_parts() -> Patches:
+    """A stamp is the timestamp of its part, and not that of the commit."""
+    command_of = Evaluator._command
+
+    def command(self: Evaluator, pending: Pending, ts: int) -> Any:
+        made = command_of(self, pending, ts)
+        if isinstance(made, PreparePart):
+            rows = stamps.filled(made.keys, made.values, made.stamps, ts)
+            keys, stored = list(rows), list(rows.values())
+            return structs.replace(made, keys=keys, values=stored, stamps=[])
+        return made
+
+    return [(Evaluator, "_command", command)]
+
+
+def _stamped_intents_unseen() -> Patches:
+    """Nobody meets the intent of a stamped key."""
+    return [(RangeState, "stamped_in", lambda *_: iter(()))]
+
+
+def _stamped_keys_not_latched() -> Patches:
+    """Nobody waits for a stamped key whose entry is in flight."""
+    acquire = LatchTable.acquire
+
+    def without(self: LatchTable, pending: Pending) -> None:
+        pending.stamp_spans = []
+        acquire(self, pending)
+
+    return [(LatchTable, "acquire", without)]
+
+
+def _stamped_keys_pass_guards() -> Patches:
+    """A stamped key does not wait for whoever guards where it may come to stand."""
+    return [(LatchTable, "blocker_of_stamp", lambda *_: None)]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -279,7 +328,7 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "joins_a_sent_batch": (_switch, 40),  # a timestamp that was asked for before the latches
     "unconfirmed_answers": (_switch, 120),  # a deposed leader's reads are believed
     "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
-    "guards_not_held": (_guards_not_held, 60),
+    "guards_not_held": (_guards_not_held, 120),
     "guards_not_validated": (_guards_not_validated, 30),
     "guards_until_prepared": (_guards_until_prepared, 60),
     "conditions_not_held": (_conditions_not_held, 120),
@@ -301,6 +350,11 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "newest_kept_version_collected": (_newest_kept_version_collected, 10),
     "hinted_part_collected": (_hinted_part_collected, 200),
     "record_collected_early": (_record_collected_early, 40),
+    "unchanged_row_not_held": (_unchanged_row_not_held, 800),
+    "stamp_is_the_parts": (_stamp_is_the_parts, 10),
+    "stamped_intents_unseen": (_stamped_intents_unseen, 10),
+    "stamped_keys_not_latched": (_stamped_keys_not_latched, 40),
+    "stamped_keys_pass_guards": (_stamped_keys_pass_guards, 120),
 }
 
 SWITCHES: Final[dict[str, str]] = {

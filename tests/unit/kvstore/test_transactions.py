@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import limits
-from kvstore.buffer import ReadSpans, WriteBuffer
+from kvstore.buffer import NumberKind, ReadSpans, WriteBuffer, number_write
 from kvstore.client import Database
 from kvstore.errors import (
     CommitUnknown,
@@ -531,26 +531,30 @@ def test_limits_are_refused_as_soon_as_they_are_met():
     simulate(test)
 
 
+def number(key: bytes, kind: NumberKind, by: int, wide: bool = False) -> Write:
+    return number_write(key, kind, by, "int64" if wide else "ascii")
+
+
 def test_numbers_are_computed_as_the_server_does():
     buffer = WriteBuffer()
-    buffer.add(b"n", 5, WriteKind.ADD_ASCII)
-    buffer.add(b"n", -7, WriteKind.ADD_ASCII)
+    buffer.atomic(number(b"n", "add", 5))
+    buffer.atomic(number(b"n", "add", -7))
     assert buffer.writes() == [Write(WriteKind.ADD_ASCII, b"n", b"-2")]
     buffer.put(b"p", b"40")
-    buffer.add(b"p", 2, WriteKind.ADD_ASCII)
+    buffer.atomic(number(b"p", "add", 2))
     buffer.delete(b"q")
-    buffer.add(b"q", -1, WriteKind.ADD_INT64)
+    buffer.atomic(number(b"q", "add", -1, wide=True))
     assert buffer.writes()[1:] == [
         Write(WriteKind.PUT, b"p", b"42"),
         Write(WriteKind.PUT, b"q", b"\xff" * 8),
     ]
     buffer.put(b"t", b"text")
     with pytest.raises(InvalidArgument):
-        buffer.add(b"t", 1, WriteKind.ADD_ASCII)
+        buffer.atomic(number(b"t", "add", 1))
     with pytest.raises(InvalidArgument):
-        buffer.add(b"n", 1, WriteKind.ADD_INT64)
+        buffer.atomic(number(b"n", "add", 1, wide=True))
     with pytest.raises(InvalidArgument):
-        buffer.add(b"n", -(1 << 63), WriteKind.ADD_ASCII)
+        buffer.atomic(number(b"n", "add", -(1 << 63)))
 
 
 def test_read_only_transactions_refuse_writes():
