@@ -235,6 +235,12 @@ class TxnSection(Section, frozen=True, kw_only=True):
             "How long old versions, and outcomes of commits, can be asked for; then they are collected."
         ),
     ] = 600.0
+    idempotency_retention_s: Annotated[
+        Duration,
+        says(
+            "How long the result of a run with an idempotency key is kept; a later one runs again."
+        ),
+    ] = 86_400.0
     oracle_window_s: Annotated[
         float,
         Meta(

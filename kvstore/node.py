@@ -243,6 +243,7 @@ class Node:
                 orphan_timer_s=config.txn.orphan_timer_s,
                 retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
                 sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
+                kept=int(config.txn.idempotency_retention_s * 1000) << TIMESTAMP_SHIFT,
             ),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,

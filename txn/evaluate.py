@@ -83,6 +83,7 @@ class Limits(msgspec.Struct, frozen=True):
     outbox_retry_s: float = 0.5
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
     sweep_s: float = 10.0  # between two sweeps for garbage
+    kept: int = 0  # rows of idempotency keys, in the same units; 0: for ever
 
 
 class Evaluator:

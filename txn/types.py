@@ -15,6 +15,7 @@ import msgspec
 TXN_ID_BYTES: Final = 16
 TIMESTAMP_SHIFT: Final = 18
 TIMESTAMP_MAX: Final = (1 << 64) - 1
+KEPT_PREFIX: Final = b"\xff\x02"  # of the rows of idempotency keys; what follows is a hash
 
 
 class WriteKind(enum.IntEnum):
