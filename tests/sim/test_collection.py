@@ -123,7 +123,9 @@ def test_the_row_of_an_idempotency_key_goes_when_its_time_is_over():
             assert server.node is not None
             assert server.node.engine is not None
             kept = list(server.node.engine.scan(b"L" + KEPT_PREFIX, b"L\xff\x03"))
-            assert 5 < len(kept) < 25  # the oracle may be catching up with the clock, twice as fast as that
+            assert (
+                5 < len(kept) < 25
+            )  # the oracle may be catching up with the clock, twice as fast as that
         assert cluster.problems == []
 
     simulated.run(main, 3, time_limit_s=200.0)
