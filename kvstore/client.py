@@ -21,6 +21,7 @@ from kvstore.atomics import AtomicCalls
 from kvstore.attempts import Attempts, KeptResult
 from kvstore.batch import Batch
 from kvstore.buffer import WriteBuffer
+from kvstore.clearing import clearing
 from kvstore.commits import Committer, Done, WriteSet
 from kvstore.errors import (
     ClientClosed,
@@ -28,7 +29,6 @@ from kvstore.errors import (
     InvalidArgument,
     KVError,
     OutcomeExpired,
-    TransactionTooLarge,
 )
 from kvstore.link import Hello, LinkLimits
 from kvstore.links import Answer, Call, Channel
@@ -57,7 +57,6 @@ __all__ = [
 CLIENT_PATH: Final = "/v1/stream"
 TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 1.0
-CLEAR_ROWS: Final = 1_000  # deleted by one transaction of clear_range
 SEEN_AGE_S_MAX: Final = 1.0
 
 R = TypeVar("R")
@@ -330,26 +329,25 @@ class Database(AtomicCalls):
         return await self._commit_buffer(buffer, timeout)
 
     async def clear_range(
-        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
         """Delete any number of rows, page by page: not atomic. Returns how many there were.
 
-        What is written into the span meanwhile may or may not be deleted. Each page has the client's timeout.
+        What is written into the span meanwhile may or may not be deleted. Each page is a transaction of its own, and has the
+        client's timeout. If it is cancelled or fails, what was deleted stays deleted: call it again, or go on from the key
+        that was told last.
+        Args: on_progress: is told after each page how many rows are gone, and the key up to which the span is empty.
         """
         low, high = scan_bounds(start, end, prefix, None)
         rows = 0
-        while low < high:
-            view = View(self._started_router(), self._timeout_s)
-            pages = view.pages(low, high, reverse=False, keys_only=True, rows_max=CLEAR_ROWS)
-            page = await pages.next()
-            if page.rows:
-                try:
-                    await self.delete_range(low, page.end)
-                except TransactionTooLarge:  # others have written into it: in smaller pieces
-                    for key, _value in page.rows:
-                        await self.delete(key)
-            rows += len(page.rows)
-            low = page.end
+        async for cleared, rows in clearing(self, low, high):
+            if on_progress is not None:
+                on_progress(rows, cleared)
         return rows
 
     @asynccontextmanager

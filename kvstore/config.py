@@ -197,6 +197,10 @@ class LimitsSection(Section, frozen=True, kw_only=True):
     requests_in_flight: Annotated[
         int, Meta(ge=1, le=10_000_000, description="Requests accepted and not yet answered.")
     ] = 20_000
+    requests_per_connection: Annotated[
+        int,
+        Meta(ge=1, le=10_000_000, description="The same, of one connection: it cannot take all."),
+    ] = 10_000
 
 
 class ClientSection(Section, frozen=True, kw_only=True):

@@ -111,7 +111,7 @@ class Node:
         self.host: Host | None = None
         self.engine: Engine | None = None
         self.peers: PeerSet | None = None
-        self.connections = Connections()
+        self.connections = Connections(config.limits.requests_per_connection)
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started_at = adapters.clock.monotonic()
         self.state = "starting"

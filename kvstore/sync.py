@@ -424,10 +424,16 @@ class Client:
         return thread.call(database.delete_range(start, end, timeout=timeout))
 
     def clear_range(
-        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
+        """As there; `on_progress` is called on the client's thread."""
         thread, database = self._open()
-        return thread.call(database.clear_range(start, end, prefix=prefix))
+        return thread.call(database.clear_range(start, end, prefix=prefix, on_progress=on_progress))
 
     @contextmanager
     def batch(self, *, timeout: float | None = None) -> Iterator[Batch]:

@@ -51,6 +51,11 @@ class Snapshot:
     def __init__(self, view: View) -> None:
         self._view = view
 
+    @property
+    def view(self) -> View:
+        """What it reads by; for code that goes page by page."""
+        return self._view
+
     async def version(self) -> int:
         """The version it reads at: the one given, or that of its first read, or the newest as of now."""
         return await self._view.version()
