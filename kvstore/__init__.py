@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from kvstore import errors
     from kvstore.api import connect, open, transactional  # noqa: A004 - the surface's word
-    from kvstore.client import ANY, Batch, Database
+    from kvstore.batch import Batch
+    from kvstore.client import ANY, Database
     from kvstore.errors import KVError
     from kvstore.reads import Entry
     from kvstore.sync import BlockingTransaction, Client
@@ -42,7 +43,7 @@ __all__ = [
 _HOME: Final = {
     "ANY": "client",
     "Aborted": "transactions",
-    "Batch": "client",
+    "Batch": "batch",
     "BlockingTransaction": "sync",
     "Client": "sync",
     "Committed": "transactions",

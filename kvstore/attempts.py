@@ -10,11 +10,11 @@ import msgspec
 
 from kvstore.errors import CorruptionError, DeadlineExceeded, InvalidArgument, KVError, Throttled
 from kvstore.transactions import Transaction, TransactionOptions
+from txn.types import KEPT_PREFIX
 
 RUN_TIMEOUT_S: Final = 30.0  # `run` without a timeout begins no other attempt after this
 BACKOFF_S: Final = 0.002
 BACKOFF_S_MAX: Final = 0.25
-KEPT_PREFIX: Final = b"\xff\x02"
 KEPT_BYTES_MAX: Final = 1_024
 
 Begin = Callable[[TransactionOptions, int], Transaction]

@@ -5,7 +5,8 @@ B1  `points` holds one operation for each key: the latest. A clear drops the poi
     than every clear that covers it, and the write set may name the clears first.
 B2  The anchor key names the transaction for ever: the first key written, which stays a point whatever is cleared later;
     or the start of the first clear, if that came first.
-B3  An ADD stands only where the value below is unknown: over our own write it is computed at once.
+B3  Atomic operations stand only where the value below is unknown: over our own write they are computed at once.
+B4  Stamped writes are numbered in order. A key with a stamp cannot be named before the commit, so a later clear leaves it.
 """
 
 from __future__ import annotations
@@ -16,55 +17,66 @@ from typing import Final, Literal, NamedTuple
 
 from kvstore import limits
 from kvstore.errors import InvalidArgument, TransactionTooLarge
+from txn import atomics, stamps
 from txn.types import Guard, Write, WriteKind, point_end
 
 NumberFormat = Literal["ascii", "int64"]
+NumberKind = Literal["add", "min", "max"]
 
-INT64_MIN: Final = -(1 << 63)
-INT64_MAX: Final = (1 << 63) - 1
-_ADDS: Final = (WriteKind.ADD_ASCII, WriteKind.ADD_INT64)
+_NUMBERS: Final = {
+    ("add", "ascii"): WriteKind.ADD_ASCII,
+    ("add", "int64"): WriteKind.ADD_INT64,
+    ("min", "ascii"): WriteKind.MIN_ASCII,
+    ("min", "int64"): WriteKind.MIN_INT64,
+    ("max", "ascii"): WriteKind.MAX_ASCII,
+    ("max", "int64"): WriteKind.MAX_INT64,
+}
+_MERGED: Final = (  # two of them, one after the other, are one
+    WriteKind.ADD_ASCII, WriteKind.ADD_INT64, WriteKind.MIN_ASCII,
+    WriteKind.MIN_INT64, WriteKind.MAX_ASCII, WriteKind.MAX_INT64,
+)  # fmt: skip
+_CONDITIONAL: Final = (WriteKind.APPEND, WriteKind.COMPARE_CLEAR)
 
 
 class Point(NamedTuple):
-    kind: int  # a WriteKind, never DELETE_RANGE
-    value: bytes = b""  # of a PUT
-    by: int = 0  # of an ADD
+    kind: int  # PUT, DELETE, STAMPED_VALUE; or of the first of the operations
+    value: bytes = b""  # of a PUT; of a STAMPED_VALUE its operand
+    operations: list[tuple[int, bytes]] = []  # noqa: RUF012 - kind and operand, in order (B3); ours alone
+
+    def size_bytes(self) -> int:
+        return len(self.value) + sum(len(operand) for _, operand in self.operations)
 
 
-def add_write(key: bytes, by: int, number_format: str) -> Write:
-    """An increment as a write. Raises: InvalidArgument."""
-    if type(by) is not int or not INT64_MIN <= by <= INT64_MAX:
-        raise InvalidArgument("`by` must be an int of at most 64 bits")
-    return Write(add_kind(number_format), key, b"%d" % by)
+def number_write(key: bytes, kind: NumberKind, by: int, number_format: str) -> Write:
+    """An operation on a number as a write. Raises: InvalidArgument."""
+    if type(by) is not int or not atomics.INT64_MIN <= by <= atomics.INT64_MAX:
+        raise InvalidArgument("the number must be an int of at most 64 bits")
+    found = _NUMBERS.get((kind, number_format))
+    if found is None:
+        raise InvalidArgument('format must be "ascii" or "int64"')
+    return Write(found, key, b"%d" % by)
 
 
-def add_kind(number_format: str) -> WriteKind:
-    if number_format == "ascii":
-        return WriteKind.ADD_ASCII
-    if number_format == "int64":
-        return WriteKind.ADD_INT64
-    raise InvalidArgument('format must be "ascii" or "int64"')
+def append_write(key: bytes, value: bytes, limit: int) -> Write:
+    """Raises: InvalidArgument, ValueTooLarge."""
+    limits.validate_value(value)
+    if type(limit) is not int or not 0 <= limit <= limits.VALUE_BYTES_MAX:
+        raise InvalidArgument(f"limit is a number of bytes, 0 to {limits.VALUE_BYTES_MAX}")
+    return Write(WriteKind.APPEND, key, atomics.appended(value, limit))
 
 
-def parse_number(kind: int, value: bytes | None) -> int:
-    """The number in a value; an absent one counts as 0. Raises: InvalidArgument."""
-    if value is None:
-        return 0
-    if kind == WriteKind.ADD_INT64:
-        if len(value) != 8:
-            raise InvalidArgument("the value is not a 64-bit integer")
-        return int.from_bytes(value, "big", signed=True)
-    digits = value[1:] if value[:1] == b"-" else value
-    if not digits.isdigit() or not INT64_MIN <= int(value) <= INT64_MAX:
-        raise InvalidArgument("the value is not a decimal number of at most 64 bits")
-    return int(value)
+def compare_clear_write(key: bytes, expected: bytes) -> Write:
+    """Raises: InvalidArgument, ValueTooLarge."""
+    limits.validate_value(expected)
+    return Write(WriteKind.COMPARE_CLEAR, key, expected)
 
 
-def format_number(kind: int, number: int) -> bytes:
-    """Raises: InvalidArgument when it overflows."""
-    if not INT64_MIN <= number <= INT64_MAX:
-        raise InvalidArgument("the sum does not fit into 64 bits")
-    return number.to_bytes(8, "big", signed=True) if kind == WriteKind.ADD_INT64 else b"%d" % number
+def after(kind: int, operand: bytes, before: bytes | None) -> bytes | None:
+    """What a key holds after an atomic operation. Raises: InvalidArgument."""
+    try:
+        return atomics.after(kind, operand, before).value
+    except atomics.BadValue as error:
+        raise InvalidArgument(str(error)) from error
 
 
 def value_over(point: Point, below: bytes | None) -> bytes | None:
@@ -73,7 +85,11 @@ def value_over(point: Point, below: bytes | None) -> bytes | None:
         return point.value
     if point.kind == WriteKind.DELETE:
         return None
-    return format_number(point.kind, parse_number(point.kind, below) + point.by)
+    if point.kind == WriteKind.STAMPED_VALUE:
+        raise InvalidArgument("a value with a versionstamp is known only after the commit")
+    for kind, operand in point.operations:
+        below = after(kind, operand, below)
+    return below
 
 
 def _start(span: tuple[bytes, bytes]) -> bytes:
@@ -90,7 +106,10 @@ class WriteBuffer:
             list[bytes] | None
         ) = []  # the keys of `points`, sorted; None: to be sorted when it is asked for
         self.clears: list[tuple[bytes, bytes]] = []  # sorted, disjoint
-        self._size_bytes = 0
+        self.stamps: list[Write] = []  # with the stamp in the key
+        self.conditional = False  # whether a key is there may depend on what it holds
+        self._stamped = 0
+        self._size_bytes = self._rows = 0
 
     def __bool__(self) -> bool:
         return bool(self.anchor_key)
@@ -101,21 +120,70 @@ class WriteBuffer:
     def delete(self, key: bytes) -> None:
         self._set(key, Point(WriteKind.DELETE))
 
-    def add(self, key: bytes, by: int, kind: WriteKind) -> None:
+    def atomic(self, write: Write) -> None:
+        kind, key, operand = write.kind, write.key, write.value
         point = self.points.get(key)
         if point is None and not self.cleared(key):
-            self._set(key, Point(kind, b"", by))
-        elif point is not None and point.kind in _ADDS:
-            if point.kind != kind:
-                raise InvalidArgument("one key is incremented in two formats")
-            total = point.by + by
-            format_number(kind, total)
-            self._set(key, Point(kind, b"", total))
+            self._set(key, Point(kind, b"", [(kind, operand)]))
+        elif point is not None and point.operations:
+            self._add(key, point, kind, operand)
         else:
             below = value_over(point, None) if point is not None else None
-            self._set(
-                key, Point(WriteKind.PUT, format_number(kind, parse_number(kind, below) + by))
-            )
+            value = after(kind, operand, below)
+            if value is None:
+                self._set(key, Point(WriteKind.DELETE))
+            else:
+                self._set(key, Point(WriteKind.PUT, value))
+        self.conditional = self.conditional or kind in _CONDITIONAL
+
+    def _add(self, key: bytes, point: Point, kind: int, operand: bytes) -> None:
+        """One more operation on a value that is unknown."""
+        operations = point.operations
+        if kind in atomics.NUMBER_KINDS:
+            wide = kind in atomics.INT64_KINDS
+            for known, _ in operations:
+                if known in atomics.NUMBER_KINDS and (known in atomics.INT64_KINDS) != wide:
+                    raise InvalidArgument("one key is a number in two formats")
+        last, before = operations[-1]
+        if last == kind and kind in _MERGED:
+            ascii_kind = _NUMBERS[_name_of(kind), "ascii"]  # operands are decimals in both formats
+            merged = after(ascii_kind, operand, before)
+            assert merged is not None
+            self._set(key, Point(point.kind, b"", [*operations[:-1], (kind, merged)]))
+        else:
+            size = self._size_bytes + len(operand)
+            limits.validate_transaction_size(size, self._rows + 1)
+            self._size_bytes, self._rows = size, self._rows + 1
+            operations.append((kind, operand))
+
+    def stamp_key(self, prefix: bytes, value: bytes) -> int:
+        """Returns the number of the write."""
+        write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(self._stamped, value))
+        size = self._size_bytes + len(prefix) + stamps.STAMP_BYTES + len(value)
+        limits.validate_transaction_size(size, self._rows + 1)
+        self._size_bytes, self._rows = size, self._rows + 1
+        self.stamps.append(write)
+        self.anchor_key = self.anchor_key or prefix
+        return self._take_number()
+
+    def stamp_value(self, key: bytes, head: bytes) -> int:
+        """Returns the number of the write."""
+        self._set(key, Point(WriteKind.STAMPED_VALUE, stamps.stamped(self._stamped, head)))
+        return self._take_number()
+
+    def _take_number(self) -> int:
+        self._stamped += 1
+        assert self._stamped < stamps.NUMBERS_MAX, "the rows of a transaction are fewer"
+        return self._stamped - 1
+
+    def require_readable(self, start: bytes, end: bytes, at: int) -> None:
+        """Raises: InvalidArgument if a key that gets its stamp at the commit, above `at`, may come to stand in [start, end)."""
+        for prefix in dict.fromkeys(write.key for write in self.stamps):
+            low, high = stamps.span(prefix, at)
+            if low < end and start < high:
+                raise InvalidArgument(
+                    "a key with a versionstamp is known only after the commit: read this first"
+                )
 
     def clear(self, start: bytes, end: bytes) -> None:
         """Forget every key of [start, end), ours and the store's."""
@@ -126,7 +194,7 @@ class WriteBuffer:
             self.anchor_key = start
         anchored = self.anchor_key in self.points
         for key in self._between(start, end):
-            self._size_bytes -= len(key) + len(self.points.pop(key).value)
+            self._forget(key, self.points.pop(key))
             self._order = None
         self._clear(start, end)
         if anchored and start <= self.anchor_key < end:  # B2
@@ -170,26 +238,38 @@ class WriteBuffer:
             yield key, self.points[key]
 
     def writes(self) -> list[Write]:
-        """The write set: clears first, then the points in key order."""
+        """The write set: clears first, then the points in key order, then what is stamped in its key."""
         result = [Write(WriteKind.DELETE_RANGE, start, end) for start, end in self.clears]
         for key in self._sorted():
             point = self.points[key]
-            value = b"%d" % point.by if point.kind in _ADDS else point.value
-            result.append(Write(point.kind, key, value))
-        return result
+            if point.operations:
+                result += [Write(kind, key, operand) for kind, operand in point.operations]
+            else:
+                result.append(Write(point.kind, key, point.value))
+        return result + self.stamps
 
     def _set(self, key: bytes, point: Point) -> None:
         old = self.points.get(key)
-        size = self._size_bytes + len(point.value) + len(key)
+        size, rows = self._size_bytes + len(key) + point.size_bytes(), self._rows + 1
+        rows += max(0, len(point.operations) - 1)
         if old is not None:
-            size -= len(key) + len(old.value)
-        limits.validate_transaction_size(size, len(self.points) + (old is None))
-        self._size_bytes = size
+            size -= len(key) + old.size_bytes()
+            rows -= max(1, len(old.operations))
+        limits.validate_transaction_size(size, rows)
+        self._size_bytes, self._rows = size, rows
         if old is None:
             self._order = None
         self.points[key] = point
         if not self.anchor_key:
             self.anchor_key = key
+
+    def _forget(self, key: bytes, point: Point) -> None:
+        self._size_bytes -= len(key) + point.size_bytes()
+        self._rows -= max(1, len(point.operations))
+
+
+def _name_of(kind: int) -> str:
+    return next(name for (name, _), each in _NUMBERS.items() if each == kind)
 
 
 class ReadSpans:

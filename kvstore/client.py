@@ -17,34 +17,34 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
 
 from kvstore import limits
+from kvstore.atomics import AtomicCalls
 from kvstore.attempts import Attempts, KeptResult
-from kvstore.buffer import NumberFormat, WriteBuffer, add_kind, add_write, parse_number
+from kvstore.batch import Batch
+from kvstore.buffer import WriteBuffer
+from kvstore.clearing import clearing
 from kvstore.commits import Committer, Done, WriteSet
 from kvstore.errors import (
     ClientClosed,
-    CommitUnknown,
     CompareFailed,
     InvalidArgument,
     KVError,
     OutcomeExpired,
-    TransactionTooLarge,
 )
 from kvstore.link import Hello, LinkLimits
 from kvstore.links import Answer, Call, Channel
 from kvstore.ports import Clock, Network
-from kvstore.reads import Entry, View
+from kvstore.reads import Entry, Found, View
 from kvstore.router import TRY_TIMEOUT_S, Router
+from kvstore.scans import RowScan, scan_bounds
 from kvstore.streams import connect as connect_stream
 from kvstore.transactions import (
     Aborted,
     Committed,
-    RowScan,
     Snapshot,
     Transaction,
     TransactionOptions,
     decode_token,
     present,
-    scan_bounds,
     validate_keys,
 )
 from txn.messages import Prepare, PrepareReply, Read, ReadReply
@@ -57,7 +57,6 @@ __all__ = [
 CLIENT_PATH: Final = "/v1/stream"
 TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 1.0
-CLEAR_ROWS: Final = 1_000  # deleted by one transaction of clear_range
 SEEN_AGE_S_MAX: Final = 1.0
 
 R = TypeVar("R")
@@ -76,33 +75,7 @@ class AnyVersion:
 ANY: Final = AnyVersion()
 
 
-class Batch:
-    """Writes collected, to be committed together: atomic, over any number of ranges. Nothing is read."""
-
-    def __init__(self) -> None:
-        self.buffer = WriteBuffer()
-        self.version: int | None = None  # of the commit, when the block has ended
-
-    def put(self, key: bytes, value: bytes) -> None:
-        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
-        limits.validate_key(key)
-        limits.validate_value(value)
-        self.buffer.put(key, value)
-
-    def delete(self, key: bytes) -> None:
-        limits.validate_key(key)
-        self.buffer.delete(key)
-
-    def delete_range(self, start: bytes, end: bytes) -> None:
-        self.buffer.clear(*limits.validate_range(start, end))
-
-    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
-        limits.validate_key(key)
-        add_write(key, by, format)
-        self.buffer.add(key, by, add_kind(format))
-
-
-class Database:
+class Database(AtomicCalls):
     """A cluster. Use it with `async with`, or `start` and `close`. Bound to the loop on which it was started.
 
     Args:
@@ -320,34 +293,6 @@ class Database:
         expects = _expects(key, if_version, False)
         return (await self._write_one(Write(WriteKind.DELETE, key), expects, timeout)).version
 
-    async def increment(
-        self,
-        key: bytes,
-        by: int = 1,
-        *,
-        format: NumberFormat = "ascii",  # noqa: A002 - the surface's word
-        timeout: float | None = None,
-    ) -> int:
-        """Add to a number and return the new one; an absent key counts as 0.
-
-        Args: format: "ascii" (decimal digits) or "int64" (8 bytes, big-endian, signed).
-        Raises: InvalidArgument if the value is no such number, or would not fit 64 bits; CommitUnknown also if it has
-        happened, and the new number could not be read in time.
-        """
-        limits.validate_key(key)
-        write = add_write(key, by, format)
-        deadline = self._monotonic() + self._timeout(timeout)
-        done = await self._write_one(write, [], timeout)
-        if done.results:
-            return parse_number(write.kind, done.results[0])
-        view = View(self._router, self._timeout_s, at=done.version, deadline=deadline)
-        try:
-            found = await view.read((key,))
-        except KVError as error:  # which says that nothing happened, of the read
-            reason = f"{by} was added at version {done.version}, but the number is not known"
-            raise CommitUnknown(f"{reason}: {error}") from error
-        return parse_number(write.kind, found[key].value)
-
     async def cas(
         self,
         key: bytes,
@@ -385,26 +330,25 @@ class Database:
         return await self._commit_buffer(buffer, timeout)
 
     async def clear_range(
-        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
         """Delete any number of rows, page by page: not atomic. Returns how many there were.
 
-        What is written into the span meanwhile may or may not be deleted. Each page has the client's timeout.
+        What is written into the span meanwhile may or may not be deleted. Each page is a transaction of its own, and has the
+        client's timeout. If it is cancelled or fails, what was deleted stays deleted: call it again, or go on from the key
+        that was told last.
+        Args: on_progress: is told after each page how many rows are gone, and the key up to which the span is empty.
         """
         low, high = scan_bounds(start, end, prefix, None)
         rows = 0
-        while low < high:
-            view = View(self._started_router(), self._timeout_s)
-            pages = view.pages(low, high, reverse=False, keys_only=True, rows_max=CLEAR_ROWS)
-            page = await pages.next()
-            if page.rows:
-                try:
-                    await self.delete_range(low, page.end)
-                except TransactionTooLarge:  # others have written into it: in smaller pieces
-                    for key, _value in page.rows:
-                        await self.delete(key)
-            rows += len(page.rows)
-            low = page.end
+        async for cleared, rows in clearing(self, low, high):
+            if on_progress is not None:
+                on_progress(rows, cleared)
         return rows
 
     @asynccontextmanager
@@ -545,6 +489,13 @@ class Database:
         if not self._started or self._closed:
             raise ClientClosed("the client is not open")
         return self._router
+
+    def _until(self, timeout: float | None) -> float:
+        return self._monotonic() + self._timeout(timeout)
+
+    async def _found_at(self, key: bytes, at: int, until: float) -> Found:
+        view = View(self._router, self._timeout_s, at=at, deadline=until)
+        return (await view.read((key,)))[key]
 
     def _timeout(self, timeout: float | None) -> float:
         if timeout is None:

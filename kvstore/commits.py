@@ -35,6 +35,7 @@ from kvstore.links import Answer, Call
 from kvstore.ranges import RangeCache, Route
 from kvstore.router import Router
 from replication.probes import chance, reached
+from txn import stamps
 from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State
 from txn.messages import Finalize, Outcome, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
@@ -102,7 +103,7 @@ class _Share:
 def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
     """One part for each range concerned, the anchor's first; None if the ranges are not all known.
 
-    Raises: TransactionTooLarge.
+    Raises: TransactionTooLarge; InvalidArgument if what can follow a prefix lies in several ranges.
     """
     shares: dict[int, _Share] = {}  # by range id, in the order in which they are met
 
@@ -131,7 +132,14 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
         route = ranges.find(write.key)
         if route is None:
             return None
-        target = share(route, write.key, point_end(write.key))
+        start, end = write.key, point_end(write.key)
+        if write.kind == WriteKind.STAMPED_KEY:
+            _, end = stamps.span(write.key)
+            if route.end and end > route.end:
+                raise InvalidArgument(
+                    f"what can follow the prefix {write.key!r} must lie in one range: choose another prefix"
+                )
+        target = share(route, start, end)
         target.writes.append(write)
         target.rows += 1
         target.size_bytes += len(write.key) + len(write.value)
@@ -321,10 +329,12 @@ def _error_of(refusal: PrepareReply) -> KVError:
         return CompareFailed(refusal.other_version)
     if reason == FenceReason.BAD_VALUE:
         return InvalidArgument(
-            f"the value of {refusal.key!r} is not a number of that format, or the sum is out of range"
+            f"the value of {refusal.key!r} is not a number of that format, or the result is out of range"
         )
     if reason == FenceReason.TOO_LARGE:
-        return TransactionTooLarge("a delete_range meets more rows than a transaction may have")
+        return TransactionTooLarge(
+            "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range"
+        )
     return Conflict(refusal.key, refusal.other_txn, refusal.other_version)
 
 

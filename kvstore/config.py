@@ -197,6 +197,10 @@ class LimitsSection(Section, frozen=True, kw_only=True):
     requests_in_flight: Annotated[
         int, Meta(ge=1, le=10_000_000, description="Requests accepted and not yet answered.")
     ] = 20_000
+    requests_per_connection: Annotated[
+        int,
+        Meta(ge=1, le=10_000_000, description="The same, of one connection: it cannot take all."),
+    ] = 10_000
 
 
 class ClientSection(Section, frozen=True, kw_only=True):
@@ -235,6 +239,12 @@ class TxnSection(Section, frozen=True, kw_only=True):
             "How long old versions, and outcomes of commits, can be asked for; then they are collected."
         ),
     ] = 600.0
+    idempotency_retention_s: Annotated[
+        Duration,
+        says(
+            "How long the result of a run with an idempotency key is kept; a later one runs again."
+        ),
+    ] = 86_400.0
     oracle_window_s: Annotated[
         float,
         Meta(

@@ -1,6 +1,7 @@
 """Clients of this node: requests come in as whole messages, answers leave once a turn, one message for each connection.
 
-A client that does not take its answers is cut off when its bounded queue is full: nobody's answers wait in memory.
+A client that does not take its answers is cut off when its bounded queue is full: nobody's answers wait in memory. One that
+asks for more than `requests_max` things at once is told Throttled, so that it cannot take all that the node has room for.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import msgspec
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
-from txn.messages import ReadReply, Reply, Request, ScanReply
+from txn.messages import Failure, ReadReply, Reply, Request, ScanReply
 
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
+REQUESTS_MAX: Final = 10_000  # in flight, of one connection
+RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -25,13 +28,14 @@ _decode: Final = msgspec.msgpack.Decoder(list[Request])
 class ClientConnection:
     """One client's stream. The store's Asker."""
 
-    __slots__ = ("_connections", "_replies", "_store", "_stream")
+    __slots__ = ("_connections", "_open", "_replies", "_store", "_stream")
 
     def __init__(self, connections: Connections, store: Store, stream: Stream) -> None:
         self._connections = connections
         self._store = store
         self._stream = stream
         self._replies: list[Reply] = []
+        self._open = 0  # requests that are not answered
 
     def on_message(self, payload: bytes) -> None:
         """Raises FrameError for what is not a list of requests: the stream ends, the node goes on."""
@@ -41,9 +45,22 @@ class ClientConnection:
             requests = _decode.decode(memoryview(payload)[1:])
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise FrameError(f"requests do not decode: {error}") from error
+        self._open += len(requests)
+        excess = self._open - self._connections.requests_max
+        if excess > 0:
+            self._refuse(requests[-excess:])
+            requests = requests[:-excess]
         self._store.accept(self, requests, len(payload))
 
+    def _refuse(self, requests: list[Request]) -> None:
+        self._connections.throttled += len(requests)
+        reason = "this connection has too many requests in flight"
+        for request in requests:
+            self.answer(Failure(request.id, "throttled", reason, {"retry_after": RETRY_AFTER_S}))
+        self._store.wake()
+
     def answer(self, reply: Reply) -> None:
+        self._open -= 1
         if not reply.id:  # a hint: nobody waits for its answer
             return
         if not self._replies:
@@ -62,7 +79,9 @@ class ClientConnection:
 class Connections:
     """All clients of a node."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests_max: int = REQUESTS_MAX) -> None:
+        self.requests_max = requests_max
+        self.throttled = 0
         self.dirty: list[ClientConnection] = []
         self.open: dict[int, ClientConnection] = {}
         self.cut_off = 0

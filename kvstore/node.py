@@ -16,7 +16,7 @@ import msgspec
 from kvstore import identity as identities
 from kvstore import logs
 from kvstore.bootstrap import InitRequest, check
-from kvstore.config import NodeConfig
+from kvstore.config import NodeConfig, TxnSection
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
@@ -113,7 +113,7 @@ class Node:
         self.host: Host | None = None
         self.engine: Engine | None = None
         self.peers: PeerSet | None = None
-        self.connections = Connections()
+        self.connections = Connections(config.limits.requests_per_connection)
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started_at = adapters.clock.monotonic()
         self.state = "starting"
@@ -241,13 +241,7 @@ class Node:
             cluster=found.cluster_id,
             engine=engine,
             clock=adapters.clock,
-            limits=Limits(
-                conflict_wait_s=config.txn.conflict_wait_s,
-                anchor_timer_s=config.txn.anchor_timer_s,
-                orphan_timer_s=config.txn.orphan_timer_s,
-                retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
-                sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
-            ),
+            limits=_limits_of(config.txn),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
@@ -582,3 +576,14 @@ def production_adapters(config: NodeConfig) -> Adapters:
     from kvstore.adapters.production import ProductionAdapters
 
     return ProductionAdapters(config)
+
+
+def _limits_of(txn: TxnSection) -> Limits:
+    return Limits(
+        conflict_wait_s=txn.conflict_wait_s,
+        anchor_timer_s=txn.anchor_timer_s,
+        orphan_timer_s=txn.orphan_timer_s,
+        retention=int(txn.retention_s * 1000) << TIMESTAMP_SHIFT,
+        sweep_s=txn.retention_s / SWEEPS_PER_RETENTION,
+        kept=int(txn.idempotency_retention_s * 1000) << TIMESTAMP_SHIFT,
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import msgspec
 
 from kvstore import limits
+from kvstore.buffer import NumberFormat
 from kvstore.errors import CompareFailed, InvalidArgument
 from kvstore.keytext import escape
 
@@ -56,10 +57,72 @@ class DeleteRange(
 class Increment(
     msgspec.Struct, tag_field="op", tag="increment", frozen=True, forbid_unknown_fields=True
 ):
-    """The row is a decimal number in ASCII; an absent one counts as 0. A `get` after it sees the sum."""
+    """The row is a decimal number in ASCII (or 8 bytes: "int64"); an absent one counts as 0. A `get` after it sees the sum."""
 
     key: bytes
     by: int = 1
+    format: NumberFormat = "ascii"
+
+
+class Min(msgspec.Struct, tag_field="op", tag="min", frozen=True, forbid_unknown_fields=True):
+    """Set a number to `value` if that is less, or if there is none."""
+
+    key: bytes
+    value: int
+    format: NumberFormat = "ascii"
+
+
+class Max(msgspec.Struct, tag_field="op", tag="max", frozen=True, forbid_unknown_fields=True):
+    """Set a number to `value` if that is greater, or if there is none."""
+
+    key: bytes
+    value: int
+    format: NumberFormat = "ascii"
+
+
+class AppendIfFits(
+    msgspec.Struct, tag_field="op", tag="append_if_fits", frozen=True, forbid_unknown_fields=True
+):
+    """Append to the value if it has at most `limit` bytes then; else leave it."""
+
+    key: bytes
+    value: bytes
+    limit: int = limits.VALUE_BYTES_MAX
+
+
+class CompareAndClear(
+    msgspec.Struct, tag_field="op", tag="compare_and_clear", frozen=True, forbid_unknown_fields=True
+):
+    """Delete the key if it has this value; else leave it."""
+
+    key: bytes
+    expected: bytes
+
+
+class PutVersionstampedKey(
+    msgspec.Struct,
+    tag_field="op",
+    tag="put_versionstamped_key",
+    frozen=True,
+    forbid_unknown_fields=True,
+):
+    """Put the key `prefix` + stamp: the commit version (8 bytes, big-endian), then a number (2 bytes). Result: {"number"}."""
+
+    prefix: bytes
+    value: bytes
+
+
+class PutVersionstampedValue(
+    msgspec.Struct,
+    tag_field="op",
+    tag="put_versionstamped_value",
+    frozen=True,
+    forbid_unknown_fields=True,
+):
+    """Put the value `head` + stamp. Result: {"number"}."""
+
+    key: bytes
+    head: bytes = b""
 
 
 class Scan(msgspec.Struct, tag_field="op", tag="scan", frozen=True, forbid_unknown_fields=True):
@@ -79,7 +142,21 @@ class Check(msgspec.Struct, tag_field="op", tag="check", frozen=True, forbid_unk
     value: bytes | None = None
 
 
-Operation: TypeAlias = Get | Put | Delete | DeleteRange | Increment | Scan | Check
+Operation: TypeAlias = (
+    Get
+    | Put
+    | Delete
+    | DeleteRange
+    | Increment
+    | Min
+    | Max
+    | AppendIfFits
+    | CompareAndClear
+    | PutVersionstampedKey
+    | PutVersionstampedValue
+    | Scan
+    | Check
+)
 
 
 async def run_operations(tx: Transaction, operations: Sequence[Operation]) -> list[dict[str, Any]]:
@@ -107,7 +184,8 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
 
     Statements end at `;` or at the end of a line, `#` begins a comment, and words with spaces or `;` are put in quotes
     of either kind. Statements: get KEY | put KEY VALUE | delete KEY | delete_range START END |
-    incr KEY [BY] | scan PREFIX [LIMIT] | check KEY VALUE | absent KEY.
+    incr KEY [BY] | min KEY NUMBER | max KEY NUMBER | append KEY VALUE [LIMIT] | clear KEY VALUE (if it has this value) |
+    stamp PREFIX VALUE | scan PREFIX [LIMIT] | check KEY VALUE | absent KEY.
     Raises: InvalidArgument with the number of the statement.
     """
     operations: list[Operation] = []
@@ -132,18 +210,30 @@ async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
             tx.delete(key)
         case DeleteRange(start=start, end=end):
             tx.delete_range(start, end)
-        case Increment(key=key, by=by):
-            tx.increment(key, by)
+        case Increment(key=key, by=by, format=form):
+            tx.increment(key, by, format=form)
+        case Min(key=key, value=number, format=form):
+            tx.min(key, number, format=form)
+        case Max(key=key, value=number, format=form):
+            tx.max(key, number, format=form)
+        case AppendIfFits(key=key, value=value, limit=limit):
+            tx.append_if_fits(key, value, limit)
+        case CompareAndClear(key=key, expected=expected):
+            tx.compare_and_clear(key, expected)
+        case PutVersionstampedKey(prefix=prefix, value=value):
+            return {"number": tx.put_versionstamped_key(prefix, value)}
+        case PutVersionstampedValue(key=key, head=head):
+            return {"number": tx.put_versionstamped_value(key, head)}
         case Scan():
             return {"items": await _scan(tx, operation)}
-        case Check(key=key, value=value):
+        case Check(key=key, value=wanted):
             present = await tx.get(key)
-            if present != value:
+            if present != wanted:
                 shown = escape(key)
-                if value is None:
+                if wanted is None:
                     found = f"the key {shown} is not absent"
                 else:
-                    found = f"the key {shown} does not have the value {escape(value[:64])}"
+                    found = f"the key {shown} does not have the value {escape(wanted[:64])}"
                 raise CompareFailed(message=f"{found}; nothing was written")
     return {}
 
@@ -182,6 +272,18 @@ def _parse_statement(words: Sequence[str], unescape: Callable[[str], bytes]) -> 
             return Increment(unescape(key))
         case ["incr" | "increment", key, by]:
             return Increment(unescape(key), int(by))
+        case ["min", key, number]:
+            return Min(unescape(key), int(number))
+        case ["max", key, number]:
+            return Max(unescape(key), int(number))
+        case ["append", key, value]:
+            return AppendIfFits(unescape(key), unescape(value))
+        case ["append", key, value, limit]:
+            return AppendIfFits(unescape(key), unescape(value), int(limit))
+        case ["clear", key, value]:
+            return CompareAndClear(unescape(key), unescape(value))
+        case ["stamp", prefix, value]:
+            return PutVersionstampedKey(unescape(prefix), unescape(value))
         case ["scan", prefix]:
             return Scan(prefix=unescape(prefix))
         case ["scan", prefix, limit]:

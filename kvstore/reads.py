@@ -253,6 +253,11 @@ class SpanPages:
         self._left = rows_max
         self._page_rows = PAGE_ROWS_FIRST
 
+    @property
+    def at(self) -> int:
+        """The version that is read at; 0 before the first page."""
+        return self._view.at
+
     def want(self, rows_max: int) -> None:
         """No more than this many rows are wanted from here on (0: all)."""
         self._left = rows_max

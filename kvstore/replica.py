@@ -102,6 +102,8 @@ class Replica:
             cost = COMMAND_OVERHEAD_BYTES
             for key, value in zip(pending.keys, pending.values, strict=False):
                 cost += len(key) + (len(value) if value is not None else 0)
+            for stamp in pending.stamps:
+                cost += len(stamp.key) + len(stamp.value)
             if commands and size + cost > BATCH_BYTES_MAX:
                 batches.append((Batch(0, version, commands), part))
                 commands, part, size = [], [], 0

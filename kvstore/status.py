@@ -41,6 +41,7 @@ def node_status(node: Node) -> dict[str, Any]:
             "open": len(node.connections.open),
             "cut_off_total": node.connections.cut_off,
             "malformed_total": node.connections.malformed,
+            "throttled_total": node.connections.throttled,
         },
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),

@@ -15,11 +15,15 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
 
 from kvstore.attempts import KeptResult
-from kvstore.buffer import NumberFormat
-from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Batch, Database, over_websockets
+from kvstore.batch import Batch
+from kvstore.buffer import NumberFormat, WriteBuffer
+from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Database, over_websockets
 from kvstore.errors import ClientClosed, KVError
+from kvstore.limits import VALUE_BYTES_MAX
 from kvstore.reads import Entry
-from kvstore.transactions import Aborted, Committed, RowScan, Snapshot, Transaction
+from kvstore.scans import RowScan
+from kvstore.transactions import Aborted, Committed, Snapshot, Transaction
+from kvstore.writes import BufferedWrites
 
 JOIN_TIMEOUT_S: Final = 5.0
 
@@ -129,7 +133,7 @@ class BlockingSnapshot:
         return None
 
 
-class BlockingTransaction:
+class BlockingTransaction(BufferedWrites):
     """As `Transaction`. `with`: commits on a clean exit, rolls back on an exception."""
 
     def __init__(self, thread: LoopThread, tx: Transaction) -> None:
@@ -177,17 +181,11 @@ class BlockingTransaction:
     def add_read_conflict(self, start: bytes, end: bytes | None = None) -> None:
         self._tx.add_read_conflict(start, end)
 
-    def put(self, key: bytes, value: bytes) -> None:
-        self._tx.put(key, value)
+    def _writable(self) -> WriteBuffer:
+        return self._tx._writable()  # noqa: SLF001 - its own half
 
-    def delete(self, key: bytes) -> None:
-        self._tx.delete(key)
-
-    def delete_range(self, start: bytes, end: bytes) -> None:
-        self._tx.delete_range(start, end)
-
-    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
-        self._tx.increment(key, by, format=format)
+    def _committed_at(self) -> int | None:
+        return self._tx.commit_version
 
     def commit(self) -> int | None:
         return self._thread.call(self._tx.commit())
@@ -364,6 +362,57 @@ class Client:
         thread, database = self._open()
         return thread.call(database.increment(key, by, format=format, timeout=timeout))
 
+    def min(
+        self,
+        key: bytes,
+        value: int,
+        *,
+        format: NumberFormat = "ascii",  # noqa: A002
+        timeout: float | None = None,
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(database.min(key, value, format=format, timeout=timeout))
+
+    def max(
+        self,
+        key: bytes,
+        value: int,
+        *,
+        format: NumberFormat = "ascii",  # noqa: A002
+        timeout: float | None = None,
+    ) -> int:
+        thread, database = self._open()
+        return thread.call(database.max(key, value, format=format, timeout=timeout))
+
+    def append_if_fits(
+        self,
+        key: bytes,
+        value: bytes,
+        limit: int = VALUE_BYTES_MAX,
+        *,
+        timeout: float | None = None,
+    ) -> bool:
+        thread, database = self._open()
+        return thread.call(database.append_if_fits(key, value, limit, timeout=timeout))
+
+    def compare_and_clear(
+        self, key: bytes, expected: bytes, *, timeout: float | None = None
+    ) -> bool:
+        thread, database = self._open()
+        return thread.call(database.compare_and_clear(key, expected, timeout=timeout))
+
+    def put_versionstamped_key(
+        self, prefix: bytes, value: bytes, *, timeout: float | None = None
+    ) -> bytes:
+        thread, database = self._open()
+        return thread.call(database.put_versionstamped_key(prefix, value, timeout=timeout))
+
+    def put_versionstamped_value(
+        self, key: bytes, head: bytes = b"", *, timeout: float | None = None
+    ) -> bytes:
+        thread, database = self._open()
+        return thread.call(database.put_versionstamped_value(key, head, timeout=timeout))
+
     def cas(
         self, key: bytes, expected: bytes | None, new: bytes | None, *, timeout: float | None = None
     ) -> bool:
@@ -375,10 +424,16 @@ class Client:
         return thread.call(database.delete_range(start, end, timeout=timeout))
 
     def clear_range(
-        self, start: bytes = b"", end: bytes | None = None, *, prefix: bytes | None = None
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
+        """As there; `on_progress` is called on the client's thread."""
         thread, database = self._open()
-        return thread.call(database.clear_range(start, end, prefix=prefix))
+        return thread.call(database.clear_range(start, end, prefix=prefix, on_progress=on_progress))
 
     @contextmanager
     def batch(self, *, timeout: float | None = None) -> Iterator[Batch]:

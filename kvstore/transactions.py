@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import enum
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, overload
 
 from kvstore import limits
-from kvstore.buffer import NumberFormat, ReadSpans, WriteBuffer, add_kind, add_write, value_over
+from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.commits import Committer, WriteSet
 from kvstore.errors import (
     InvalidArgument,
@@ -24,8 +24,10 @@ from kvstore.errors import (
     TransactionTooOld,
     Unavailable,
 )
-from kvstore.reads import Entry, Found, Page, Pages, SpanPages, View
+from kvstore.reads import Entry, Found, Pages, View
 from kvstore.router import Router
+from kvstore.scans import OwnPages, RowScan, scan_bounds
+from kvstore.writes import BufferedWrites
 from txn.types import TXN_ID_BYTES, WriteKind, point_end
 
 ID_AGE_S_MAX: Final = 60.0  # a transaction's id may rest on a timestamp seen so long ago
@@ -43,87 +45,16 @@ class Aborted:
     """The transaction did not happen, and never will."""
 
 
-ScanFactory = Callable[[], Pages]
-
-
-class RowScan:
-    """An async iterable of (key, value), all at one version. Iterating again scans again.
-
-    `async for key, value in scan`, or `await scan.to_list()`. Leaving the loop early costs nothing.
-    Values are b"" with keys_only.
-    """
-
-    def __init__(self, begin: ScanFactory, limit: int | None) -> None:
-        self._begin = begin
-        self._limit = limit
-
-    def __aiter__(self) -> AsyncIterator[tuple[bytes, bytes]]:
-        return RowIterator(self._begin(), self._limit)
-
-    async def to_list(self) -> list[tuple[bytes, bytes]]:
-        """All rows at once."""
-        rows: list[tuple[bytes, bytes]] = []
-        walk = RowIterator(self._begin(), self._limit)
-        while page := await walk.page():
-            rows.extend(page)
-        return rows
-
-    def walk(self) -> RowIterator:
-        """The iterator, which can also be asked for whole pages."""
-        return RowIterator(self._begin(), self._limit)
-
-
-class RowIterator(AsyncIterator[tuple[bytes, bytes]]):
-    def __init__(self, pages: Pages, limit: int | None) -> None:
-        self._pages = pages
-        self._left = limit
-        self._rows: list[tuple[bytes, bytes]] = []
-        self._at = 0
-        self._last = limit == 0
-
-    async def page(self) -> list[tuple[bytes, bytes]]:
-        """The next rows; empty only at the end."""
-        while not self._last:
-            page = await self._pages.next()
-            rows = page.rows
-            self._last = page.last
-            if self._left is not None:
-                rows = rows[: self._left]
-                self._left -= len(rows)
-                self._last = self._last or self._left == 0
-            if rows:
-                return rows
-        return []
-
-    async def __anext__(self) -> tuple[bytes, bytes]:
-        at = self._at
-        if at >= len(self._rows):
-            self._rows = await self.page()
-            at = 0
-            if not self._rows:
-                raise StopAsyncIteration
-        self._at = at + 1
-        return self._rows[at]
-
-
-def scan_bounds(
-    start: bytes, end: bytes | None, prefix: bytes | None, limit: int | None
-) -> tuple[bytes, bytes]:
-    """Raises: InvalidArgument, KeyTooLarge."""
-    if limit is not None and (type(limit) is not int or limit < 0):
-        raise InvalidArgument("limit must be a number, and not negative")
-    if prefix is None:
-        return limits.validate_range(start, end)
-    if start or end is not None:
-        raise InvalidArgument("give either a prefix, or start and end")
-    return limits.prefix_range(prefix)
-
-
 class Snapshot:
     """A read-only view at one version; what it reads is never in anybody's way."""
 
     def __init__(self, view: View) -> None:
         self._view = view
+
+    @property
+    def view(self) -> View:
+        """What it reads by; for code that goes page by page."""
+        return self._view
 
     async def version(self) -> int:
         """The version it reads at: the one given, or that of its first read, or the newest as of now."""
@@ -194,7 +125,7 @@ class TransactionOptions:
     priority: int = 0
 
 
-class Transaction:
+class Transaction(BufferedWrites):
     """One attempt of a transaction. `async with`: commits on a clean exit, rolls back on an exception.
 
     Reads see one snapshot and the transaction's own writes; several may be awaited together. Writes are not awaited.
@@ -292,8 +223,11 @@ class Transaction:
         guarded = None if self._options.read_only else self._spans
 
         def begin() -> Pages:
-            below = view.pages(low, high, reverse=reverse, keys_only=keys_only)
-            return _OwnPages(below, buffer, guarded, self._require_open, limit, reverse, keys_only)
+            bare = keys_only and not buffer.conditional
+            below = view.pages(low, high, reverse=reverse, keys_only=bare)
+            return OwnPages(
+                below, buffer, guarded, self._require_open, limit, reverse, keys_only, bare
+            )
 
         return RowScan(begin, limit)
 
@@ -307,46 +241,29 @@ class Transaction:
             start, end = limits.validate_range(start, end)
         self._spans.add(start, end)
 
-    # --- writes -----------------------------------------------------------------------------------
+    # --- writes: those of BufferedWrites ------------------------------------------------------------
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
-        self._require_writable()
-        limits.validate_key(key)
-        limits.validate_value(value)
-        self._buffer.put(key, value)
+    def _writable(self) -> WriteBuffer:
+        self._require_open()
+        if self._options.read_only:
+            raise InvalidArgument("the transaction is read-only")
+        return self._buffer
 
-    def delete(self, key: bytes) -> None:
-        self._require_writable()
-        limits.validate_key(key)
-        self._buffer.delete(key)
-
-    def delete_range(self, start: bytes, end: bytes) -> None:
-        """Delete what is in [start, end) when the transaction commits."""
-        self._require_writable()
-        low, high = limits.validate_range(start, end)
-        self._buffer.clear(low, high)
-
-    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
-        """Add to a number; without a read of it by this transaction, two of them never conflict."""
-        self._require_writable()
-        limits.validate_key(key)
-        add_write(key, by, format)
-        self._buffer.add(key, by, add_kind(format))
+    def _committed_at(self) -> int | None:
+        return self._commit_version
 
     # --- for `run`: a row of the system's keys, which users cannot name ---
 
     async def recall(self, row: bytes) -> bytes | None:
         """What an earlier run has left in this row; if nothing, the row becomes this transaction's anchor."""
-        self._require_writable()
+        buffer = self._writable()
         value = (await self._read([row])).get(row)
         if value is None:
-            self._buffer.put(row, b"")
+            buffer.put(row, b"")
         return value
 
     def remember(self, row: bytes, value: bytes) -> None:
-        self._require_writable()
-        self._buffer.put(row, value)
+        self._writable().put(row, value)
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -424,11 +341,6 @@ class Transaction:
             self._stage = Stage.ENDED
             raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
 
-    def _require_writable(self) -> None:
-        self._require_open()
-        if self._options.read_only:
-            raise InvalidArgument("the transaction is read-only")
-
     async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:
         values: dict[bytes, bytes | None] = {}
         asked: list[bytes] = []
@@ -441,6 +353,8 @@ class Transaction:
                         asked.append(key)
                 elif point.kind == WriteKind.PUT:
                     values[key] = point.value
+                elif point.kind == WriteKind.STAMPED_VALUE:
+                    value_over(point, None)  # raises
                 elif point.kind != WriteKind.DELETE:
                     asked.append(key)
         else:
@@ -451,6 +365,9 @@ class Transaction:
             found = await self._view.read(asked)
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        if buffer.stamps:
+            for key in asked:
+                buffer.require_readable(key, point_end(key), self._view.at)
         for key in asked:
             if not self._options.read_only:
                 self._spans.add_key(key)
@@ -458,68 +375,6 @@ class Transaction:
             below = found[key].value
             values[key] = below if point is None else value_over(point, below)
         return values
-
-
-class _OwnPages:
-    """A scan of the store with a transaction's writes laid over it; guards what it returns."""
-
-    def __init__(
-        self,
-        below: SpanPages,
-        buffer: WriteBuffer,
-        guarded: ReadSpans | None,
-        require_open: Callable[[], None],
-        limit: int | None,
-        reverse: bool,
-        keys_only: bool,
-    ) -> None:
-        self._below = below
-        self._buffer = buffer
-        self._guarded = guarded
-        self._require_open = require_open
-        self._left = limit
-        self._reverse = reverse
-        self._keys_only = keys_only
-
-    async def next(self) -> Page:
-        self._require_open()
-        if self._left is not None:
-            self._below.want(self._left)
-        try:
-            page = await self._below.next()
-        except SnapshotTooOld as error:
-            raise TransactionTooOld(error.message) from error
-        rows = self._overlaid(page)
-        start, end = page.start, page.end
-        if self._left is not None:
-            if len(rows) >= self._left:  # seen is what is returned, and not what lies behind it
-                rows = rows[: self._left]
-                if rows:
-                    last = rows[-1][0]
-                    start, end = (last, end) if self._reverse else (start, point_end(last))
-            self._left -= len(rows)
-        if self._guarded is not None:
-            self._guarded.add(start, end)
-        return Page(rows, page.start, page.end, page.last or self._left == 0)
-
-    def _overlaid(self, page: Page) -> list[tuple[bytes, bytes]]:
-        buffer = self._buffer
-        if not buffer or not buffer.overlays(page.start, page.end):
-            return page.rows
-        rows: dict[bytes, bytes] = dict(page.rows)
-        for start, end in buffer.clears:
-            if start < page.end and page.start < end:
-                rows = {key: value for key, value in rows.items() if not start <= key < end}
-        for key, point in buffer.points_in(page.start, page.end):
-            if self._keys_only:
-                value = None if point.kind == WriteKind.DELETE else b""
-            else:
-                value = value_over(point, rows.get(key))
-            if value is None:
-                rows.pop(key, None)
-            else:
-                rows[key] = value
-        return sorted(rows.items(), reverse=self._reverse)
 
 
 # --- small things shared with the client ----------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from txn import keycode
+from txn import keycode, stamps
 from txn.commands import (
     AbortUnstaged,
     Batch,
@@ -192,6 +192,7 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
         command.values,
         command.guards,
         command.participants,
+        command.stamps,
     )
     state.add_part(Part(locus, txn_id, row))
     overlay.put(keycode.part_row(keycode.PREPARED, locus, txn_id), encode_row(row))
@@ -266,7 +267,12 @@ def _resolve_part(
     status = PartStatus.ABORTED
     if commit_ts:
         assert commit_ts >= row.min_ts, "I4: committed below a part's min_ts"
-        _write_versions(overlay, row.keys, row.values, commit_ts, txn_id)
+        keys: Sequence[bytes] = row.keys
+        values: Sequence[bytes | None] = row.values
+        if row.stamps:
+            rows = stamps.filled(keys, values, row.stamps, commit_ts)
+            keys, values = list(rows), list(rows.values())
+        _write_versions(overlay, keys, values, commit_ts, txn_id)
         status = PartStatus.COMMITTED
     decided = DecidedRow(status, commit_ts, row.anchor_key, hinted=hinted)
     state.note_decided(txn_id)

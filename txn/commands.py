@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from txn.types import Guard, Participant
+from txn.types import Guard, Participant, Stamp
 
 
 class Commit(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
@@ -36,6 +36,7 @@ class PreparePart(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False)
     values: list[bytes | None]
     guards: list[Guard]
     participants: list[Participant] = []
+    stamps: list[Stamp] = []
 
 
 class FencePart(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):

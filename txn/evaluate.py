@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from replication.probes import chance, reached
-from txn import keycode
+from txn import keycode, stamps
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
@@ -83,6 +83,7 @@ class Limits(msgspec.Struct, frozen=True):
     outbox_retry_s: float = 0.5
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
     sweep_s: float = 10.0  # between two sweeps for garbage
+    kept: int = 0  # rows of idempotency keys, in the same units; 0: for ever
 
 
 class Evaluator:
@@ -278,8 +279,12 @@ class Evaluator:
     def _command(self, pending: Pending, ts: int) -> Command:
         request: Prepare = pending.request
         if request.one_range:
-            keep = request.locus not in pending.keys
-            return Commit(request.txn_id, request.locus, ts, pending.keys, pending.values, keep)
+            keys, values = pending.keys, pending.values
+            if pending.stamps:
+                rows = stamps.filled(keys, values, pending.stamps, ts)
+                keys, values = list(rows), list(rows.values())
+            keep = request.locus not in keys
+            return Commit(request.txn_id, request.locus, ts, keys, values, keep)
         return PreparePart(
             request.txn_id,
             request.locus,
@@ -290,6 +295,7 @@ class Evaluator:
             pending.values,
             pending.guards,
             request.participants,
+            pending.stamps,
         )
 
     # -- what was proposed
@@ -374,6 +380,7 @@ class Evaluator:
             and key not in state.intents
             and not state.point_guards
             and not state.span_guards
+            and not state.stamped
             and txn_id not in state.parts
             and well_formed(request)
             and self._wrong_prepare(request) is None
@@ -431,6 +438,8 @@ class Evaluator:
         if refusal is not None:
             self._refuse(request, origin, refusal)
             return
+        if pending.stamps:
+            pending.stamp_spans = stamps.spans(pending.stamps, self.issued)
         self.latches.acquire(pending)
         self.await_fresh.append(pending)
 
@@ -462,6 +471,9 @@ class Evaluator:
             if write.kind == WriteKind.DELETE_RANGE:
                 if not state.owns_span(write.key, write.value) or write.key >= write.value:
                     return "epoch_mismatch", ""
+            elif write.kind == WriteKind.STAMPED_KEY:  # V3
+                if not (state.owns(write.key) and state.owns_span(*stamps.span(write.key))):
+                    return "epoch_mismatch", ""
             elif write.key != request.locus and not state.owns(write.key):
                 return "epoch_mismatch", ""
         for guard in request.guards:
@@ -484,6 +496,8 @@ class Evaluator:
         for write in request.writes:
             if write.kind == WriteKind.DELETE_RANGE:
                 found = latches.blocker_of_write_span(write.key, write.value)
+            elif write.kind == WriteKind.STAMPED_KEY:
+                found = latches.blocker_of_stamp(*stamps.span(write.key, self.issued))
             else:
                 found = latches.blocker_of_write(write.key)
             if found is not None:
@@ -525,28 +539,41 @@ class Evaluator:
         state, txn_id = self.state, request.txn_id
         guarded = bool(state.point_guards) or bool(state.span_guards)
         for write in request.writes:
-            if write.kind == WriteKind.DELETE_RANGE:
-                for key, part in state.intents_in(write.key, write.value):
+            start, end = write.key, b""
+            if write.kind == WriteKind.STAMPED_KEY:
+                start, end = stamps.span(write.key, self.issued)
+            elif write.kind == WriteKind.DELETE_RANGE:
+                end = write.value
+            found = state.intents.get(start) if not end else None
+            if end:
+                for key, part in state.intents_in(start, end):
                     return part, key
-                if guarded:
-                    found = state.foreign_guard_in(write.key, write.value, txn_id)
-                    if found is not None:
-                        return found, write.key
-                continue
-            found = state.intents.get(write.key)
+            if found is None and guarded:
+                if end:
+                    found = state.foreign_guard_in(start, end, txn_id)
+                else:
+                    found = state.foreign_guard(start, txn_id)
             if found is not None:
-                return found, write.key
-            if guarded:
-                found = state.foreign_guard(write.key, txn_id)
-                if found is not None:
-                    return found, write.key
+                return found, start
+            if state.stamped and write.kind != WriteKind.STAMPED_KEY:  # V1
+                for part in state.stamped_in(start, end or point_end(start)):
+                    return part, start
+        return self._foreign_write(request)
+
+    def _foreign_write(self, request: Prepare) -> tuple[Part, bytes] | None:
+        """In what this transaction has read, or has a condition on."""
+        state = self.state
         for guard in request.guards:
             for key, part in state.intents_in(guard.start, guard.end):
                 return part, key
+            for part in state.stamped_in(guard.start, guard.end):
+                return part, guard.start
         for expect in request.expects:
             found = state.intents.get(expect.key)
             if found is not None:
                 return found, expect.key
+            for part in state.stamped_in(expect.key, point_end(expect.key)):
+                return part, expect.key
         return None
 
     def _wait_or_refuse(
@@ -665,8 +692,7 @@ class Evaluator:
         """Resolve an undecided part; readers and writers of its keys wait for the latch from now on."""
         assert part.resolving is None
         pending = Pending(part.txn_id, request, origin)
-        pending.keys = list(part.row.keys)
-        pending.part = part
+        pending.take(part)
         pending.command = ResolvePart(
             part.txn_id, part.row.anchor_key, part.locus, commit_ts, hinted
         )

@@ -16,21 +16,34 @@ G4 bounded: SLICE_ROWS rows or SLICE_BYTES are looked at in one step, COLLECT_RO
 G5 a part that is COMMITTED by a client's word alone goes only when its anchor's range says that the record is terminal: while a
    record is STAGED, EXPIRED of a part means that it was never prepared, or fenced, and the transaction is aborted by it.
 G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
+G7 rows under KEPT_PREFIX (what an idempotency key did) are deleted `Limits.kept` after they were written, by an ordinary
+   transaction of the leader: under a condition on their version, so that what was written meanwhile stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from txn import keycode
 from txn.commands import Collect, Garbage
 from txn.latches import Pending
-from txn.messages import Failure, QuerySettled, Reply, Settled
+from txn.messages import Failure, Prepare, PrepareReply, QuerySettled, Reply, Settled
 from txn.mvcc import is_tombstone, latest_ts
 from txn.state import DecidedRow, decode_decided_row
-from txn.types import PartStatus, begin_ts_of, point_end
+from txn.types import (
+    KEPT_PREFIX,
+    Expect,
+    ExpectKind,
+    PartStatus,
+    Write,
+    WriteKind,
+    begin_ts_of,
+    make_txn_id,
+    point_end,
+)
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -53,6 +66,7 @@ class Found:
         self.tombstones: dict[bytes, int] = {}
         self.parts: dict[bytes, list[bytes]] = {}
         self.records: dict[bytes, list[bytes]] = {}
+        self.expired: dict[bytes, int] = {}  # G7: the version that is there
 
     def garbage(self) -> list[Garbage]:
         every = (self.versions, self.tombstones, self.parts, self.records)
@@ -93,8 +107,8 @@ class Collector:
         self._hiding = (
             0  # a HISTORY tombstone that nothing covers: it goes if all that is older goes with it
         )
-        self._latches = 0
-        self._in_flight = False
+        self._latches = self._deletions = 0
+        self._in_flight = 0
         self._refused = (
             False  # a command of this sweep was not taken: the next one finds it all again
         )
@@ -121,6 +135,8 @@ class Collector:
         more = self._slices[self._family](found)
         if garbage := found.garbage():
             self._propose(garbage)
+        if found.expired:
+            self._delete(found.expired)
         if not more:
             self._next_family(now)
 
@@ -216,7 +232,11 @@ class Collector:
         rows = 0
         for row_key, data in self._rows():
             self._position = row_key + b"\x00"
-            if not is_tombstone(data) or latest_ts(data) > self._threshold:
+            if not is_tombstone(data):
+                if row_key.startswith(KEPT_PREFIX, 1) and self._is_over(latest_ts(data)):
+                    found.expired[row_key[1:]] = latest_ts(data)
+                continue
+            if latest_ts(data) > self._threshold:
                 continue
             key = row_key[1:]
             if key in self._ev.latches.writes or key in self._ev.state.intents:
@@ -232,6 +252,33 @@ class Collector:
             if rows >= COLLECT_ROWS_MAX:
                 return True
         return self._cut
+
+    def _is_over(self, version: int) -> bool:
+        """G7."""
+        kept = self._ev.limits.kept
+        return bool(kept) and version <= self._ev.issued - kept
+
+    def _delete(self, expired: dict[bytes, int]) -> None:
+        """G7, as a transaction of this range."""
+        ev = self._ev
+        keys = list(expired)
+        self._deletions += 1
+        seed = b"%d/%d/%d" % (ev.state.row.range_id, ev.term, self._deletions)
+        number = int.from_bytes(blake2b(seed + keys[0], digest_size=8).digest(), "big")
+        txn_id = make_txn_id(ev.issued, number)
+        writes = [Write(WriteKind.DELETE, key) for key in keys]
+        expects = [Expect(ExpectKind.VERSION, key, version) for key, version in expired.items()]
+        request = Prepare(0, 0, 0, txn_id, keys[0], keys[0], writes, expects)
+        self._in_flight += 1
+
+        def on_reply(reply: Reply) -> None:
+            self._in_flight -= 1
+            if isinstance(reply, PrepareReply) and reply.status == PartStatus.COMMITTED:
+                ev.counters["rows_collected_total"] += len(keys)
+            else:
+                self._refused = True  # the next sweep finds what is left
+
+        ev.recovery.call(keys[0], request, on_reply)
 
     def _older(self, key: bytes) -> list[int]:
         prefix = keycode.history_prefix(key)
@@ -264,10 +311,10 @@ class Collector:
         return None
 
     def _ask_settled(self, anchor_key: bytes) -> None:
-        self._in_flight = True
+        self._in_flight += 1
 
         def on_reply(reply: Reply) -> None:
-            self._in_flight = False
+            self._in_flight -= 1
             if isinstance(reply, Settled):
                 self._settled.append((reply.start, reply.end, reply.upto))
             self._settled.append((anchor_key, point_end(anchor_key), 0))  # else not in this sweep
@@ -291,7 +338,7 @@ class Collector:
         pending = Pending(_LATCH + self._latches.to_bytes(8, "big"), None, None)
         pending.keys = [each.key for each in garbage if each.tombstone]  # G3
         pending.command = Collect(self._threshold, garbage)
-        self._in_flight = True
+        self._in_flight += 1
         rows = sum(
             len(each.versions) + bool(each.tombstone) + len(each.parts) + len(each.records)
             for each in garbage
@@ -301,11 +348,12 @@ class Collector:
         self._ev.propose(pending)
 
     def _applied(self, rows: int) -> None:
-        self._in_flight = False
+        self._in_flight -= 1
         self._ev.counters["rows_collected_total"] += rows
 
     def _lost(self) -> None:
-        self._in_flight, self._refused = False, True
+        self._in_flight -= 1
+        self._refused = True
 
 
 __all__ = ["Collector"]

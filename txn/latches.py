@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from txn import stamps
 from txn.types import point_end
 
 if TYPE_CHECKING:
     from txn.commands import Command
     from txn.state import Answer, Part
-    from txn.types import Guard
+    from txn.types import Guard, Stamp
 
 
 class Pending:
@@ -23,6 +24,7 @@ class Pending:
 
     __slots__ = (
         "command",
+        "grown_bytes",
         "guards",
         "keys",
         "lost",
@@ -34,6 +36,8 @@ class Pending:
         "sequence",
         "since",
         "spans",
+        "stamp_spans",
+        "stamps",
         "then",
         "txn_id",
         "values",
@@ -49,7 +53,10 @@ class Pending:
         self.values: list[bytes | None] = []
         self.guards: list[Guard] = []
         self.spans: list[tuple[bytes, bytes]] = []  # written spans (delete_range)
+        self.stamps: list[Stamp] = []
+        self.stamp_spans: list[tuple[bytes, bytes]] = []  # where their keys may come to stand (V1)
         self.results: list[bytes] | None = None
+        self.grown_bytes = 0  # of rows that are appended to
         # Rows read under the latch, which apply need not read again.
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
         self.waiters: list[Waiter] = []
@@ -58,6 +65,13 @@ class Pending:
         self.part: Part | None = None  # what a Resolve resolves
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
         self.lost: Callable[[], None] | None = None  # it was not proposed after all
+
+    def take(self, part: Part) -> None:
+        """It will end this part: what that writes is latched until it has."""
+        row = part.row
+        self.part = part
+        self.keys = list(row.keys)
+        self.stamp_spans = stamps.spans(row.stamps, row.min_ts - 1)
 
 
 class Waiter:
@@ -81,11 +95,16 @@ class LatchTable:
         self._point_guards: dict[bytes, list[Pending]] = {}
         self._span_guards: list[tuple[bytes, bytes, Pending]] = []
         self._write_spans: list[tuple[bytes, bytes, Pending]] = []
+        self._stamp_spans: list[tuple[bytes, bytes, Pending]] = []
 
     def is_free(self, key: bytes) -> bool:
         """Whether a writer of the key surely meets nobody; False only means: look closer."""
         return not (
-            key in self.writes or self._point_guards or self._span_guards or self._write_spans
+            key in self.writes
+            or self._point_guards
+            or self._span_guards
+            or self._write_spans
+            or self._stamp_spans
         )
 
     def blocker_of_write(self, key: bytes) -> Pending | None:
@@ -96,7 +115,7 @@ class LatchTable:
             holders = self._point_guards.get(key)
             if holders:
                 return holders[0]
-        for spans in (self._span_guards, self._write_spans):
+        for spans in (self._span_guards, self._write_spans, self._stamp_spans):
             for start, end, pending in spans:
                 if start <= key < end:
                     return pending
@@ -104,9 +123,12 @@ class LatchTable:
 
     def blocker_of_guard(self, start: bytes, end: bytes) -> Pending | None:
         """A writer inside [start, end)."""
-        for low, high, pending in self._write_spans:
-            if low < end and start < high:
-                return pending
+        return _meeting(self._stamp_spans, start, end) or self._writer_in(start, end)
+
+    def _writer_in(self, start: bytes, end: bytes) -> Pending | None:
+        found = _meeting(self._write_spans, start, end)
+        if found is not None:
+            return found
         if end == point_end(start):
             return self.writes.get(start)
         for key, pending in self.writes.items():
@@ -115,34 +137,37 @@ class LatchTable:
         return None
 
     def blocker_of_write_span(self, start: bytes, end: bytes) -> Pending | None:
-        found = self.blocker_of_guard(start, end)
+        return _meeting(self._stamp_spans, start, end) or self.blocker_of_stamp(start, end)
+
+    def blocker_of_stamp(self, start: bytes, end: bytes) -> Pending | None:
+        """Whoever is in the way of a key that will stand somewhere in [start, end); not another such (V1)."""
+        found = self._writer_in(start, end)
         if found is not None:
             return found
         for key, holders in self._point_guards.items():
             if start <= key < end:
                 return holders[0]
-        for low, high, pending in self._span_guards:
-            if low < end and start < high:
-                return pending
-        return None
+        return _meeting(self._span_guards, start, end)
 
     def blocker_of_read(self, key: bytes, sequence: int) -> Pending | None:
         """A writer of the key that latched at or before `sequence`."""
         found = self.writes.get(key)
         if found is not None and found.sequence <= sequence:
             return found
-        for start, end, pending in self._write_spans:
-            if start <= key < end and pending.sequence <= sequence:
-                return pending
+        for spans in (self._write_spans, self._stamp_spans):
+            for start, end, pending in spans:
+                if start <= key < end and pending.sequence <= sequence:
+                    return pending
         return None
 
     def blocker_of_scan(self, start: bytes, end: bytes, sequence: int) -> Pending | None:
         for key, pending in self.writes.items():
             if pending.sequence <= sequence and start <= key and (not end or key < end):
                 return pending
-        for low, high, pending in self._write_spans:
-            if pending.sequence <= sequence and (not end or low < end) and start < high:
-                return pending
+        for spans in (self._write_spans, self._stamp_spans):
+            for low, high, pending in spans:
+                if pending.sequence <= sequence and (not end or low < end) and start < high:
+                    return pending
         return None
 
     def acquire(self, pending: Pending) -> None:
@@ -162,6 +187,8 @@ class LatchTable:
                 self._span_guards.append((guard.start, guard.end, pending))
         for start, end in pending.spans:
             self._write_spans.append((start, end, pending))
+        for start, end in pending.stamp_spans:
+            self._stamp_spans.append((start, end, pending))
 
     def release(self, pending: Pending) -> None:
         del self.txns[pending.txn_id]
@@ -177,6 +204,16 @@ class LatchTable:
                 self._span_guards.remove((guard.start, guard.end, pending))
         for start, end in pending.spans:
             self._write_spans.remove((start, end, pending))
+        for start, end in pending.stamp_spans:
+            self._stamp_spans.remove((start, end, pending))
 
     def held(self) -> int:
         return len(self.txns)
+
+
+def _meeting(spans: list[tuple[bytes, bytes, Pending]], start: bytes, end: bytes) -> Pending | None:
+    """The first that meets [start, end)."""
+    for low, high, pending in spans:
+        if low < end and start < high:
+            return pending
+    return None

@@ -82,6 +82,11 @@ class Reader:
                 part = state.intents.get(key)
                 if part is not None and self._undecided(part, at, waiter):
                     return None
+        if state.stamped:
+            for key in request.keys:
+                for part in state.stamped_in(key, point_end(key)):
+                    if self._undecided(part, at, waiter):
+                        return None
         versions: list[int] = []
         values: list[bytes | None] = []
         get = self.owner.rows.get
@@ -155,6 +160,9 @@ class Reader:
             low, high = (covered_to, end) if request.reverse else (start, covered_to)
         for key, part in state.intents.items():
             if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
+                return None
+        for part in state.stamped_in(low, high):
+            if self._undecided(part, at, waiter):
                 return None
         return ScanReply(request.id, at, keys, values, versions, done, covered_to)
 

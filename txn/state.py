@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from txn import keycode
+from txn import keycode, stamps
 from txn.decided import RecentlyDecided
 from txn.ports import Rows
-from txn.types import Guard, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
+from txn.types import Guard, Participant, PartStatus, Stamp, TxnStatus, begin_ts_of, point_end
 
 
 class RangeRow(msgspec.Struct, array_like=True):
@@ -46,9 +46,8 @@ class PreparedRow(msgspec.Struct, array_like=True, frozen=True):
     keys: list[bytes]
     values: list[bytes | None]
     guards: list[Guard]
-    participants: list[
-        Participant
-    ] = []  # of the whole transaction, at its anchor only: it is STAGED
+    participants: list[Participant] = []  # the whole transaction's, at its anchor: it is STAGED
+    stamps: list[Stamp] = []
 
 
 class DecidedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -141,6 +140,9 @@ class RangeState:
         self.intents: dict[bytes, Part] = {}  # key -> the part that will write it
         self.point_guards: dict[bytes, dict[bytes, Part]] = {}  # key -> txn_id -> part
         self.span_guards: dict[bytes, list[tuple[bytes, bytes, Part]]] = {}  # txn_id -> spans
+        self.stamped: dict[
+            bytes, list[tuple[bytes, bytes, Part]]
+        ] = {}  # txn_id -> spans in which it will write one key (V1)
         self.staged: dict[bytes, Staged] = {}  # txn_id -> record
         self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
         self.oracle_hi = 0
@@ -153,6 +155,7 @@ class RangeState:
             self.intents,
             self.point_guards,
             self.span_guards,
+            self.stamped,
             self.staged,
             self.outbox,
         ):
@@ -189,6 +192,9 @@ class RangeState:
             else:
                 self.span_guards.setdefault(part.txn_id, []).append((guard.start, guard.end, part))
 
+        for start, end in stamps.spans(part.row.stamps, part.row.min_ts - 1):
+            self.stamped.setdefault(part.txn_id, []).append((start, end, part))
+
     def remove_part(self, part: Part) -> None:
         loci = self.parts[part.txn_id]
         del loci[part.locus]
@@ -205,11 +211,12 @@ class RangeState:
                     holders.pop(part.txn_id, None)
                     if not holders:
                         del self.point_guards[guard.start]
-        spans = self.span_guards.get(part.txn_id)
-        if spans is not None:
-            spans[:] = [span for span in spans if span[2] is not part]
-            if not spans:
-                del self.span_guards[part.txn_id]
+        for mirror in (self.span_guards, self.stamped):
+            spans = mirror.get(part.txn_id)
+            if spans is not None:
+                spans[:] = [span for span in spans if span[2] is not part]
+                if not spans:
+                    del mirror[part.txn_id]
 
     def note_decided(self, txn_id: bytes) -> None:
         """A DECIDED row of this transaction is being written (D1)."""
@@ -268,6 +275,13 @@ class RangeState:
         for key, part in self.intents.items():
             if start <= key < end:
                 yield key, part
+
+    def stamped_in(self, start: bytes, end: bytes) -> Iterator[Part]:
+        """Parts that may yet write a stamped key in [start, end); end b"": the end of all keys."""
+        for spans in self.stamped.values():
+            for low, high, part in spans:
+                if (not end or low < end) and start < high:
+                    yield part
 
     def answer_of(self, get: Rows, txn_id: bytes, locus: bytes) -> Answer:
         """What this range knows of a part: all but ABSENT are stable."""

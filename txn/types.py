@@ -15,6 +15,7 @@ import msgspec
 TXN_ID_BYTES: Final = 16
 TIMESTAMP_SHIFT: Final = 18
 TIMESTAMP_MAX: Final = (1 << 64) - 1
+KEPT_PREFIX: Final = b"\xff\x02"  # of the rows of idempotency keys; what follows is a hash
 
 
 class WriteKind(enum.IntEnum):
@@ -25,12 +26,29 @@ class WriteKind(enum.IntEnum):
         3  # value: the decimal to add; the row is 8 bytes, big-endian, signed; absent counts as 0
     )
     DELETE_RANGE = 4  # [key, value)
+    MIN_ASCII = 5  # from here on see txn/atomics.py
+    MIN_INT64 = 6
+    MAX_ASCII = 7
+    MAX_INT64 = 8
+    APPEND = 9
+    COMPARE_CLEAR = 10
+    STAMPED_KEY = 11  # key: a prefix; value: the write's number (2 bytes), then the value
+    STAMPED_VALUE = 12  # value: the write's number (2 bytes), then what precedes the stamp
 
 
 class Write(msgspec.Struct, array_like=True, frozen=True, gc=False):
     kind: int  # a WriteKind
     key: bytes
     value: bytes = b""
+
+
+class Stamp(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A write that names the version it is committed at: filled in when that is known (txn/stamps.py)."""
+
+    key: bytes  # of the row; in_key: what precedes the stamp in it
+    value: bytes  # of the row; not in_key: what precedes the stamp in it
+    number: int  # of this write among the stamped ones of its transaction, below 1 << 16
+    in_key: bool
 
 
 class ExpectKind(enum.IntEnum):

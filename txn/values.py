@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from txn import keycode
+from txn import atomics, keycode, stamps
 from txn.mvcc import decode_latest
 from txn.ports import Rows
 from txn.state import Answer
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from txn.latches import Pending
     from txn.messages import Prepare
 
-INT64 = 1 << 63
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
 
@@ -46,23 +45,6 @@ def failed_condition(expects: Sequence[Expect], rows: Rows) -> tuple[bytes, int]
         if not holds:
             return expect.key, current
     return None
-
-
-def add(kind: int, current: bytes | None, by: bytes) -> bytes | None:
-    """The sum as bytes in the row's format; None if the row is not of the format, or the sum does not fit."""
-    try:
-        amount = int(by)
-        if kind == WriteKind.ADD_INT64:
-            if current is not None and len(current) != 8:
-                return None
-            total = (int.from_bytes(current, "big", signed=True) if current else 0) + amount
-            return total.to_bytes(8, "big", signed=True) if -INT64 <= total < INT64 else None
-        if current is not None and (len(current) > 20 or not current.lstrip(b"-").isdigit()):
-            return None
-        total = (int(current) if current else 0) + amount
-        return b"%d" % total if -INT64 <= total < INT64 else None
-    except ValueError:
-        return None
 
 
 def compute(request: Prepare, pending: Pending, rows: Rows) -> Answer | None:
@@ -113,15 +95,38 @@ def _compute_write(
             size += len(row_key)
             if len(final) > RANGE_ROWS_MAX or size > RANGE_BYTES_MAX:
                 return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
+    elif kind == WriteKind.STAMPED_KEY:
+        pending.stamps.append(stamps.of_write(write))
+    elif kind == WriteKind.STAMPED_VALUE:
+        pending.stamps.append(stamps.of_write(write))
+        final[key] = pending.stamps[-1].value
     else:
-        current = final[key] if key in final else _newest_value(key, rows)
-        result = add(kind, current, write.value)
-        if result is None:
-            return Answer(PartStatus.FENCED, 0, FenceReason.BAD_VALUE, key)
-        final[key] = result
-        if pending.results is None:
-            pending.results = []
-        pending.results.append(result)
+        return _compute_atomic(write, final, pending, rows)
+    return None
+
+
+def _compute_atomic(
+    write: Write, final: dict[bytes, bytes | None], pending: Pending, rows: Rows
+) -> Answer | None:
+    """One that changes nothing writes nothing; what it has seen has to stay until the transaction ends."""
+    key = write.key
+    known = key in final
+    before = final[key] if known else _newest_value(key, rows)
+    try:
+        value, told = atomics.after(write.kind, write.value, before)
+    except atomics.BadValue:
+        return Answer(PartStatus.FENCED, 0, FenceReason.BAD_VALUE, key)
+    if known or value != before:
+        final[key] = value
+    else:
+        pending.guards.append(hold(key, point_end(key)))
+    if pending.results is None:
+        pending.results = []
+    pending.results.append(told)
+    if write.kind == WriteKind.APPEND and value is not None:  # it may be larger than the request
+        pending.grown_bytes += len(value)
+        if pending.grown_bytes > RANGE_BYTES_MAX:
+            return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
     return None
 
 

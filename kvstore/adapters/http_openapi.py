@@ -245,13 +245,20 @@ def _operation() -> _Json:
 
     maybe = {"anyOf": [_BASE64, {"type": "null"}]}
     yes_no, whole = {"type": "boolean"}, {"type": "integer"}
+    form = {"enum": ["ascii", "int64"]}
     return {
         "oneOf": [
             shape("get", ["key"], key=_BASE64),
             shape("put", ["key", "value"], key=_BASE64, value=_BASE64),
             shape("delete", ["key"], key=_BASE64),
             shape("delete_range", ["start", "end"], start=_BASE64, end=_BASE64),
-            shape("increment", ["key"], key=_BASE64, by=whole),
+            shape("increment", ["key"], key=_BASE64, by=whole, format=form),
+            shape("min", ["key", "value"], key=_BASE64, value=whole, format=form),
+            shape("max", ["key", "value"], key=_BASE64, value=whole, format=form),
+            shape("append_if_fits", ["key", "value"], key=_BASE64, value=_BASE64, limit=whole),
+            shape("compare_and_clear", ["key", "expected"], key=_BASE64, expected=_BASE64),
+            shape("put_versionstamped_key", ["prefix", "value"], prefix=_BASE64, value=_BASE64),
+            shape("put_versionstamped_value", ["key"], key=_BASE64, head=_BASE64),
             shape("scan", [], start=_BASE64, end=maybe, prefix=maybe, limit=whole, reverse=yes_no),
             shape("check", ["key"], key=_BASE64, value=maybe),
         ]

@@ -341,7 +341,8 @@ def txn(
 ) -> None:
     """Run statements in one transaction: all of them, or none.
 
-    get KEY | put KEY VALUE | delete KEY | delete_range START END | incr KEY [BY] | scan PREFIX [LIMIT] |
+    get KEY | put KEY VALUE | delete KEY | delete_range START END | incr KEY [BY] | min KEY NUMBER | max KEY NUMBER |
+    append KEY VALUE [LIMIT] | clear KEY VALUE (if it has that value) | stamp PREFIX VALUE | scan PREFIX [LIMIT] |
     check KEY VALUE | absent KEY. A `check` or `absent` that does not hold stops it, and nothing is written.
     """
 

@@ -28,8 +28,9 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.reads import Page, Pages
+from kvstore.scans import RowScan
 from kvstore.sync import Client
-from kvstore.transactions import RowScan, Transaction, TransactionOptions
+from kvstore.transactions import Transaction, TransactionOptions
 
 POINTS: Final = ("begin", "read", "commit", "unknown")
 IN_A_ROW: Final = 3

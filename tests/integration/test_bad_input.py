@@ -152,6 +152,18 @@ async def test_more_requests_than_the_node_takes_on_are_throttled(tmp_path):
         assert {each.code for each in throttled} == {"throttled"}
 
 
+async def test_more_requests_than_one_connection_may_have_in_flight_are_throttled(tmp_path):
+    async with one_node(tmp_path, LimitsSection(requests_per_connection=10)) as (node, db):
+        requests = [Read(number, 0, 0, 0, [b"before"]) for number in range(1, 31)]
+        replies = await ask(node, b"\x02" + encode(requests))
+        throttled = [each.id for each in replies if isinstance(each, Failure)]
+        assert throttled == list(range(11, 31))  # the first ones are answered
+        assert node.status()["connections"]["throttled_total"] == 20
+        assert node.store.open_requests == 0
+        found = await asyncio.gather(*(db.get(b"before") for _ in range(100)))
+        assert len({*found}) == 1  # a client tries again, and others have room
+
+
 async def test_more_bytes_than_wait_for_a_turn_are_throttled_and_there_is_room_afterwards(tmp_path):
     limits_ = LimitsSection(inbox_bytes=10 << 20)
     async with one_node(tmp_path, limits_) as (node, _):

@@ -3,7 +3,10 @@ a second user of its directory, and refuses a directory that is not its own, wit
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import random
+import tracemalloc
 
 import pytest
 
@@ -148,3 +151,45 @@ async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):
     assert registry.get_sample_value("kvorum_raft_leaderships_begun_total") == 3
     await database.close()
     await node.stop(drain=False)
+
+
+OPEN_TRANSACTIONS = 10_000
+OPEN_BYTES_MAX = 6_000  # of memory, for one that has read two keys and written one
+
+
+async def test_ten_thousand_open_transactions_take_little_memory_and_nothing_of_the_node(tmp_path):
+    """Each has read; nothing is held for them anywhere but what they themselves remember, until they end."""
+    async with kvstore.open(tmp_path) as db:
+        async with db.batch() as batch:
+            for number in range(100):
+                batch.put(b"k%02d" % number, b"v" * 100)
+        opened = []
+
+        async def begin(number: int) -> None:
+            tx = db.transaction()
+            assert len(await tx.get_many([b"k%02d" % (number % 100), b"none"])) == 1
+            tx.put(b"mine/%05d" % number, b"w" * 100)
+            opened.append(tx)
+
+        await begin(99_999)  # what is made once is made
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for start in range(0, OPEN_TRANSACTIONS, 500):
+                await asyncio.gather(*(begin(number) for number in range(start, start + 500)))
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
+            assert (after - before) / OPEN_TRANSACTIONS < OPEN_BYTES_MAX
+            assert db.stats()["calls_in_flight"] == 0
+            versions = [await tx.commit() for tx in opened[-50:]]
+            assert None not in versions
+            for tx in opened:
+                await tx.rollback()
+            opened.clear()
+            gc.collect()
+            ended, _ = tracemalloc.get_traced_memory()
+            assert ended - before < (after - before) / 10
+        finally:
+            tracemalloc.stop()
+        assert len(await db.scan(prefix=b"mine/").to_list()) == 50

@@ -78,6 +78,10 @@ class Stage:
         assert process is not None
         process.context().run(call)
 
+    def within_client(self, client: Client, call: Callable[[], Any]) -> None:
+        """The same, as a client's."""
+        client.process.context().run(call)
+
     async def call(self, name: str, work: Awaitable[Any]) -> Any:
         process = self.server(name).process
         assert process is not None

@@ -12,6 +12,8 @@ from kvstore.config import NodeConfig
 from kvstore.errors import SnapshotTooOld
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import SimCluster, small_logs
+from kvstore.transactions import Transaction
+from txn.types import KEPT_PREFIX
 
 RETENTION_S = 2.0
 WRITES = 60
@@ -86,3 +88,44 @@ def test_a_deleted_key_leaves_nothing():
         assert cluster.problems == []
 
     simulated.run(main, 2, time_limit_s=200.0)
+
+
+def test_the_row_of_an_idempotency_key_goes_when_its_time_is_over():
+    """Until then a second run returns the first result; afterwards it runs again."""
+    given = config()
+    txn = msgspec.structs.replace(given.txn, idempotency_retention_s=20.0)
+    ran: list[int] = []
+
+    async def main(_loop: simulated.SimLoop) -> None:
+        cluster = SimCluster("3", config=msgspec.structs.replace(given, txn=txn))
+        await cluster.start()
+        client = await cluster.client("runner")
+        database = client.database
+
+        async def once(tx: Transaction) -> int:
+            ran.append(len(ran))
+            tx.put(b"k", b"%d" % len(ran))
+            return len(ran)
+
+        async def work() -> None:
+            assert await database.run(once, idempotency_key=b"first") == 1
+            for _ in range(8):
+                await asyncio.sleep(2.0)
+                assert await database.run(once, idempotency_key=b"first") == 1
+            assert ran == [0]
+            for number in range(30):  # the leader of the range learns the time
+                await asyncio.sleep(1.0)
+                await database.run(once, idempotency_key=b"other %d" % number)
+            assert await database.run(once, idempotency_key=b"first") == 32
+
+        await client.process.call(work())
+        for server in cluster.servers.values():
+            assert server.node is not None
+            assert server.node.engine is not None
+            kept = list(server.node.engine.scan(b"L" + KEPT_PREFIX, b"L\xff\x03"))
+            assert (
+                5 < len(kept) < 25
+            )  # the oracle may be catching up with the clock, twice as fast as that
+        assert cluster.problems == []
+
+    simulated.run(main, 3, time_limit_s=200.0)

@@ -14,7 +14,7 @@ from tests.stateful.txn_plants import PLANTS
 
 CHUNK_SEEDS = 5
 CHUNKS = 30
-PROBED_SEEDS = 15
+PROBED_SEEDS = 40
 
 RARE = [  # paths that a run must take now and then; see Checker.told
     "Fence: COMMITTED",
@@ -73,7 +73,9 @@ def find(plant: str, seeds: int) -> int | None:
 @pytest.mark.parametrize(
     "plant",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if seeds_max > 10 else [])
+        pytest.param(
+            name, marks=[pytest.mark.slow, pytest.mark.timeout(300)] if seeds_max > 10 else []
+        )
         for name, (_, seeds_max) in PLANTS.items()
     ],
 )

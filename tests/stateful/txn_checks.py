@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from tests.stateful.txn_ranges import Group, Violation
-from txn import keycode
+from txn import keycode, stamps
 from txn.commands import Collect
 from txn.messages import (
     Ack,
@@ -286,6 +286,14 @@ class Checker:
                 for _, other in state.intents_in(guard.start, guard.end):
                     if other.txn_id != txn_id:
                         raise Violation("I10: a guard over a foreign intent")
+                for other in state.stamped_in(guard.start, guard.end):
+                    if other.txn_id != txn_id:
+                        raise Violation("I10: a guard over a foreign stamped key")
+            for low, high in stamps.spans(part.row.stamps, part.row.min_ts - 1):
+                if state.foreign_guard_in(low, high, txn_id) is not None:
+                    raise Violation("I10: a stamped key under a foreign guard")
+                if any(other.txn_id != txn_id for _, other in state.intents_in(low, high)):
+                    raise Violation("I10: a stamped key where another is written")
 
     # -- something was told to somebody
 

@@ -28,6 +28,7 @@ from txn.messages import (
     ScanReply,
     TxnReply,
 )
+from txn.stamps import STAMP_BYTES
 from txn.types import (
     Expect,
     ExpectKind,
@@ -86,10 +87,7 @@ class Share:
 
     def participant(self, locus: bytes) -> Participant:
         low = [write.key for write in self.writes] + [guard.start for guard in self.guards]
-        high = [
-            write.value if write.kind == WriteKind.DELETE_RANGE else point_end(write.key)
-            for write in self.writes
-        ] + [guard.end for guard in self.guards]
+        high = [_end_of(write) for write in self.writes] + [guard.end for guard in self.guards]
         low += [expect.key for expect in self.expects]
         high += [point_end(expect.key) for expect in self.expects]
         return Participant(locus, min(low), max(high))
@@ -228,7 +226,12 @@ class Client:
                         Scan(0, 0, 0, 0, start, end, rows_max, 1 << 20, reverse, keys_only)
                     )
                     continue
-            requests.append(Read(0, 0, 1, 0, rng.sample(keys, rng.randint(1, 2))))
+            wanted = rng.sample(keys, rng.randint(1, 2))
+            stamped = [key for key in sorted(world.checker.versions) if len(key) > STAMP_BYTES]
+            stamped = [key for key in stamped if group.owns(key)]
+            if stamped and rng.random() < 0.3:
+                wanted.append(rng.choice(stamped))
+            requests.append(Read(0, 0, 1, 0, wanted))
         return requests
 
     def _plan_one(self) -> list[Write]:
@@ -259,11 +262,37 @@ class Client:
                 writes.append(Write(WriteKind.DELETE_RANGE, start, end))
             elif kind < 0.45:
                 writes.append(Write(WriteKind.DELETE, rng.choice(keys)))
+            elif kind < 0.6:
+                writes.append(self._plan_atomic(keys))
+            elif kind < 0.75:
+                writes.append(self._plan_stamped(keys, len(writes)))
             else:
                 self._values += 1
                 value = b"v%d.%d" % (self.number, self._values)
                 writes.append(Write(WriteKind.PUT, rng.choice(keys[:-1]), value))
         return writes
+
+    def _plan_atomic(self, keys: list[bytes]) -> Write:
+        """One that often changes nothing."""
+        rng = self.rng
+        kind = rng.choice(
+            [WriteKind.MIN_ASCII, WriteKind.MAX_ASCII, WriteKind.APPEND, WriteKind.COMPARE_CLEAR]
+        )
+        if kind in (WriteKind.MIN_ASCII, WriteKind.MAX_ASCII):
+            return Write(kind, keys[-1], b"%d" % rng.randint(-3, 9))
+        key = rng.choice(keys[:-1])
+        chain = self.world.checker.versions.get(key)
+        newest = chain[-1].value if chain else None
+        if kind == WriteKind.APPEND:
+            return Write(kind, key, rng.choice([4, 8, 99]).to_bytes(4, "big") + b"+")
+        return Write(kind, key, newest if newest is not None and rng.random() < 0.8 else b"v0.0")
+
+    def _plan_stamped(self, keys: list[bytes], number: int) -> Write:
+        self._values += 1
+        value = number.to_bytes(2, "big") + b"s%d.%d" % (self.number, self._values)
+        if self.rng.random() < 0.3:
+            return Write(WriteKind.STAMPED_VALUE, self.rng.choice(keys[:-1]), value)
+        return Write(WriteKind.STAMPED_KEY, self.rng.choice([keys[0], keys[-2]]), value)
 
     def _plan_expects(self, reads: list[SpanRead]) -> list[Expect]:
         rng, world = self.rng, self.world
@@ -466,6 +495,12 @@ class Client:
         attempt.acked, attempt.acked_at = commit_ts, self.world.instant()
         self.world.checker.outcome(attempt.txn_id, commit_ts)
         self.world.probe("committed" if commit_ts else "aborted")
+
+
+def _end_of(write: Write) -> bytes:
+    if write.kind == WriteKind.STAMPED_KEY:
+        return write.key + b"\xff" * STAMP_BYTES + b"\x00"
+    return write.value if write.kind == WriteKind.DELETE_RANGE else point_end(write.key)
 
 
 def _key_of(request: Read | Scan) -> bytes:

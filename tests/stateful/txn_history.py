@@ -105,7 +105,7 @@ class History:
             for expect in attempt.expects:
                 if not _holds(expect, live):
                     raise Violation(f"I23: {attempt} at {ts}: {expect} does not hold")
-            final, results = _execute(attempt.writes, live)
+            final, results = _execute(attempt.writes, live, ts)
             if attempt.results is not None and attempt.results != results:
                 raise Violation(f"I23: {attempt} at {ts}: the sums are {results}")
             for key, value in final.items():
@@ -186,29 +186,59 @@ def _holds(expect: Expect, live: Live) -> bool:
     return value == expect.value
 
 
-def _execute(writes: list[Write], live: Live) -> tuple[dict[bytes, bytes | None], list[bytes]]:
-    """The final values of one transaction, and the sums of its increments in order."""
+def _execute(
+    writes: list[Write], live: Live, ts: int
+) -> tuple[dict[bytes, bytes | None], list[bytes]]:
+    """The final values of one transaction, and what its atomic operations tell, in order."""
     view: dict[bytes, bytes | None] = {key: value for key, (_, value) in live.items()}
     touched: dict[bytes, None] = {}
-    results: list[bytes] = []
+    stamped: dict[bytes, bytes] = {}
+    told: list[bytes] = []
     for write in writes:
+        key, value = write.key, write.value
+        before = view.get(key)
+        stamp = ts.to_bytes(8, "big") + value[:2]
         if write.kind == WriteKind.DELETE_RANGE:
-            for key in [k for k, v in view.items() if write.key <= k < write.value]:
-                view[key] = None
-                touched[key] = None
+            for inside in [k for k, v in view.items() if key <= k < value and v is not None]:
+                view[inside] = None
+                touched[inside] = None
             continue
-        if write.kind == WriteKind.PUT:
-            view[write.key] = write.value
+        if write.kind == WriteKind.STAMPED_KEY:
+            stamped[key + stamp] = value[2:]  # nothing of its own transaction can name it
+            continue
+        if write.kind == WriteKind.STAMPED_VALUE:
+            view[key] = value[2:]  # until the end
+            stamped[key] = value[2:] + stamp
+        elif write.kind == WriteKind.PUT:
+            view[key] = value
         elif write.kind == WriteKind.DELETE:
-            view[write.key] = None
+            view[key] = None
         else:
-            assert write.kind == WriteKind.ADD_ASCII
-            view[write.key] = b"%d" % (int(view.get(write.key) or b"0") + int(write.value))
-            result = view[write.key]
-            assert result is not None
-            results.append(result)
-        touched[write.key] = None
-    return {key: view[key] for key in touched}, results
+            view[key], answer = _operate(write, before)
+            told.append(answer)
+            if view[key] == before and key not in touched:
+                continue
+        touched[key] = None
+    final = {key: view[key] for key in touched}
+    return {**final, **stamped}, told
+
+
+def _operate(write: Write, before: bytes | None) -> tuple[bytes | None, bytes]:
+    """An atomic operation, by the words of its description."""
+    kind, value = write.kind, write.value
+    if kind == WriteKind.COMPARE_CLEAR:
+        return (None, b"\x01") if before == value else (before, b"")
+    if kind == WriteKind.APPEND:
+        longer = (before or b"") + value[4:]
+        fits = len(longer) <= int.from_bytes(value[:4], "big")
+        return (longer, b"\x01") if fits else (before, b"")
+    number = int(value)
+    if kind == WriteKind.ADD_ASCII:
+        number += int(before or b"0")
+    elif before is not None:
+        number = (min if kind == WriteKind.MIN_ASCII else max)(number, int(before))
+    result = b"%d" % number
+    return result, result
 
 
 __all__ = ["Attempt", "History", "Peek", "Snapshot", "SpanRead"]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, decided, evaluate, keycode, recovery, values, visibility
+from txn import apply, decided, evaluate, keycode, recovery, stamps, values, visibility
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
@@ -285,6 +285,42 @@ def _decided_forgotten_below_the_floor() -> Patches:
     return [(RecentlyDecided, "add", add)]
 
 
+def _stamp_is_the_parts() -> Patches:
+    """A stamp is the timestamp of its part, and not that of the commit."""
+    command_of = Evaluator._command
+
+    def command(self: Evaluator, pending: Pending, ts: int) -> Any:
+        made = command_of(self, pending, ts)
+        if isinstance(made, PreparePart):
+            rows = stamps.filled(made.keys, made.values, made.stamps, ts)
+            keys, stored = list(rows), list(rows.values())
+            return structs.replace(made, keys=keys, values=stored, stamps=[])
+        return made
+
+    return [(Evaluator, "_command", command)]
+
+
+def _stamped_intents_unseen() -> Patches:
+    """Nobody meets the intent of a stamped key."""
+    return [(RangeState, "stamped_in", lambda *_: iter(()))]
+
+
+def _stamped_keys_not_latched() -> Patches:
+    """Nobody waits for a stamped key whose entry is in flight."""
+    acquire = LatchTable.acquire
+
+    def without(self: LatchTable, pending: Pending) -> None:
+        pending.stamp_spans = []
+        acquire(self, pending)
+
+    return [(LatchTable, "acquire", without)]
+
+
+def _stamped_keys_pass_guards() -> Patches:
+    """A stamped key does not wait for whoever guards where it may come to stand."""
+    return [(LatchTable, "blocker_of_stamp", lambda *_: None)]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -296,7 +332,7 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "joins_a_sent_batch": (_switch, 40),  # a timestamp that was asked for before the latches
     "unconfirmed_answers": (_switch, 120),  # a deposed leader's reads are believed
     "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
-    "guards_not_held": (_guards_not_held, 60),
+    "guards_not_held": (_guards_not_held, 120),
     "guards_not_validated": (_guards_not_validated, 30),
     "guards_until_prepared": (_guards_until_prepared, 60),
     "conditions_not_held": (_conditions_not_held, 120),
@@ -320,6 +356,10 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "record_collected_early": (_record_collected_early, 200),
     "decided_not_remembered": (_decided_not_remembered, 10),
     "decided_forgotten_below_the_floor": (_decided_forgotten_below_the_floor, 10),
+    "stamp_is_the_parts": (_stamp_is_the_parts, 10),
+    "stamped_intents_unseen": (_stamped_intents_unseen, 60),
+    "stamped_keys_not_latched": (_stamped_keys_not_latched, 40),
+    "stamped_keys_pass_guards": (_stamped_keys_pass_guards, 120),
 }
 
 SWITCHES: Final[dict[str, str]] = {

@@ -23,6 +23,7 @@ from kvstore.testing.workloads.long_fork import LongFork
 from kvstore.testing.workloads.micro import ListAppend, RwRegister
 from kvstore.testing.workloads.mixed import Mixed
 from kvstore.testing.workloads.monotonic import Monotonic
+from kvstore.testing.workloads.queue import Queue
 from kvstore.testing.workloads.registers import Registers
 from kvstore.testing.workloads.ring import Ring
 from kvstore.testing.workloads.sessions import Sessions
@@ -47,6 +48,7 @@ WORKLOADS: Final[Mapping[str, type[Workload]]] = {
         Skew,
         Sets,
         ExactlyOnce,
+        Queue,
         Sessions,
     )
 }

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import txn.apply
 from kvstore.reads import Page
-from kvstore.transactions import _OwnPages
+from kvstore.scans import OwnPages
 from tests.sim import directed_txn
 from tests.sim.plants.base import CALM, CLIENTS, Directed, Patches, Plant, Seeds
 from tests.stateful import txn_plants
@@ -41,7 +41,7 @@ def _status_forgotten(*, hinted_only: bool) -> Callable[[], Patches]:
 
 def _guards_without_gaps() -> Patches:
     """A span that was read is guarded where rows were found, and not between them."""
-    following = _OwnPages.next
+    following = OwnPages.next
 
     async def points(self: Any) -> Page:
         guarded, self._guarded = self._guarded, None
@@ -52,7 +52,7 @@ def _guards_without_gaps() -> Patches:
                 guarded.add_key(key)
         return page
 
-    return [(_OwnPages, "next", points)]
+    return [(OwnPages, "next", points)]
 
 
 TRANSACTIONS: Final[dict[str, Plant]] = {

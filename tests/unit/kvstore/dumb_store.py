@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Self
 from kvstore.errors import CommitUnknown, CompareFailed, Conflict
 from kvstore.reads import Entry
 from kvstore.transactions import Aborted, Committed
+from txn.stamps import stamp
 
 FAULTS: Final = (
     "lost update",  # a commit does not look at what was read
@@ -40,7 +41,7 @@ PAST: Final = 6 * VERSION_STEP
 
 
 class Wish(NamedTuple):
-    """One buffered write. `kind`: put (None deletes), add, clear (up to `end`)."""
+    """One buffered write. `kind`: put (None deletes), add, clear (up to `end`), stamp (the number is `by`)."""
 
     kind: str
     key: bytes
@@ -98,6 +99,9 @@ class DumbStore:
                 writes |= dict.fromkeys(key for key, _ in self.span(wish.key, wish.end, version))
                 continue
             value = wish.value
+            if wish.kind == "stamp":
+                writes[wish.key + stamp(self.version, wish.by)] = value
+                continue
             if wish.kind == "add":
                 before = writes[wish.key] if wish.key in writes else self.at(wish.key, version)[0]
                 times = 2 if self.errs("doubled write") else 1
@@ -245,6 +249,15 @@ class DumbTransaction(DumbSnapshot):
     def increment(self, key: bytes, by: int = 1) -> None:
         self.wishes.append(Wish("add", key, by=by))
 
+    def put_versionstamped_key(self, prefix: bytes, value: bytes) -> int:
+        number = sum(wish.kind == "stamp" for wish in self.wishes)
+        self.wishes.append(Wish("stamp", prefix, value, by=number))
+        return number
+
+    def versionstamp(self, number: int) -> bytes:
+        assert self.commit_version
+        return stamp(self.commit_version, number)
+
     async def commit(self) -> int | None:
         self._ended = True
         if not self.wishes:
@@ -343,6 +356,9 @@ class DumbDatabase:
         version = await self._alone(Wish("add", key, by=by))
         value, _ = self.store.at(key, version)
         return int(value or b"0")
+
+    async def put_versionstamped_key(self, prefix: bytes, value: bytes) -> bytes:
+        return prefix + stamp(await self._alone(Wish("stamp", prefix, value)), 0)
 
     async def cas(self, key: bytes, expected: bytes | None, new: bytes | None) -> bool:
         lost = self.store.errs("lost update")

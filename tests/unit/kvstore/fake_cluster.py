@@ -22,6 +22,7 @@ from kvstore.ports import Clock
 from kvstore.ranges import META_END, META_KEY
 from kvstore.sim import loop as sim
 from kvstore.streams import Stream, accept
+from txn import atomics, stamps
 from txn.messages import (
     Ack,
     Directory,
@@ -502,14 +503,16 @@ class FakeCluster:
                 continue
             if write.kind == WriteKind.DELETE:
                 value = None
-            elif write.kind in (WriteKind.ADD_ASCII, WriteKind.ADD_INT64):
-                old = self.value(write.key)
-                if write.kind == WriteKind.ADD_ASCII:
-                    value = b"%d" % (int(old or b"0") + int(write.value))
-                else:
-                    number = int.from_bytes(old or bytes(8), "big", signed=True)
-                    value = (number + int(write.value)).to_bytes(8, "big", signed=True)
-                results.append(value)
+            elif write.kind in (WriteKind.STAMPED_KEY, WriteKind.STAMPED_VALUE):
+                rows = stamps.filled([], [], [stamps.of_write(write)], ts)
+                ((key, value),) = rows.items()
+                write = Write(WriteKind.PUT, key)
+            elif write.kind in atomics.ATOMIC_KINDS:
+                before = self.value(write.key)
+                value, told = atomics.after(write.kind, write.value, before)
+                results.append(told)
+                if value == before:
+                    continue
             versions = self.data.setdefault(write.key, [])
             if versions and versions[-1].ts == ts:
                 versions.pop()
@@ -569,6 +572,11 @@ def _span(request: Any) -> tuple[bytes, bytes]:
         lows += [request.locus] + [expect.key for expect in request.expects]
         highs = [guard.end for guard in request.guards] + [point_end(key) for key in lows]
         highs += [each.value for each in request.writes if each.kind == WriteKind.DELETE_RANGE]
+        highs += [
+            stamps.span(each.key)[1]
+            for each in request.writes
+            if each.kind == WriteKind.STAMPED_KEY
+        ]
         return min(lows), max(highs)
     return request.anchor_key, point_end(request.anchor_key)
 

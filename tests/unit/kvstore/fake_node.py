@@ -148,7 +148,8 @@ class FakeTransaction:
     def delete_range(self, start, end):
         self._writes |= {key: None for key in self._database.rows if start <= key < end}
 
-    def increment(self, key, by=1):
+    def increment(self, key, by=1, *, format="ascii"):  # noqa: A002
+        assert format == "ascii"
         present = {**self._database.plain(), **self._writes}.get(key)
         self._writes[key] = str(int(present or 0) + by).encode()
 

@@ -23,7 +23,20 @@ from kvstore.cli import admin, data, server, shape
 from kvstore.cli.output import Notation
 from kvstore.errors import InvalidArgument, KVError, NoQuorum, WrongCluster
 from kvstore.keytext import escape, unescape
-from kvstore.operations import Check, Delete, Get, Increment, Put, Scan, parse_script
+from kvstore.operations import (
+    AppendIfFits,
+    Check,
+    CompareAndClear,
+    Delete,
+    Get,
+    Increment,
+    Max,
+    Min,
+    Put,
+    PutVersionstampedKey,
+    Scan,
+    parse_script,
+)
 from replication.errors import LogFormatError, LogWriteFailed
 from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase
 
@@ -94,6 +107,18 @@ def test_a_script_is_statements_between_semicolons_and_lines():
         Scan(prefix=b"p"),
         Check(b"x"),
         Check(b"y", b"a b;c"),
+    ]
+
+
+def test_scripts_have_the_atomic_operations():
+    script = "min a 1; max a -2; append b xy; append b z 9; clear c old; stamp q/ job"
+    assert parse_script(script, unescape) == [
+        Min(b"a", 1),
+        Max(b"a", -2),
+        AppendIfFits(b"b", b"xy"),
+        AppendIfFits(b"b", b"z", 9),
+        CompareAndClear(b"c", b"old"),
+        PutVersionstampedKey(b"q/", b"job"),
     ]
 
 

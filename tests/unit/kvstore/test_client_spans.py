@@ -429,6 +429,38 @@ def test_clear_range_deletes_any_number_of_rows_page_by_page():
     simulate(test, FakeCluster(b"k1"))
 
 
+def test_clear_range_tells_how_far_it_came_and_goes_on_from_there():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.page_rows_max = 30
+        async with db.batch() as batch:
+            for number in range(100):
+                batch.put(b"k%03d" % number, b"v")
+        told: list[tuple[int, bytes]] = []
+
+        def on_progress(rows: int, upto: bytes) -> None:
+            told.append((rows, upto))
+            if len(told) == 2:
+                clearing.cancel()
+
+        clearing = asyncio.ensure_future(db.clear_range(prefix=b"k", on_progress=on_progress))
+        with pytest.raises(asyncio.CancelledError):
+            await clearing
+        rows, upto = told[-1]
+        assert rows == 60
+        left = await db.scan().to_list()
+        assert len(left) == 40
+        assert left[0][0] >= upto
+        cluster.requests.clear()
+        assert await db.clear_range(upto, b"l", on_progress=lambda *each: told.append(each)) == 40
+        assert min(scan.start for scan in cluster.of(Scan)) == upto
+        assert [count for count, _ in told[2:]] == sorted(count for count, _ in told[2:])
+        assert told[-1][1] == b"l"
+        assert await db.scan().to_list() == []
+        assert all(len(prepare.writes) == 1 for prepare in cluster.of(Prepare))  # one entry a page
+
+    simulate(test)
+
+
 # --- outcome, life --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ import pytest
 
 import kvstore
 from kvstore.api import transactional
-from kvstore.attempts import KEPT_PREFIX
 from kvstore.client import Database
 from kvstore.errors import (
     CommitUnknown,
@@ -22,7 +21,7 @@ from kvstore.errors import (
 from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Outcome, Prepare
-from txn.types import FenceReason, Guard, begin_ts_of, point_end
+from txn.types import KEPT_PREFIX, FenceReason, Guard, begin_ts_of, point_end
 
 
 def now() -> float:

@@ -4,7 +4,6 @@ not at all, and are run again only when that helps. A plain dict judges the over
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import limits
-from kvstore.buffer import ReadSpans, WriteBuffer
 from kvstore.client import Database
 from kvstore.errors import (
     CommitUnknown,
@@ -299,32 +297,6 @@ def test_a_transaction_that_wrote_nothing_sends_nothing_to_commit():
     simulate(test)
 
 
-def test_many_read_spans_are_merged_and_still_cover_what_was_read():
-    spans = ReadSpans(100)
-    keys = [b"%05d" % number for number in range(0, 5000, 7)]
-    random.Random(5).shuffle(keys)
-    for key in keys:
-        spans.add_key(key)
-        assert len(spans) <= 100
-    merged = spans.guards(9)
-    assert all(any(guard.start <= key < guard.end for guard in merged) for key in keys)
-    assert all(one.end < two.start for one, two in itertools.pairwise(merged))
-
-
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=60))
-def test_read_spans_never_lose_a_key(spans: list[tuple[int, int]]):
-    kept = ReadSpans(8)
-    for start, size in spans:
-        kept.add(b"%03d" % start, b"%03d" % (start + size))
-    merged = kept.guards(1)
-    for start, size in spans:
-        for number in range(start, start + size):
-            assert any(guard.start <= b"%03d" % number < guard.end for guard in merged)
-
-
-# --- conflicts, once ------------------------------------------------------------------------------
-
-
 def test_a_conflict_names_the_key_the_other_and_its_version():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await db.put(b"a", b"1")
@@ -451,31 +423,6 @@ def test_its_id_exists_from_the_first_write_and_is_that_of_the_commit():
     simulate(test, FakeCluster(b"g"))
 
 
-def test_the_anchor_stays_a_point_whatever_is_deleted_later():
-    buffer = WriteBuffer()
-    buffer.put(b"k", b"v")
-    buffer.clear(b"a", b"z")
-    assert buffer.anchor_key == b"k"
-    assert buffer.writes() == [
-        Write(WriteKind.DELETE_RANGE, b"a", b"z"),
-        Write(WriteKind.DELETE, b"k"),
-    ]
-    buffer.clear(b"j", b"l")
-    assert buffer.writes() == [
-        Write(WriteKind.DELETE_RANGE, b"a", b"z"),
-        Write(WriteKind.DELETE, b"k"),
-    ]
-
-
-def test_deleted_ranges_that_touch_become_one():
-    buffer = WriteBuffer()
-    for start, end in [(b"a", b"c"), (b"x", b"y"), (b"c", b"e"), (b"g", b"h"), (b"d", b"x")]:
-        buffer.clear(start, end)
-    assert buffer.clears == [(b"a", b"y")]
-    buffer.clear(b"", b"\x00")  # no key is there
-    assert buffer.clears == [(b"a", b"y")]
-
-
 def test_an_attempt_whose_id_was_told_is_not_tried_again_under_another():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await db.get(b"a")
@@ -561,28 +508,6 @@ def test_limits_are_refused_as_soon_as_they_are_met():
         assert cluster.of(Prepare) == []
 
     simulate(test)
-
-
-def test_numbers_are_computed_as_the_server_does():
-    buffer = WriteBuffer()
-    buffer.add(b"n", 5, WriteKind.ADD_ASCII)
-    buffer.add(b"n", -7, WriteKind.ADD_ASCII)
-    assert buffer.writes() == [Write(WriteKind.ADD_ASCII, b"n", b"-2")]
-    buffer.put(b"p", b"40")
-    buffer.add(b"p", 2, WriteKind.ADD_ASCII)
-    buffer.delete(b"q")
-    buffer.add(b"q", -1, WriteKind.ADD_INT64)
-    assert buffer.writes()[1:] == [
-        Write(WriteKind.PUT, b"p", b"42"),
-        Write(WriteKind.PUT, b"q", b"\xff" * 8),
-    ]
-    buffer.put(b"t", b"text")
-    with pytest.raises(InvalidArgument):
-        buffer.add(b"t", 1, WriteKind.ADD_ASCII)
-    with pytest.raises(InvalidArgument):
-        buffer.add(b"n", 1, WriteKind.ADD_INT64)
-    with pytest.raises(InvalidArgument):
-        buffer.add(b"n", -(1 << 63), WriteKind.ADD_ASCII)
 
 
 def test_read_only_transactions_refuse_writes():

@@ -25,7 +25,7 @@ from txn.messages import (
     TxnReply,
 )
 from txn.mvcc import read_at
-from txn.types import Guard, PartStatus, TxnStatus, Write, WriteKind
+from txn.types import KEPT_PREFIX, FenceReason, Guard, PartStatus, TxnStatus, Write, WriteKind
 
 RETENTION = 50
 
@@ -430,3 +430,68 @@ def test_a_step_looks_at_few_large_values(monkeypatch):
     sweep(place)
     assert max(looked) <= 3  # two that fit, and one that does not any more
     assert not rows_of(place, keycode.HISTORY)
+
+
+# --- G7
+
+
+KEPT = 1_000
+KEPT_KEY = KEPT_PREFIX + b"hash"
+
+
+def place_of_kept() -> Range:
+    return Range(start=b"x", limits=Limits(retention=RETENTION, sweep_s=0.1, kept=KEPT))
+
+
+def test_a_row_of_an_idempotency_key_is_deleted_when_its_time_is_over_and_not_before():
+    place = place_of_kept()
+    version = write(place, KEPT_KEY)
+    other = write(place, b"y")
+    sweep(place, clock=version + KEPT - 1)
+    assert place.calls == []
+    sweep(place, clock=version + KEPT)
+    ((key, request, _),) = place.calls
+    assert key == KEPT_KEY
+    assert request.writes == [Write(WriteKind.DELETE, KEPT_KEY)]
+    done = settled(place, place.ask(request)).reply
+    assert done.status == PartStatus.COMMITTED
+    place.answer(done)
+    assert value_at(place, KEPT_KEY, place.clock) is None
+    assert (
+        value_at(place, KEPT_KEY, done.ts - 1) == b"v"
+    )  # an ordinary deletion: earlier snapshots see it
+    assert value_at(place, b"y", place.clock) == b"v"
+    sweep(place, clock=done.ts + 2 * RETENTION)
+    assert rows_of(place, keycode.LATEST) == [keycode.latest_row(b"y")]
+    assert other > version
+
+
+def test_what_was_written_since_stays():
+    place = place_of_kept()
+    version = write(place, KEPT_KEY)
+    sweep(place, clock=version + KEPT)
+    ((_, request, _),) = place.calls
+    write(place, KEPT_KEY, b"again")
+    refused = settled(place, place.ask(request)).reply
+    assert refused.reason == FenceReason.COMPARE_FAILED
+    place.answer(refused)
+    assert value_at(place, KEPT_KEY, place.clock) == b"again"
+    sweep(place, clock=place.clock + RETENTION)
+    assert place.calls == []
+
+
+def test_a_collector_that_got_no_answer_asks_again_in_the_next_sweep():
+    place = place_of_kept()
+    version = write(place, KEPT_KEY)
+    sweep(place, clock=version + KEPT)
+    assert place.evaluator.collector.due is None
+    place.answer(Failure(0, "unavailable"))
+    sweep(place, clock=place.clock + RETENTION)
+    assert len(place.calls) == 1
+
+
+def test_rows_are_kept_for_ever_if_it_is_said_so():
+    place = Range(start=b"x", limits=Limits(retention=RETENTION, sweep_s=0.1))
+    version = write(place, KEPT_KEY)
+    sweep(place, clock=version + 10**9)
+    assert place.calls == []
