@@ -222,7 +222,8 @@ class _Node:
         name = self._name
 
         def checked_step(request: Any, origin: Any, now: float) -> None:
-            asked[origin, request.id] = (request, group)
+            if request.id:  # else a hint: its answer reaches nobody, and several have this id
+                asked[origin, request.id] = (request, group)
             if type(request) is Prepare:
                 transactions.asked(name, request)
             step(request, origin, now)
