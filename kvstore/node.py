@@ -20,7 +20,7 @@ from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
-from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
+from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
@@ -237,16 +237,12 @@ class Node:
             cluster=found.cluster_id,
             engine=engine,
             clock=adapters.clock,
-            limits=Limits(
-                conflict_wait_s=config.txn.conflict_wait_s,
-                anchor_timer_s=config.txn.anchor_timer_s,
-                orphan_timer_s=config.txn.orphan_timer_s,
-                retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
-                sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
-            ),
+            limits=_limits(config),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
+            closed_lag_s=config.txn.closed_lag_s,
+            snapshot_hold_s=config.txn.snapshot_hold_s,
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
         peers = self.peers = PeerSet(
@@ -279,6 +275,7 @@ class Node:
         store.attach(host, self._remote)
         store.on_deadline = self._arm
         store.on_turn_end = self.connections.flush
+        store.send_closed = peers.send_closed
         self._add_replicas(recovered, damaged=bool(wal.recovery and wal.recovery.damage))
         for node in found.nodes:
             if node.node_id != found.node_id:
@@ -395,12 +392,16 @@ class Node:
         log.warning("malformed", kind=kind, error=str(error))
 
     def _receiver(self, kind: str, node: int) -> Callable[[bytes], None]:
-        host = self.host
+        host, store = self.host, self.store
         assert host is not None
+        assert store is not None
         if kind == "snapshot":
             return lambda payload: host.receive_snapshot_chunk(node, payload)
 
         def receive(payload: bytes) -> None:
+            if payload[:1] == CLOSED_TIMESTAMPS:
+                store.closer.hear(payload[1:])
+                return
             if payload[:1] != RAFT_MESSAGES:
                 raise FrameError("not a message of replication")
             host.receive(node, decode_messages(memoryview(payload)[1:]), len(payload))
@@ -563,6 +564,17 @@ def _raft_config(config: NodeConfig) -> RaftConfig:
         inflight_bytes_max=raft.inflight_bytes,
         append_bytes_max=raft.append_bytes,
         uncommitted_bytes_max=raft.uncommitted_bytes,
+    )
+
+
+def _limits(config: NodeConfig) -> Limits:
+    txn = config.txn
+    return Limits(
+        conflict_wait_s=txn.conflict_wait_s,
+        anchor_timer_s=txn.anchor_timer_s,
+        orphan_timer_s=txn.orphan_timer_s,
+        retention=int(txn.retention_s * 1000) << TIMESTAMP_SHIFT,
+        sweep_s=txn.retention_s / SWEEPS_PER_RETENTION,
     )
 
 

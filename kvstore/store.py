@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvstore.closing import Closer, ReplicaReads
+from kvstore.holds import Holds
 from kvstore.oracle_client import OracleClient
 from kvstore.ports import Clock, Engine
 from kvstore.replica import Replica, ReplicaConfig
@@ -104,6 +106,8 @@ class Store:
         requests_max: int,
         inbox_bytes_max: int,
         oracle_window_ms: int,
+        closed_lag_s: float,
+        snapshot_hold_s: float,
     ) -> None:
         self.node, self.cluster = node, cluster
         self.engine = engine
@@ -124,6 +128,7 @@ class Store:
         self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
         self.on_turn_end: Callable[[], None] = lambda: None
+        self.send_closed: Callable[[int, bytes], None] = lambda _node, _payload: None
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
         self._requests_max = requests_max
@@ -149,7 +154,9 @@ class Store:
         self._context = 0
         self._by_start: list[Replica] = []
         self._starts: list[bytes] = []
-        self._oracle_client = OracleClient(self)
+        self._oracle_client = OracleClient(self, Holds(snapshot_hold_s))
+        self.closer = Closer(self, closed_lag_s)
+        self.replica_reads = ReplicaReads(self, self.closer)
 
     def attach(self, host: Host, remote: RemoteCalls) -> None:
         self._host, self._remote = host, remote
@@ -209,6 +216,7 @@ class Store:
                 self._touched[number] = replica
                 evaluator = replica.evaluator
                 evaluator.issued = max(evaluator.issued, self._oracle_client.issued)
+                evaluator.floor = self._oracle_client.floor
                 evaluator.tick(now)
         inbox = self._inbox
         taken = min(len(inbox), REQUESTS_PER_TURN)
@@ -230,6 +238,7 @@ class Store:
         for replica in list(self._touched.values()):
             if replica.evaluator is not None and replica.evaluator.runnable:
                 replica.evaluator.run_again(now)
+        self.on_deadline(self.closer.turn(now))
         self._oracle_client.turn(now, self._touched)
         self._carry_out(now)
 
@@ -243,9 +252,16 @@ class Store:
         if replica is None:
             self.answer(asker, Failure(request.id, "epoch_mismatch", "not a range of this node"))
             return
+        kind = request.__class__
+        if (kind is Read or kind is Scan) and request.stale is not None:  # type: ignore[union-attr]
+            done = self.replica_reads.read(replica, request, now)  # type: ignore[arg-type]
+            if not isinstance(done, Read | Scan):
+                self.answer(asker, done)
+                return
+            request = done
         evaluator = replica.evaluator
         if evaluator is None:
-            self.answer(asker, self._not_leader(request.id, replica))
+            self.answer(asker, self.not_leader(request.id, replica))
             return
         self._touched[replica.range_id] = replica
         evaluator.step(request, asker, now)
@@ -319,6 +335,7 @@ class Store:
                 evaluator.dropped(pendings, "throttled")
             else:
                 replica.inflight[index] = (batch, pendings)
+                replica.proposed = True
                 self.counters["entries"] += 1
                 self.counters["commands"] += len(pendings)
 
@@ -336,7 +353,7 @@ class Store:
             self._host.read_index(replica.range_id, self._context)
         except (NotLeader, ProposalDropped):
             for origin, reply in answers:
-                self.answer(origin, self._not_leader(reply.id, replica))
+                self.answer(origin, self.not_leader(reply.id, replica))
             return
         self._held[self._context] = (replica, answers)
 
@@ -352,6 +369,13 @@ class Store:
     def touch(self, range_id: int) -> None:
         """Look at this range at the end of the turn."""
         self._touched[range_id] = self.replicas[range_id]
+
+    def look_at_oracle(self, *, advance: bool) -> None:
+        self._oracle_client.look(advance=advance)
+
+    def is_refused(self, range_id: int) -> bool:
+        """Its log is damaged: it serves nothing."""
+        return range_id in self._host.refused
 
     def ask_oracle(self, request: GetTimestamps, then: Callable[[Reply], None]) -> None:
         """Wherever it is led; through the same queue as everybody's if that is here."""
@@ -416,7 +440,7 @@ class Store:
             self._deadlines.set(group, None)
             output = replica.output
             for origin, reply in output.confirm:
-                self.answer(origin, self._not_leader(reply.id, replica))
+                self.answer(origin, self.not_leader(reply.id, replica))
             for origin, reply in output.replies:
                 self.answer(origin, reply)
             output.calls, output.confirm, output.replies = [], [], []
@@ -429,6 +453,8 @@ class Store:
                 replica.state, self.engine, replica.output, self.limits, term
             )
             replica.evaluator.counters = self.transaction_counters
+            replica.evaluator.floor = 0  # until the oracle has said what is held
+            replica.told_closed = 0
         self.on_turn_end()
 
     def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port
@@ -440,7 +466,7 @@ class Store:
             if not ok:
                 reached("read_index_failed")
             for origin, reply in answers:
-                self.answer(origin, reply if ok else self._not_leader(reply.id, replica))
+                self.answer(origin, reply if ok else self.not_leader(reply.id, replica))
         self.on_turn_end()
 
     def applied(self, group: int) -> tuple[int, int]:
@@ -469,7 +495,7 @@ class Store:
 
     # -- what others want to know
 
-    def _not_leader(self, request_id: int, replica: Replica) -> Failure:
+    def not_leader(self, request_id: int, replica: Replica) -> Failure:
         leader = self.leader_node(replica)
         return Failure(request_id, "not_leader", "", {"leader_node": leader})
 

@@ -1,12 +1,14 @@
 """Garbage collection: versions and statuses that nobody can need any more, found by a range's leader and removed by its log.
 
-Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention. The leader walks its range
+Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; at most what the oldest
+open snapshot reads at (kvstore/holds.py), and at most the range's safe timestamp. The leader walks its range
 in slices: first HISTORY, where everything at or below the threshold is garbage but for the newest such version of a key that
 has no newer one at or below it; then LATEST, for tombstones at or below the threshold; then DECIDED and TERMINAL, for what
 began at or below it. What it finds becomes a Collect command, which raises the range's gc_threshold and outcome_horizon
 before anything is gone, and names each row that goes: all replicas remove the same, whatever they are doing.
 
-G1 (I15) no version that a read at or above gc_threshold can see is removed; reads below it are refused.
+G1 (I15) no version that a read at or above gc_threshold can see is removed; reads below it are refused. The threshold is closed
+   before it is used, so no replica's safe timestamp is ever below its gc_threshold.
 G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon: the versions of a one-range commit are its
    record, and they may be gone. So the horizon is never below gc_threshold.
 G3 a tombstone goes only in one command with all that is older of its key, or when that is gone: it hides what is older. One
@@ -16,6 +18,8 @@ G4 bounded: SLICE_ROWS rows or SLICE_BYTES are looked at in one step, COLLECT_RO
 G5 a part that is COMMITTED by a client's word alone goes only when its anchor's range says that the record is terminal: while a
    record is STAGED, EXPIRED of a part means that it was never prepared, or fenced, and the transaction is aborted by it.
 G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
+G7 a range that has had no entry since a sweep found nothing is not swept again: an idle cluster reads none of its rows. One
+   that may have garbage, while nobody asks the oracle for anything, is `starved` of time; the store sees to it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from txn import keycode
+from txn.closed import safe_ts
 from txn.commands import Collect, Garbage
 from txn.latches import Pending
 from txn.messages import Failure, QuerySettled, Reply, Settled
@@ -94,6 +99,11 @@ class Collector:
             0  # a HISTORY tombstone that nothing covers: it goes if all that is older goes with it
         )
         self._latches = 0
+        self.starved = False  # G7: it would sweep if the oracle's time went on
+        self._index = -1  # the applied index of the last look
+        self._newest = 0  # no row has a timestamp above it, if the index is still that one
+        self._clean = False  # nothing can be garbage before another entry
+        self._proposed = self._left = False  # of this sweep: something was; something was left
         self._in_flight = False
         self._refused = (
             False  # a command of this sweep was not taken: the next one finds it all again
@@ -142,12 +152,20 @@ class Collector:
     # -- the sweep
 
     def _begin(self) -> bool:
-        """Whether there is a reason for a sweep: time has passed since the last one."""
+        """Whether there is a reason for a sweep: time has passed since the last one, and something may have become garbage."""
         limits, row = self._ev.limits, self._ev.state.row
-        threshold = self._ev.issued - limits.retention
+        self.starved = False
+        if row.applied_index != self._index:
+            self._index, self._newest, self._clean = row.applied_index, self._ev.issued, False
+        if self._clean:
+            return False
+        threshold = min(self._ev.issued - limits.retention, self._ev.floor)
+        threshold = min(threshold, safe_ts(self._ev.state, self._ev.closing.close(threshold)))
         if threshold <= max(self._swept, row.gc_threshold):
+            self.starved = True
             return False
         self._threshold = threshold
+        self._proposed = self._left = False
         self._key = None
         self._settled = [(row.start, row.end, self._settled_here())]
         self._begin_family(keycode.HISTORY)
@@ -164,6 +182,8 @@ class Collector:
             self._begin_family(_FAMILIES[following])
         else:
             self._swept = 0 if self._refused else self._threshold
+            if not (self._proposed or self._left) and self._threshold >= self._newest:
+                self._clean = self._ev.state.row.applied_index == self._index
             self._threshold, self._refused = 0, False
             self._due = now + self._ev.limits.sweep_s
 
@@ -248,7 +268,9 @@ class Collector:
                 if upto is None:  # asked: this row is looked at again when the answer is there
                     self._position = row_key
                     return True
-                if begin_ts_of(txn_id) <= upto:
+                if begin_ts_of(txn_id) > upto:
+                    self._left = True
+                else:
                     found.parts.setdefault(locus, []).append(txn_id)
             self._position = row_key + b"\x00"
         return self._cut
@@ -288,6 +310,7 @@ class Collector:
 
     def _propose(self, garbage: list[Garbage]) -> None:
         self._latches += 1
+        self._proposed = True
         pending = Pending(_LATCH + self._latches.to_bytes(8, "big"), None, None)
         pending.keys = [each.key for each in garbage if each.tombstone]  # G3
         pending.command = Collect(self._threshold, garbage)

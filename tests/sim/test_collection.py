@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.config import NodeConfig
 from kvstore.errors import SnapshotTooOld
+from kvstore.holds import LEASE_S
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import SimCluster, small_logs
 
@@ -42,6 +43,9 @@ def test_old_versions_go_on_every_replica_and_the_young_can_be_read():
         most: list[int] = []
 
         async def writes() -> None:
+            await asyncio.sleep(
+                LEASE_S
+            )  # a new oracle lets nothing be collected before it knows what is held
             first = await database.put(b"k", b"first")
             for number in range(WRITES):
                 version = await database.put(b"k", b"%d" % number)
