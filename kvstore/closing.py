@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from kvstore.oracle_client import META_RANGE_ID
 from replication.errors import FrameError
 from replication.probes import reached
 from txn.closed import REPLICA_BEHIND, behind, read_here
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 INTERVAL_S: Final = 0.25
 IDLE_FACTOR: Final = 4  # of the interval, when nothing has happened for IDLE_AFTER_S
 IDLE_AFTER_S: Final = 5.0
+ADVANCE_S: Final = 2.5  # two rounds at least: the oracle's bound first, then its time
 REPEAT_S: Final = 5.0  # what a follower was told already is told again, once in so long
 SAMPLES_MAX: Final = 512
 
@@ -113,7 +115,10 @@ class Closer:
             evaluator = replica.evaluator
             if evaluator is None or not evaluator.ready:
                 continue
-            starved = starved or evaluator.collector.starved
+            if (
+                replica.range_id != META_RANGE_ID
+            ):  # it logs the oracle's bound alone, which is no garbage
+                starved = starved or evaluator.collector.starved
             closed_ts = evaluator.closing.close(upto)
             if replica.proposed:  # the next entry tells it; if there is none, the next round does
                 replica.proposed = False
@@ -148,9 +153,9 @@ class Closer:
         """Ask what is issued, unless that is known. An oracle that nobody writes through stands still: it is moved on, now and
         then, for a range that waits for its garbage to grow old."""
         store = self._store
-        advance = starved and now >= self._advanced_at + store.limits.sweep_s
-        if advance:
+        if starved and now >= self._advanced_at + store.limits.sweep_s:
             self._advanced_at = now
+        advance = starved and now < self._advanced_at + ADVANCE_S
         if advance or now >= self.samples.last_asked_at + INTERVAL_S:
             store.look_at_oracle(advance=advance)
 

@@ -111,8 +111,16 @@ class ReplicaView(View):
         return self._replicas.send(_replace(request, stale=stale), key, end, until)
 
     def _surely_closed(self) -> bool:
-        newest = milliseconds_of(self.router.seen_ts)
-        return milliseconds_of(self.at) + SURELY_CLOSED_MS <= newest
+        """By the oracle's time; or, where that stands still, by how long ago this client saw as much."""
+        router = self.router
+        if self.at <= self._replicas.read_at:
+            return True
+        if (
+            self.at <= router.seen_ts
+            and router.seen_at + SURELY_CLOSED_MS / 1000 < router.monotonic()
+        ):
+            return True
+        return milliseconds_of(self.at) + SURELY_CLOSED_MS <= milliseconds_of(router.seen_ts)
 
     async def _answer(self, call: Call) -> Reply:
         tried = 0

@@ -93,7 +93,8 @@ class OracleClient:
     def _serve(self, now: float) -> None:
         store, oracle = self._store, self._store.oracle
         assert self._evaluator is not None
-        wall_ms = self._raise_bound(now)
+        fresh = any(request.fresh for _, request in self._waiting)
+        wall_ms = self._raise_bound(now, fresh=fresh)
         answers: list[tuple[Any, Timestamps]] = []
         left: list[tuple[Asker, GetTimestamps]] = []
         for asker, request in self._waiting:
@@ -110,11 +111,15 @@ class OracleClient:
                 [(asker, _replace(reply, floor=floor)) for asker, reply in answers],
             )
 
-    def _raise_bound(self, now: float) -> int:
-        """Propose a higher bound when little is left. Returns the wall clock's milliseconds."""
+    def _raise_bound(self, now: float, *, fresh: bool = False) -> int:
+        """Propose a higher bound when little is left. Returns the wall clock's milliseconds.
+
+        fresh: timestamps are wanted. Who only asks what was issued costs no entry: an idle cluster does not write.
+        """
         store = self._store
         wall_ms = store.clock.wall_ms()
-        bound = store.oracle.next_bound(wall_ms, now)
+        wanted = fresh or not store.oracle.serving
+        bound = store.oracle.next_bound(wall_ms, now) if wanted else 0
         if bound:
             assert self._evaluator is not None
             self._evaluator.propose_bound(bound, store.oracle.bound_lost)
@@ -170,7 +175,7 @@ class OracleClient:
         self._asked_at = now
         store.counters["oracle_rounds"] += 1
         if self._evaluator is not None and oracle.serving:
-            wall_ms = self._raise_bound(now)
+            wall_ms = self._raise_bound(now, fresh=fresh > 0)
             first = oracle.issue(fresh, wall_ms, now) if fresh else 0
             leased = store.lease_valid(META_RANGE_ID) and not chance("oracle_asked_remotely")
             if (first or not fresh) and leased:
