@@ -204,7 +204,7 @@ async def test_a_read_has_the_requests_timeout_and_not_the_clients(http, databas
 
 
 async def test_a_read_that_takes_too_long_is_a_typed_timeout(http, database, monkeypatch):
-    async def never(key, *, timeout):
+    async def never(key, *, max_staleness, timeout):
         await asyncio.get_running_loop().create_future()
 
     monkeypatch.setattr(database, "get_entry", never)
@@ -262,6 +262,15 @@ async def test_a_page_is_bounded_in_bytes(http, database):
     keys, body = await scanned(http, "prefix=big")
     assert len(keys) == 4
     assert body["more"]
+
+
+async def test_a_read_may_be_stale_within_the_bound_that_it_names(http, database):
+    database.commit({b"a": b"v"})
+    answer = await http.get("/v1/kv/a?max_staleness=1500ms")
+    assert answer.status == 200
+    await http.get("/v1/kv?max_staleness=2s")
+    await http.get("/v1/kv/a")
+    assert database.bounds == [1.5, 2.0, None]
 
 
 async def test_a_version_of_the_future_is_refused(http):
