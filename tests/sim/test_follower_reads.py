@@ -4,6 +4,7 @@ watched (I13, I14 and I15 among others): who answers, how stale that may be, and
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.sim.directed_txn import A, K, Z, begin, patient, undecided
 from txn.messages import Finalize, Prepare, Resolve
 
 CLOSED_WITHIN_S = 2.5
+RESTARTS: list[asyncio.Task[None]] = []  # begun; kept from being forgotten
 
 
 def stores(stage: Stage) -> list[Any]:
@@ -303,7 +305,7 @@ def test_a_hold_outlives_the_oracles_leader():
                         server = stage.cluster.leader_of(1)
                         if server is not None:
                             stage.crash_soon(server.name)
-                            stage.later(3.0, lambda name=server.name: restart(stage, name))
+                            stage.later(3.0, partial(restart, stage, server.name))
                     await asyncio.sleep(0.5)
                     await writer.process.call(writer.database.put(A, b"%d" % number))
                 return await snapshot.get(A)
@@ -314,7 +316,7 @@ def test_a_hold_outlives_the_oracles_leader():
 
 
 def restart(stage: Stage, name: str) -> None:
-    stage.cluster.loop.create_task(stage.cluster.restart(name))
+    RESTARTS.append(stage.cluster.loop.create_task(stage.cluster.restart(name)))
 
 
 # --- collection without traffic
