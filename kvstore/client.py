@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Final, Self, TypeVar
 
 from kvstore import limits
 from kvstore.atomics import AtomicCalls
@@ -22,6 +22,7 @@ from kvstore.attempts import Attempts, KeptResult
 from kvstore.batch import Batch
 from kvstore.buffer import WriteBuffer
 from kvstore.clearing import clearing
+from kvstore.client_reads import DatabaseReads, checked_version
 from kvstore.commits import Committer, Done, WriteSet
 from kvstore.errors import (
     ClientClosed,
@@ -44,10 +45,8 @@ from kvstore.transactions import (
     Transaction,
     TransactionOptions,
     decode_token,
-    present,
-    validate_keys,
 )
-from txn.messages import Prepare, PrepareReply, Read, ReadReply
+from txn.messages import Prepare, PrepareReply
 from txn.types import Expect, ExpectKind, PartStatus, TxnStatus, Write, WriteKind
 
 __all__ = [
@@ -75,7 +74,7 @@ class AnyVersion:
 ANY: Final = AnyVersion()
 
 
-class Database(AtomicCalls):
+class Database(DatabaseReads, AtomicCalls):
     """A cluster. Use it with `async with`, or `start` and `close`. Bound to the loop on which it was started.
 
     Args:
@@ -105,18 +104,15 @@ class Database(AtomicCalls):
             raise InvalidArgument("timeout must be above 0")
         self._network = network
         self._clock = clock
-        self._monotonic = clock.monotonic
         self._rng = rng
         self._bits = rng.getrandbits
-        self._timeout_s = timeout_s
         self._try_timeout_s = try_timeout_s
         self._link_limits = link_limits
         self._cluster = cluster
         self._on_close = on_close
-        self._router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
+        router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
+        super().__init__(router, clock, timeout_s, rng.getrandbits(63) | 1)
         self._committer = Committer(self._router, rng)
-        self._started = False
-        self._closed = False
 
     async def _dial(self, address: str, node: int) -> Channel:
         hello = Hello(cluster=self._cluster or self._router.cluster, kind="client", to=node)
@@ -147,6 +143,7 @@ class Database(AtomicCalls):
             return
         self._closed = True
         try:
+            self._views.close()
             await self._committer.drain(CLOSE_TIMEOUT_S)
             await self._router.close(CLOSE_TIMEOUT_S)
         finally:
@@ -183,72 +180,8 @@ class Database(AtomicCalls):
             "commit_attempts": self._committer.attempts,
             "commit_retries": self._committer.retries,
             "conflicts": self._committer.conflicts,
+            "replicas_behind": self._replicas.refused,
         }
-
-    # --- reads ------------------------------------------------------------------------------------
-
-    @overload
-    async def get(self, key: bytes, *, timeout: float | None = None) -> bytes | None: ...
-    @overload
-    async def get(self, key: bytes, default: bytes, *, timeout: float | None = None) -> bytes: ...
-    async def get(
-        self, key: bytes, default: bytes | None = None, *, timeout: float | None = None
-    ) -> bytes | None:
-        """The newest value, or `default`: that of every write acknowledged before this call, or a later one."""
-        limits.validate_key(key)
-        router = self._started_router()
-        now = self._monotonic()
-        timeout_s = self._timeout_s if timeout is None else self._timeout(timeout)
-        call = router.open(key, b"", now, now + timeout_s)
-        router.submit(call, Read(call.id, call.range_id, call.version, 0, [key]), len(key))
-        reply = await router.answer(call)
-        assert isinstance(reply, ReadReply)
-        value = reply.values[0]
-        return default if value is None else value
-
-    async def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
-        """The newest value with its version; None if there is none."""
-        limits.validate_key(key)
-        found = (await self._view(timeout).read((key,)))[key]
-        return None if found.value is None else Entry(key, found.value, found.version)
-
-    async def get_many(
-        self, keys: Iterable[bytes], *, timeout: float | None = None
-    ) -> dict[bytes, bytes]:
-        """The keys that have a value, with it; all of one instant."""
-        wanted = validate_keys(keys)
-        return present(wanted, await self._view(timeout).read(wanted))
-
-    def scan(
-        self,
-        start: bytes = b"",
-        end: bytes | None = None,
-        *,
-        prefix: bytes | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: bool = False,
-        at: int | None = None,
-    ) -> RowScan:
-        """The rows of [start, end), or with a prefix, in order, all at one version (`at`, or the newest).
-
-        `async for key, value in db.scan(...)`, or `await db.scan(...).to_list()`.
-        """
-        low, high = scan_bounds(start, end, prefix, limit)
-        wanted = _at(at)
-
-        def begin() -> Any:
-            view = View(self._started_router(), self._timeout_s, at=wanted)
-            return view.pages(low, high, reverse=reverse, keys_only=keys_only, rows_max=limit or 0)
-
-        return RowScan(begin, limit)
-
-    def snapshot(self, at: int | None = None, *, timeout: float | None = None) -> Snapshot:
-        """A read-only view at one version: `at`, or as of its first read. timeout: seconds for each of its reads."""
-        return Snapshot(View(self._started_router(), self._timeout(timeout), at=_at(at)))
-
-    def _view(self, timeout: float | None) -> View:
-        return View(self._started_router(), self._timeout(timeout))
 
     # --- writes -----------------------------------------------------------------------------------
 
@@ -428,7 +361,9 @@ class Database(AtomicCalls):
 
     def begin(self, options: TransactionOptions, age: int = 0) -> Transaction:
         router = self._started_router()
-        return Transaction(router, self._committer, self._timeout_s, options, age=age)
+        return Transaction(
+            router, self._committer, self._timeout_s, options, age=age, views=self._views
+        )
 
     async def run(
         self,
@@ -485,24 +420,12 @@ class Database(AtomicCalls):
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _started_router(self) -> Router:
-        if not self._started or self._closed:
-            raise ClientClosed("the client is not open")
-        return self._router
-
     def _until(self, timeout: float | None) -> float:
         return self._monotonic() + self._timeout(timeout)
 
     async def _found_at(self, key: bytes, at: int, until: float) -> Found:
         view = View(self._router, self._timeout_s, at=at, deadline=until)
         return (await view.read((key,)))[key]
-
-    def _timeout(self, timeout: float | None) -> float:
-        if timeout is None:
-            return self._timeout_s
-        if not timeout > 0:
-            raise InvalidArgument("timeout must be above 0")
-        return timeout
 
     def _optional(self, timeout: float | None) -> float | None:
         return None if timeout is None else self._timeout(timeout)
@@ -513,21 +436,7 @@ def _expects(key: bytes, if_version: int | AnyVersion, if_absent: bool) -> list[
         return [Expect(ExpectKind.ABSENT, key)] if if_absent else []
     if if_absent:
         raise InvalidArgument("give if_version or if_absent, not both")
-    return [Expect(ExpectKind.VERSION, key, _version(if_version))]
-
-
-def _version(version: object) -> int:
-    if type(version) is not int or not 0 <= version < 1 << 64:
-        raise InvalidArgument("a version is a number of at most 64 bits")
-    return version
-
-
-def _at(at: int | None) -> int:
-    if at is None:
-        return 0
-    if at == 0:
-        raise InvalidArgument("no version is 0")
-    return _version(at)
+    return [Expect(ExpectKind.VERSION, key, checked_version(if_version))]
 
 
 async def over_websockets(

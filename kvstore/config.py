@@ -245,6 +245,18 @@ class TxnSection(Section, frozen=True, kw_only=True):
             "How long the result of a run with an idempotency key is kept; a later one runs again."
         ),
     ] = 86_400.0
+    snapshot_hold_s: Annotated[
+        Duration,
+        says(
+            "How far back an open snapshot or transaction keeps versions from being collected, beyond retention."
+        ),
+    ] = 3600.0
+    closed_lag_s: Annotated[
+        Duration,
+        says(
+            "How far replicas run behind, at least; reads with a max_staleness below this plus about 1s go to leaders."
+        ),
+    ] = 1.0
     oracle_window_s: Annotated[
         float,
         Meta(

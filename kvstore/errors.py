@@ -219,6 +219,16 @@ class SnapshotTooOld(KVError):
     code = "snapshot_too_old"
 
 
+class ReplicaBehind(KVError):
+    """The replica that was asked does not know enough yet to answer alone. Ask another one, or the leader.
+
+    The client does that by itself (kvstore/follower_reads.py): its callers do not meet this error.
+    """
+
+    code = "replica_behind"
+    retryable = True
+
+
 class Compacted(KVError):
     """The watch asked for changes that are no longer kept. Read anew, then watch from that version."""
 

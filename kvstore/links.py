@@ -93,6 +93,7 @@ class Call(msgspec.Struct, eq=False):
     silences: int = 0  # those of them that got no answer at all
     sent: bool = False
     parked: bool = False
+    node: int = 0  # where its caller wishes it to go, once
     failure: KVError | None = None  # what the last try came to
 
     @property
@@ -292,6 +293,12 @@ class Links:
         if known is None and node and address and isinstance(address, str):
             return self.at(address, node)
         return known
+
+    def for_call(self, call: Call, route: Route, now: float) -> ClientLink | None:
+        """The link of the node that its caller wishes, at the first try; else of the presumed leader."""
+        node, call.node = call.node, 0
+        link = self.by_node.get(node) if node else None
+        return link if link is not None and link.usable(now) else self.of_range(route, now)
 
     def of_range(self, route: Route, now: float) -> ClientLink | None:
         """The presumed leader's link, or that of another replica if it cannot be reached just now."""

@@ -164,6 +164,8 @@ _GROUPS: Final[
     "raft": "Of the replicas here",
     "peers": "Of the connections to other nodes",
     "requests": "Of the requests of clients",
+    "replica_reads": "Of reads that any replica may answer",
+    "closed": "Of closed timestamps told to followers",
     "transactions": "Of the transactions in progress",
     "outcomes": "Of what ranges led here decided",
     "oracle": "Of the timestamp oracle",

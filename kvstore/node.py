@@ -21,7 +21,7 @@ from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
 from kvstore.measures import NodeMeasures
-from kvstore.peers import PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
+from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
@@ -245,6 +245,8 @@ class Node:
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
+            closed_lag_s=config.txn.closed_lag_s,
+            snapshot_hold_s=config.txn.snapshot_hold_s,
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
         peers = self.peers = PeerSet(
@@ -274,6 +276,7 @@ class Node:
         store.attach(host, self._remote)
         store.on_deadline = self._arm
         store.on_settled = self.connections.flush
+        store.send_closed = peers.send_closed
         self._add_replicas(recovered, damaged=bool(wal.recovery and wal.recovery.damage))
         for node in found.nodes:
             if node.node_id != found.node_id:
@@ -394,12 +397,16 @@ class Node:
         log.warning("malformed", kind=kind, error=str(error))
 
     def _receiver(self, kind: str, node: int) -> Callable[[bytes], None]:
-        host = self.host
+        host, store = self.host, self.store
         assert host is not None
+        assert store is not None
         if kind == "snapshot":
             return lambda payload: host.receive_snapshot_chunk(node, payload)
 
         def receive(payload: bytes) -> None:
+            if payload[:1] == CLOSED_TIMESTAMPS:
+                store.closer.hear(payload[1:])
+                return
             if payload[:1] != RAFT_MESSAGES:
                 raise FrameError("not a message of replication")
             host.receive(node, decode_messages(memoryview(payload)[1:]), len(payload))

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from kvstore.holds import Holds
 from replication.probes import chance, reached
 from txn.evaluate import Evaluator
 from txn.latches import Pending, Waiter
@@ -22,6 +25,8 @@ META_KEY = b"\xff\x00"
 META_RANGE_ID = 1
 FRESH_MAX = 1 << 16  # timestamps in one request
 ASK_AGAIN_S = 0.02
+
+_replace = msgspec.structs.replace
 
 
 class _Want:
@@ -39,8 +44,10 @@ class _Want:
 
 
 class OracleClient:
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, holds: Holds) -> None:
         self.issued = 0  # the largest timestamp that any range of this node was given
+        self.floor = 0  # of the same answer: open snapshots see what is there from here on
+        self.holds = holds  # of clients, where the oracle is led
         self._store = store
         self._waiting: list[
             tuple[Asker, GetTimestamps]
@@ -48,6 +55,9 @@ class OracleClient:
         self._wanting: dict[int, Replica] = {}  # ranges here that want timestamps
         self._in_flight: list[_Want] | None = None
         self._asked_at = 0.0  # what is in flight
+        self._look = self._advance = (
+            False  # the next round is asked for in any case; with a fresh timestamp
+        )
         self._arrived: Timestamps | None = None
         self._not_before = 0.0  # after a failure: not asked again earlier
         self._evaluator: Evaluator | None = None  # of the meta range, while it leads
@@ -58,6 +68,7 @@ class OracleClient:
         self._evaluator = evaluator
         self._store.oracle.hi = max(self._store.oracle.hi, evaluator.state.oracle_hi)
         self._store.oracle.start_term(now)
+        self.holds.start_term(now)
         self._raise_bound(now)
 
     def stop_term(self) -> None:
@@ -74,13 +85,17 @@ class OracleClient:
             details: dict[str, Any] = {"leader_node": leader}
             self._store.answer(asker, Failure(request.id, "not_leader", "", details))
         else:
+            if request.session:
+                now = self._store.clock.monotonic()
+                self.holds.hold(request.session, request.oldest, now)
             self._waiting.append((asker, request))
 
     def _serve(self, now: float) -> None:
         store, oracle = self._store, self._store.oracle
         assert self._evaluator is not None
-        wall_ms = self._raise_bound(now)
-        answers: list[tuple[Any, Reply]] = []
+        fresh = any(request.fresh for _, request in self._waiting)
+        wall_ms = self._raise_bound(now, fresh=fresh)
+        answers: list[tuple[Any, Timestamps]] = []
         left: list[tuple[Asker, GetTimestamps]] = []
         for asker, request in self._waiting:
             first = oracle.issue(request.fresh, wall_ms, now) if request.fresh else 0
@@ -90,13 +105,21 @@ class OracleClient:
             answers.append((asker, Timestamps(request.id, oracle.last, first, request.fresh)))
         self._waiting = left
         if answers:
-            store.confirm(store.replicas[META_RANGE_ID], answers)
+            floor = self.holds.floor(oracle.last, now)
+            store.confirm(
+                store.replicas[META_RANGE_ID],
+                [(asker, _replace(reply, floor=floor)) for asker, reply in answers],
+            )
 
-    def _raise_bound(self, now: float) -> int:
-        """Propose a higher bound when little is left. Returns the wall clock's milliseconds."""
+    def _raise_bound(self, now: float, *, fresh: bool = False) -> int:
+        """Propose a higher bound when little is left. Returns the wall clock's milliseconds.
+
+        fresh: timestamps are wanted. Who only asks what was issued costs no entry: an idle cluster does not write.
+        """
         store = self._store
         wall_ms = store.clock.wall_ms()
-        bound = store.oracle.next_bound(wall_ms, now)
+        wanted = fresh or not store.oracle.serving
+        bound = store.oracle.next_bound(wall_ms, now) if wanted else 0
         if bound:
             assert self._evaluator is not None
             self._evaluator.propose_bound(bound, store.oracle.bound_lost)
@@ -113,7 +136,11 @@ class OracleClient:
     @property
     def has_work(self) -> bool:
         """Whether `turn` would do anything if no range were touched."""
-        return bool(self._arrived is not None or self._wanting or self._waiting)
+        return bool(self._arrived is not None or self._wanting or self._waiting or self._look)
+
+    def look(self, *, advance: bool) -> None:
+        """Ask in the next turn, even if nobody here wants a timestamp. advance: take a fresh one, so that time goes on."""
+        self._look, self._advance = True, self._advance or advance
 
     def turn(self, now: float, touched: dict[int, Replica]) -> None:
         """Once a turn: hand out what has arrived, ask for what is wanted, serve if the oracle is here."""
@@ -125,7 +152,7 @@ class OracleClient:
             evaluator = replica.evaluator
             if evaluator is not None and (evaluator.await_fresh or evaluator.await_read):
                 self._wanting[number] = replica
-        if self._wanting and self._in_flight is None:
+        if (self._wanting or self._look) and self._in_flight is None:
             if now >= self._not_before:
                 self._ask(now)
             else:
@@ -146,15 +173,19 @@ class OracleClient:
             readers, evaluator.await_read = evaluator.await_read, []
             wants.append(_Want(replica, evaluator, pendings, readers))
             fresh += len(pendings)
-        if not wants:
+        if not wants and not self._look:
             return
+        fresh += self._advance
+        self._look = self._advance = False
+        self._asked_at = now
         store.counters["oracle_rounds"] += 1
         if self._evaluator is not None and oracle.serving:
-            wall_ms = self._raise_bound(now)
+            wall_ms = self._raise_bound(now, fresh=fresh > 0)
             first = oracle.issue(fresh, wall_ms, now) if fresh else 0
             leased = store.lease_valid(META_RANGE_ID) and not chance("oracle_asked_remotely")
             if (first or not fresh) and leased:
-                self._give(wants, Timestamps(0, oracle.last, first, fresh), now)
+                floor = self.holds.floor(oracle.last, now)
+                self._give(wants, Timestamps(0, oracle.last, first, fresh, floor), now)
                 return
         self._in_flight, self._asked_at = wants, now
         store.ask_oracle(GetTimestamps(0, fresh), self._on_reply)
@@ -178,6 +209,8 @@ class OracleClient:
 
     def _give(self, wants: list[_Want], reply: Timestamps, now: float) -> None:
         first = reply.first
+        self.floor = reply.floor
+        self._store.closer.sample(self._asked_at, reply.read_ts)
         self.issued = max(self.issued, reply.read_ts, first + reply.count - 1)
         for want in wants:
             if want.replica.evaluator is want.evaluator:

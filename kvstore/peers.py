@@ -16,6 +16,7 @@ from replication.codec import encode_messages
 from replication.messages import AppendRequest, Message
 
 RAFT_MESSAGES = b"\x01"
+CLOSED_TIMESTAMPS = b"\x02"  # kvstore/closing.py
 PAYLOAD_BYTES_MAX = 4 << 20
 PEER_PATH = "/v1/peer"
 SNAPSHOT_PATH = "/v1/snapshot"
@@ -87,6 +88,12 @@ class PeerSet:
     def _send(self, link: PeerLink, messages: Sequence[Message]) -> None:
         self.counters["frames_sent"] += 1
         if not link.send(RAFT_MESSAGES + encode_messages(messages)):
+            self.counters["frames_dropped"] += 1
+
+    def send_closed(self, node: int, payload: bytes) -> None:
+        """Closed timestamps of ranges that are led here; said again after a while if they do not arrive."""
+        link = self._raft.get(node)
+        if link is not None and not link.send(CLOSED_TIMESTAMPS + payload):
             self.counters["frames_dropped"] += 1
 
     def send_snapshot_chunk(self, node: int, payload: bytes) -> bool:

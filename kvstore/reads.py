@@ -13,15 +13,18 @@ from typing import Final, NamedTuple, Protocol
 
 from kvstore.bell import Bell
 from kvstore.errors import EpochMismatch, InvalidArgument
+from kvstore.holds import HOLD_AFTER_S
 from kvstore.links import Call
+from kvstore.open_views import OpenViews
 from kvstore.ranges import Piece
 from kvstore.router import Router
-from txn.messages import Read, ReadReply, Scan, ScanReply
+from txn.messages import Read, ReadReply, Reply, Scan, ScanReply
 from txn.types import point_end
 
 READ_KEYS_MAX: Final = (
     256  # keys in one request; a reply may hold fewer values, and the rest is asked for again
 )
+_FIRST_KEY: Final = b"\x00"  # of no meaning: some key
 PAGE_ROWS_FIRST: Final = 128
 PAGE_ROWS_MAX: Final = 2_048
 PAGE_BYTES_MAX: Final = 1 << 20
@@ -62,7 +65,18 @@ class View:
     deadline: no read goes on beyond it.
     """
 
-    __slots__ = ("_checked", "_first", "_joined", "at", "deadline", "router", "timeout_s")
+    __slots__ = (
+        "_checked",
+        "_first",
+        "_joined",
+        "at",
+        "deadline",
+        "opened_at",
+        "router",
+        "timeout_s",
+        "used_at",
+        "views",
+    )
 
     def __init__(
         self, router: Router, timeout_s: float, *, at: int = 0, deadline: float = float("inf")
@@ -71,12 +85,21 @@ class View:
         self.timeout_s = timeout_s
         self.deadline = deadline
         self.router = router
+        self.opened_at = self.used_at = router.monotonic()
+        self.views: OpenViews | None = None  # where it is to be noted when it lasts
         self._checked = at == 0
         self._first: Bell[None] | None = None  # of the read that finds out `at`
         self._joined = False  # others wait for that one
 
     def _until(self) -> float:
-        return min(self.deadline, self.router.monotonic() + self.timeout_s)
+        now = self.used_at = self.router.monotonic()
+        if self.views is not None and now > self.opened_at + HOLD_AFTER_S:
+            self.views.add(self, kept=False)
+        return min(self.deadline, now + self.timeout_s)
+
+    def until(self) -> float:
+        """When a read that begins now has to be done."""
+        return self._until()
 
     async def version(self) -> int:
         """The timestamp; taken from the oracle if nothing has been read yet."""
@@ -85,9 +108,9 @@ class View:
             if self._first is not None:
                 await self._first.wait()
             else:
-                issued = (await self.router.timestamps(until)).read_ts
+                chosen = await self._choose((_FIRST_KEY,), until)
                 if not self.at and self._first is None:
-                    self.at = issued
+                    self.at = chosen
         if not self._checked:
             await self._check(until)
         return self.at
@@ -114,7 +137,7 @@ class View:
                 groups = await self._groups(left, until)
                 await asyncio.sleep(0)  # whoever is awaited together with this one joins now
                 if self._joined or len(groups) > 1:
-                    self.at = (await self.router.timestamps(until)).read_ts
+                    self.at = await self._choose(left, until)
                 else:
                     left = await self._collect([(self._ask(left, until), left)], found)
             finally:
@@ -149,7 +172,17 @@ class View:
     def _ask(self, keys: list[bytes], until: float) -> Call:
         low, high = min(keys), max(keys)
         end = b"" if low == high else point_end(high)
-        return self.router.send(Read(0, 0, 0, self.at, keys), low, end, until)
+        return self._send(Read(0, 0, 0, self.at, keys), low, end, until)
+
+    async def _choose(self, keys: Sequence[bytes], until: float) -> int:  # noqa: ARG002 - others look at them
+        """The timestamp, before anything is read: the last one issued."""
+        return (await self.router.timestamps(until)).read_ts
+
+    def _send(self, request: Read | Scan, key: bytes, end: bytes, until: float) -> Call:
+        return self.router.send(request, key, end, until)
+
+    async def _answer(self, call: Call) -> Reply:
+        return await self.router.answer(call)
 
     async def _collect(
         self, asked: list[tuple[Call, list[bytes]]], found: dict[bytes, Found]
@@ -159,7 +192,7 @@ class View:
         try:
             for call, keys in asked:
                 try:
-                    reply = await self.router.answer(call)
+                    reply = await self._answer(call)
                 except EpochMismatch:
                     again.extend(keys)
                     continue
@@ -211,7 +244,7 @@ class View:
             0, 0, 0, self.at, piece.start, piece.end, request.rows_max, request.bytes_max,
             request.reverse, request.keys_only,
         )  # fmt: skip
-        reply = await self.router.ask(asked, piece.start, piece.end, until)
+        reply = await self._answer(self._send(asked, piece.start, piece.end, until))
         assert isinstance(reply, ScanReply)
         self.at = self.at or reply.at
         return reply
@@ -266,7 +299,7 @@ class SpanPages:
         view = self._view
         if self._start >= self._end:
             return Page([], self._start, self._end, True)
-        until = min(view.deadline, view.router.monotonic() + view.timeout_s)
+        until = view.until()
         rows = min(self._page_rows, self._left) if self._left else self._page_rows
         while True:
             piece = await view.piece(self._start, self._end, self._reverse, until)

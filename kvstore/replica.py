@@ -15,6 +15,7 @@ from replication.codec import decode_membership, encode_membership
 from replication.types import Entry, EntryKind, Membership
 from txn import keycode
 from txn.apply import Overlay, apply_batch
+from txn.closed import Heard, safe_ts
 from txn.commands import Batch, Command, decode_batch
 from txn.evaluate import Evaluator
 from txn.latches import Pending
@@ -56,6 +57,15 @@ class Replica:
         self.applied_now: list[Applied] = []  # since the last finish
         self.term_started = False  # an entry of the evaluator's term was applied
         self.receiving = False  # a snapshot is being installed
+        self.heard = Heard()  # of closed timestamps
+        self.proposed = False  # an entry since the last round of closing (kvstore/closing.py)
+        self.told_closed, self.told_at = 0, 0.0  # as the leader: what its followers were told last
+
+    @property
+    def safe_ts(self) -> int:
+        """Everything at or below it is here, and stays as it is."""
+        state = self.state
+        return safe_ts(state, self.heard.closed(state.row))
 
     @property
     def applied(self) -> tuple[int, int]:
@@ -92,7 +102,7 @@ class Replica:
         evaluator = self.evaluator
         assert evaluator is not None
         pendings, evaluator.proposals = evaluator.proposals, []
-        version = self.state.row.version
+        version, closed_ts = self.state.row.version, evaluator.closing.promised
         batches: list[tuple[Batch, Sequence[Pending]]] = []
         part: list[Pending] = []
         commands: list[Command] = []
@@ -105,13 +115,13 @@ class Replica:
             for stamp in pending.stamps:
                 cost += len(stamp.key) + len(stamp.value)
             if commands and size + cost > BATCH_BYTES_MAX:
-                batches.append((Batch(0, version, commands), part))
+                batches.append((Batch(closed_ts, version, commands), part))
                 commands, part, size = [], [], 0
             commands.append(pending.command)
             part.append(pending)
             size += cost
         if commands:
-            batches.append((Batch(0, version, commands), part))
+            batches.append((Batch(closed_ts, version, commands), part))
         return batches
 
 

@@ -355,7 +355,7 @@ class Router:
                 self._finish(call, EpochMismatch(route.range_id))
                 return
             call.range_id, call.version = route.range_id, route.version
-            link = self.links.of_range(route, now)
+            link = self.links.for_call(call, route, now)
         else:
             link = self.links.anyone(now, strangers=not self.ranges.whole())
         if link is None:

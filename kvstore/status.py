@@ -37,6 +37,8 @@ def node_status(node: Node) -> dict[str, Any]:
             "elections_begun_total": host.measures.elections_begun,
         },
         "requests": {**store.counters, "open": store.open_requests},
+        "replica_reads": {f"{name}_total": n for name, n in store.replica_reads.counters.items()},
+        "closed": {f"{name}_total": n for name, n in store.closer.counters.items()},
         "connections": {
             "open": len(node.connections.open),
             "cut_off_total": node.connections.cut_off,

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvstore.closing import Closer, ReplicaReads
+from kvstore.holds import Holds
 from kvstore.measures import StoreMeasures
 from kvstore.oracle_client import OracleClient
 from kvstore.ports import Clock, Engine
@@ -105,6 +107,8 @@ class Store:
         requests_max: int,
         inbox_bytes_max: int,
         oracle_window_ms: int,
+        closed_lag_s: float,
+        snapshot_hold_s: float,
     ) -> None:
         self.node, self.cluster = node, cluster
         self.engine = engine
@@ -126,6 +130,7 @@ class Store:
         self.transaction_counters = dict.fromkeys(COUNTERS, 0)
         self.on_deadline: Callable[[float], None] = lambda _when: None
         self.on_settled: Callable[[], None] = lambda: None
+        self.send_closed: Callable[[int, bytes], None] = lambda _node, _payload: None
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
         self._requests_max = requests_max
@@ -151,7 +156,10 @@ class Store:
         self._context = 0
         self._by_start: list[Replica] = []
         self._starts: list[bytes] = []
-        self._oracle_client = OracleClient(self)
+        self._oracle_client = OracleClient(self, Holds(snapshot_hold_s))
+        self.closer = Closer(self, closed_lag_s)
+        self._closing_due = float("-inf")
+        self.replica_reads = ReplicaReads(self, self.closer)
 
     def attach(self, host: Host, remote: RemoteCalls) -> None:
         self._host, self._remote = host, remote
@@ -213,6 +221,7 @@ class Store:
             or self._touched
             or self._oracle_client.has_work
             or deadlines.may_be_due(now)
+            or now >= self._closing_due
         ):
             self._work(now)
 
@@ -223,6 +232,7 @@ class Store:
                 self._touched[number] = replica
                 evaluator = replica.evaluator
                 evaluator.issued = max(evaluator.issued, self._oracle_client.issued)
+                evaluator.floor = self._oracle_client.floor
                 evaluator.tick(now)
         inbox = self._inbox
         taken = min(len(inbox), REQUESTS_PER_TURN)
@@ -246,6 +256,7 @@ class Store:
         for replica in list(self._touched.values()):
             if replica.evaluator is not None and replica.evaluator.runnable:
                 replica.evaluator.run_again(now)
+        self._closing_due = self.closer.turn(now)
         self._oracle_client.turn(now, self._touched)
         self._carry_out(now)
 
@@ -259,9 +270,16 @@ class Store:
         if replica is None:
             self.answer(asker, Failure(request.id, "epoch_mismatch", "not a range of this node"))
             return
+        kind = request.__class__
+        if (kind is Read or kind is Scan) and request.stale is not None:  # type: ignore[union-attr]
+            done = self.replica_reads.read(replica, request, now)  # type: ignore[arg-type]
+            if not isinstance(done, Read | Scan):
+                self.answer(asker, done)
+                return
+            request = done
         evaluator = replica.evaluator
         if evaluator is None:
-            self.answer(asker, self._not_leader(request.id, replica))
+            self.answer(asker, self.not_leader(request.id, replica))
             return
         self._touched[replica.range_id] = replica
         evaluator.step(request, asker, now)
@@ -331,6 +349,7 @@ class Store:
                 evaluator.dropped(pendings, "throttled")
             else:
                 replica.inflight[index] = (batch, pendings)
+                replica.proposed = True
                 self.counters["entries"] += 1
                 self.counters["commands"] += len(pendings)
 
@@ -348,7 +367,7 @@ class Store:
             self._host.read_index(replica.range_id, self._context)
         except (NotLeader, ProposalDropped):
             for origin, reply in answers:
-                self.answer(origin, self._not_leader(reply.id, replica))
+                self.answer(origin, self.not_leader(reply.id, replica))
             return
         self._held[self._context] = (replica, answers)
 
@@ -364,6 +383,13 @@ class Store:
     def touch(self, range_id: int) -> None:
         """Look at this range at the end of the turn."""
         self._touched[range_id] = self.replicas[range_id]
+
+    def look_at_oracle(self, *, advance: bool) -> None:
+        self._oracle_client.look(advance=advance)
+
+    def is_refused(self, range_id: int) -> bool:
+        """Its log is damaged: it serves nothing."""
+        return range_id in self._host.refused
 
     def ask_oracle(self, request: GetTimestamps, then: Callable[[Reply], None]) -> None:
         """Wherever it is led; through the same queue as everybody's if that is here."""
@@ -427,8 +453,7 @@ class Store:
     def settled(self) -> None:
         self.on_settled()
         due = self._deadlines.next()
-        if due is not None:
-            self.on_deadline(due)
+        self.on_deadline(self._closing_due if due is None else min(due, self._closing_due))
 
     # -- leadership and reads; Machine
 
@@ -442,7 +467,7 @@ class Store:
             self._deadlines.set(group, None)
             output = replica.output
             for origin, reply in output.confirm:
-                self.answer(origin, self._not_leader(reply.id, replica))
+                self.answer(origin, self.not_leader(reply.id, replica))
             for origin, reply in output.replies:
                 self.answer(origin, reply)
             output.calls, output.confirm, output.replies = [], [], []
@@ -455,6 +480,8 @@ class Store:
                 replica.state, self.engine, replica.output, self.limits, term
             )
             replica.evaluator.counters = self.transaction_counters
+            replica.evaluator.floor = 0  # until the oracle has said what is held
+            replica.told_closed = 0
 
     def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port
         for context in contexts:
@@ -465,7 +492,7 @@ class Store:
             if not ok:
                 reached("read_index_failed")
             for origin, reply in answers:
-                self.answer(origin, reply if ok else self._not_leader(reply.id, replica))
+                self.answer(origin, reply if ok else self.not_leader(reply.id, replica))
 
     def applied(self, group: int) -> tuple[int, int]:
         return self.replicas[group].applied
@@ -493,7 +520,7 @@ class Store:
 
     # -- what others want to know
 
-    def _not_leader(self, request_id: int, replica: Replica) -> Failure:
+    def not_leader(self, request_id: int, replica: Replica) -> Failure:
         leader = self.leader_node(replica)
         return Failure(request_id, "not_leader", "", {"leader_node": leader})
 

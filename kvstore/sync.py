@@ -127,10 +127,11 @@ class BlockingSnapshot:
         return Rows(self._thread, scan)
 
     def __enter__(self) -> Self:
+        self._thread.call(self._snapshot.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
+        self._thread.call(self._snapshot.__aexit__(None, None, None))
 
 
 class BlockingTransaction(BufferedWrites):
@@ -288,25 +289,45 @@ class Client:
     # --- reads ------------------------------------------------------------------------------------
 
     @overload
-    def get(self, key: bytes, *, timeout: float | None = None) -> bytes | None: ...
-    @overload
-    def get(self, key: bytes, default: bytes, *, timeout: float | None = None) -> bytes: ...
     def get(
-        self, key: bytes, default: bytes | None = None, *, timeout: float | None = None
+        self, key: bytes, *, max_staleness: float | None = None, timeout: float | None = None
+    ) -> bytes | None: ...
+    @overload
+    def get(
+        self,
+        key: bytes,
+        default: bytes,
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
+    ) -> bytes: ...
+    def get(
+        self,
+        key: bytes,
+        default: bytes | None = None,
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
     ) -> bytes | None:
         thread, database = self._open()
-        value = thread.call(database.get(key, timeout=timeout))
+        value = thread.call(database.get(key, max_staleness=max_staleness, timeout=timeout))
         return default if value is None else value
 
-    def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
+    def get_entry(
+        self, key: bytes, *, max_staleness: float | None = None, timeout: float | None = None
+    ) -> Entry | None:
         thread, database = self._open()
-        return thread.call(database.get_entry(key, timeout=timeout))
+        return thread.call(database.get_entry(key, max_staleness=max_staleness, timeout=timeout))
 
     def get_many(
-        self, keys: Iterable[bytes], *, timeout: float | None = None
+        self,
+        keys: Iterable[bytes],
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
     ) -> dict[bytes, bytes]:
         thread, database = self._open()
-        return thread.call(database.get_many(keys, timeout=timeout))
+        return thread.call(database.get_many(keys, max_staleness=max_staleness, timeout=timeout))
 
     def scan(
         self,
@@ -318,16 +339,25 @@ class Client:
         reverse: bool = False,
         keys_only: bool = False,
         at: int | None = None,
+        max_staleness: float | None = None,
     ) -> Rows:
         thread, database = self._open()
         scan = database.scan(
-            start, end, prefix=prefix, limit=limit, reverse=reverse, keys_only=keys_only, at=at
-        )
+            start, end, prefix=prefix, limit=limit, reverse=reverse, keys_only=keys_only, at=at,
+            max_staleness=max_staleness,
+        )  # fmt: skip
         return Rows(thread, scan)
 
-    def snapshot(self, at: int | None = None, *, timeout: float | None = None) -> BlockingSnapshot:
+    def snapshot(
+        self,
+        at: int | None = None,
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
+    ) -> BlockingSnapshot:
         thread, database = self._open()
-        return BlockingSnapshot(thread, database.snapshot(at, timeout=timeout))
+        snapshot = database.snapshot(at, max_staleness=max_staleness, timeout=timeout)
+        return BlockingSnapshot(thread, snapshot)
 
     # --- writes -----------------------------------------------------------------------------------
 

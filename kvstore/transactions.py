@@ -24,6 +24,7 @@ from kvstore.errors import (
     TransactionTooOld,
     Unavailable,
 )
+from kvstore.open_views import OpenViews
 from kvstore.reads import Entry, Found, Pages, View
 from kvstore.router import Router
 from kvstore.scans import OwnPages, RowScan, scan_bounds
@@ -100,6 +101,8 @@ class Snapshot:
         return RowScan(begin, limit)
 
     async def __aenter__(self) -> Self:
+        if self._view.views is not None:
+            self._view.views.add(self._view, kept=True)
         return self
 
     async def __aexit__(
@@ -108,7 +111,8 @@ class Snapshot:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        return None
+        if self._view.views is not None:
+            self._view.views.remove(self._view)
 
 
 class Stage(enum.Enum):
@@ -140,6 +144,7 @@ class Transaction(BufferedWrites):
         options: TransactionOptions,
         *,
         age: int = 0,
+        views: OpenViews | None = None,
     ) -> None:
         self._router = router
         self._committer = committer
@@ -151,6 +156,7 @@ class Transaction(BufferedWrites):
         self._begun_at = now
         self._deadline = float("inf") if options.timeout_s is None else now + options.timeout_s
         self._view = View(router, timeout_s, deadline=self._deadline)
+        self._view.views = views
         self._buffer = WriteBuffer()
         self._spans = ReadSpans()
         self._txn_id = b""
@@ -317,6 +323,8 @@ class Transaction(BufferedWrites):
             self._stage = Stage.ENDED
 
     async def __aenter__(self) -> Self:
+        if self._view.views is not None:
+            self._view.views.add(self._view, kept=True)
         deadline = min(self._deadline, self._router.monotonic() + self._timeout_s)
         await self._committer.begin_ts(deadline, ID_AGE_S_MAX)
         return self
@@ -327,10 +335,14 @@ class Transaction(BufferedWrites):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            await self.rollback()
-        elif self._stage is Stage.OPEN:
-            await self.commit()
+        try:
+            if error is not None:
+                await self.rollback()
+            elif self._stage is Stage.OPEN:
+                await self.commit()
+        finally:
+            if self._view.views is not None:
+                self._view.views.remove(self._view)
 
     # --- inside -----------------------------------------------------------------------------------
 

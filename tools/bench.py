@@ -93,6 +93,19 @@ class Workloads:
         number = (turn * 7919 + caller * 104_729) % KEYS
         await self._db.get(key_of(number, self._ranges))
 
+    async def stale_get(self, caller: int, turn: int) -> None:
+        """At any replica, up to 3 s old."""
+        number = (turn * 7919 + caller * 104_729) % KEYS
+        await self._db.get(key_of(number, self._ranges), max_staleness=3.0)
+
+    async def read_only(self, _caller: int, _turn: int) -> None:
+        """Two keys of two ranges, in a transaction that writes nothing."""
+        first = self._random.randrange(KEYS)
+        second = (first + 1 + self._random.randrange(self._ranges - 1)) % KEYS
+        one, two = key_of(first, self._ranges), key_of(second, self._ranges)
+        async with self._db.transaction(read_only=True) as tx:
+            await asyncio.gather(tx.get(one), tx.get(two))
+
     async def transfer(self, _caller: int, _turn: int) -> None:
         """Two reads and two writes over two ranges; a conflict is tried again, as part of the call."""
         first = self._random.randrange(KEYS)
@@ -147,6 +160,9 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
                 ("get1", "get, sequential", 1, loads.get, ""),
                 ("get64", "get, linearizable", 64, loads.get, ">= 10,000/s"),
                 ("get512", "get, linearizable", 512, loads.get, ""),
+                ("stale1", "get, max_staleness 3 s, sequential", 1, loads.stale_get, ""),
+                ("stale64", "get, max_staleness 3 s", 64, loads.stale_get, ""),
+                ("ro64", "read-only transaction, 2 ranges", 64, loads.read_only, ""),
                 ("txn1", "transfer, 2 ranges, sequential", 1, loads.transfer, ""),
                 ("txn64", "transfer, 2 ranges", 64, loads.transfer, ">= 2,000/s"),
             ]

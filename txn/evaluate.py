@@ -24,6 +24,7 @@ import msgspec
 
 from replication.probes import chance, reached
 from txn import keycode, stamps
+from txn.closed import Closing
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
@@ -55,6 +56,7 @@ from txn.reads import Reader
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
+    TIMESTAMP_MAX,
     FenceReason,
     PartStatus,
     TxnStatus,
@@ -108,6 +110,7 @@ class Evaluator:
         self.ready = False
         self.now = 0.0  # of the call that is being served
         self.issued = 0  # the largest timestamp known to be issued
+        self.floor = TIMESTAMP_MAX  # open snapshots see what is there from here on (txn/gc.py)
         self._early: list[tuple[Request, Any]] = []
         self.untimed: dict[Waiter, None] = {}  # reads that wait for the oracle, asked or not
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
@@ -118,6 +121,7 @@ class Evaluator:
         self.recovery = Recovery(self)
         self.reader = Reader(self)
         self.collector = Collector(self)
+        self.closing = Closing(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -136,6 +140,7 @@ class Evaluator:
     def start(self, now: float) -> None:
         """An entry of the own term is applied: everything inherited is known, serving begins."""
         self.ready = True
+        self.closing.start()
         for loci in self.state.parts.values():
             for part in loci.values():
                 part.forget_volatile()
@@ -264,7 +269,7 @@ class Evaluator:
                 waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
                 waiter.sequence = self.latches.sequence
             self.reader.again(waiter, now)
-        closed = self.state.row.closed_ts
+        closed = self.closing.promised  # applied or not, in an entry or in a message (F1)
         for number, pending in enumerate(pendings):
             if self.latches.txns.get(pending.txn_id) is not pending:
                 continue  # given up meanwhile

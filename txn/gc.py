@@ -1,12 +1,14 @@
 """Garbage collection: versions and statuses that nobody can need any more, found by a range's leader and removed by its log.
 
-Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention. The leader walks its range
+Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; at most what the oldest
+open snapshot reads at (kvstore/holds.py), and at most the range's safe timestamp. The leader walks its range
 in slices: first HISTORY, where everything at or below the threshold is garbage but for the newest such version of a key that
 has no newer one at or below it; then LATEST, for tombstones at or below the threshold; then DECIDED and TERMINAL, for what
 began at or below it. What it finds becomes a Collect command, which raises the range's gc_threshold and outcome_horizon
 before anything is gone, and names each row that goes: all replicas remove the same, whatever they are doing.
 
-G1 (I15) no version that a read at or above gc_threshold can see is removed; reads below it are refused.
+G1 (I15) no version that a read at or above gc_threshold can see is removed; reads below it are refused. The threshold is closed
+   before it is used, so no replica's safe timestamp is ever below its gc_threshold.
 G2 nobody is evaluated or applied whose begin_ts is at or below outcome_horizon: the versions of a one-range commit are its
    record, and they may be gone. So the horizon is never below gc_threshold.
 G3 a tombstone goes only in one command with all that is older of its key, or when that is gone: it hides what is older. One
@@ -18,6 +20,9 @@ G5 a part that is COMMITTED by a client's word alone goes only when its anchor's
 G6 a terminal record goes when no outbox row of it is left: every part has applied its Resolve, and asks no more.
 G7 rows under KEPT_PREFIX (what an idempotency key did) are deleted `Limits.kept` after they were written, by an ordinary
    transaction of the leader: under a condition on their version, so that what was written meanwhile stays.
+G8 a range that has had no entry since a sweep found nothing is not swept again, unless rows of G7 are over: an idle cluster
+   reads none of its rows. One that may have garbage, while nobody asks the oracle for anything, is `starved` of time; the
+   store sees to it.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from txn import keycode
+from txn.closed import safe_ts
 from txn.commands import Collect, Garbage
 from txn.latches import Pending
 from txn.messages import Failure, Prepare, PrepareReply, QuerySettled, Reply, Settled
@@ -35,6 +41,7 @@ from txn.mvcc import is_tombstone, latest_ts
 from txn.state import DecidedRow, decode_decided_row
 from txn.types import (
     KEPT_PREFIX,
+    TIMESTAMP_MAX,
     Expect,
     ExpectKind,
     PartStatus,
@@ -108,6 +115,12 @@ class Collector:
             0  # a HISTORY tombstone that nothing covers: it goes if all that is older goes with it
         )
         self._latches = self._deletions = 0
+        self.starved = False  # G8: it would sweep if the oracle's time went on
+        self._index = -1  # the applied index of the last look
+        self._newest = 0  # no row has a timestamp above it, if the index is still that one
+        self._clean = False  # nothing can be garbage before another entry, or before `_expiry`
+        self._expiry = TIMESTAMP_MAX  # when the first of the rows under KEPT_PREFIX is over
+        self._proposed = self._left = False  # of this sweep: something was; something was left
         self._in_flight = 0
         self._refused = (
             False  # a command of this sweep was not taken: the next one finds it all again
@@ -158,12 +171,21 @@ class Collector:
     # -- the sweep
 
     def _begin(self) -> bool:
-        """Whether there is a reason for a sweep: time has passed since the last one."""
+        """Whether there is a reason for a sweep: time has passed since the last one, and something may have become garbage."""
         limits, row = self._ev.limits, self._ev.state.row
-        threshold = self._ev.issued - limits.retention
+        self.starved = False
+        if row.applied_index != self._index:
+            self._index, self._newest, self._clean = row.applied_index, self._ev.issued, False
+        if self._clean and self._ev.issued < self._expiry:
+            return False
+        threshold = min(self._ev.issued - limits.retention, self._ev.floor)
+        threshold = min(threshold, safe_ts(self._ev.state, self._ev.closing.close(threshold)))
         if threshold <= max(self._swept, row.gc_threshold):
+            self.starved = True
             return False
         self._threshold = threshold
+        self._proposed = self._left = False
+        self._expiry = TIMESTAMP_MAX
         self._key = None
         self._settled = [(row.start, row.end, self._settled_here())]
         self._begin_family(keycode.HISTORY)
@@ -180,6 +202,8 @@ class Collector:
             self._begin_family(_FAMILIES[following])
         else:
             self._swept = 0 if self._refused else self._threshold
+            if not (self._proposed or self._left) and self._threshold >= self._newest:
+                self._clean = self._ev.state.row.applied_index == self._index
             self._threshold, self._refused = 0, False
             self._due = now + self._ev.limits.sweep_s
 
@@ -233,8 +257,8 @@ class Collector:
         for row_key, data in self._rows():
             self._position = row_key + b"\x00"
             if not is_tombstone(data):
-                if row_key.startswith(KEPT_PREFIX, 1) and self._is_over(latest_ts(data)):
-                    found.expired[row_key[1:]] = latest_ts(data)
+                if row_key.startswith(KEPT_PREFIX, 1):
+                    self._look_at_kept(row_key[1:], latest_ts(data), found)
                 continue
             if latest_ts(data) > self._threshold:
                 continue
@@ -253,15 +277,19 @@ class Collector:
                 return True
         return self._cut
 
-    def _is_over(self, version: int) -> bool:
+    def _look_at_kept(self, key: bytes, version: int, found: Found) -> None:
         """G7."""
         kept = self._ev.limits.kept
-        return bool(kept) and version <= self._ev.issued - kept
+        if kept and version + kept <= self._ev.issued:
+            found.expired[key] = version
+        elif kept:
+            self._expiry = min(self._expiry, version + kept)
 
     def _delete(self, expired: dict[bytes, int]) -> None:
         """G7, as a transaction of this range."""
         ev = self._ev
         keys = list(expired)
+        self._proposed = True
         self._deletions += 1
         seed = b"%d/%d/%d" % (ev.state.row.range_id, ev.term, self._deletions)
         number = int.from_bytes(blake2b(seed + keys[0], digest_size=8).digest(), "big")
@@ -295,7 +323,9 @@ class Collector:
                 if upto is None:  # asked: this row is looked at again when the answer is there
                     self._position = row_key
                     return True
-                if begin_ts_of(txn_id) <= upto:
+                if begin_ts_of(txn_id) > upto:
+                    self._left = True
+                else:
                     found.parts.setdefault(locus, []).append(txn_id)
             self._position = row_key + b"\x00"
         return self._cut
@@ -335,6 +365,7 @@ class Collector:
 
     def _propose(self, garbage: list[Garbage]) -> None:
         self._latches += 1
+        self._proposed = True
         pending = Pending(_LATCH + self._latches.to_bytes(8, "big"), None, None)
         pending.keys = [each.key for each in garbage if each.tombstone]  # G3
         pending.command = Collect(self._threshold, garbage)

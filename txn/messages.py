@@ -15,6 +15,20 @@ import msgspec
 from txn.types import TXN_ID_BYTES, Expect, Guard, Participant, Write
 
 
+class Stale(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A read with it may be answered by any replica, at or below its safe timestamp (txn/closed.py).
+
+    With `at` 0 the replica chooses the timestamp: at least `at_least`, not above the safe one of any range of `ranges`, and so
+    that everything is seen which was acknowledged `ms` milliseconds ago. Who cannot answers Failure `replica_behind`; `last`:
+    the leader has to answer then, and another replica says who that is (`not_leader`).
+    """
+
+    ms: int = 0  # only with `at` 0
+    at_least: int = 0
+    ranges: list[int] = []  # that are going to be read at the same timestamp
+    last: bool = False
+
+
 class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     """The values of `keys` at timestamp `at`; 0: the leader asks the oracle, the answer says which. -> ReadReply"""
 
@@ -23,6 +37,7 @@ class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     version: int
     at: int
     keys: list[bytes]
+    stale: Stale | None = None
 
 
 class Scan(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
@@ -38,6 +53,7 @@ class Scan(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     bytes_max: int
     reverse: bool = False
     keys_only: bool = False
+    stale: Stale | None = None
 
 
 class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
@@ -149,10 +165,16 @@ class QuerySettled(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=Fals
 
 
 class GetTimestamps(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
-    """To the oracle (the meta range's leader): `fresh` new timestamps, and the last issued one. -> Timestamps"""
+    """To the oracle (the meta range's leader): `fresh` new timestamps, and the last issued one. -> Timestamps
+
+    `session` (not 0): a client that has snapshots open, the oldest of them at `oldest` (0: none any more). Until its lease
+    ends, nothing that they can see is collected (kvstore/holds.py).
+    """
 
     id: int
     fresh: int
+    session: int = 0
+    oldest: int = 0
 
 
 class GetDirectory(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
@@ -239,12 +261,16 @@ class Settled(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
 
 
 class Timestamps(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
-    """`first` .. `first + count - 1` are the caller's alone; `read_ts` is the last issued before or at this answer."""
+    """`first` .. `first + count - 1` are the caller's alone; `read_ts` is the last issued before or at this answer.
+
+    `floor`: what can be seen from there on is not to be collected; 0: that is not known.
+    """
 
     id: int
     read_ts: int
     first: int
     count: int
+    floor: int = 0
 
 
 class RangeInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -269,7 +295,7 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, tag=9):
     """Nothing is said about the outcome of a transaction by any of these.
 
     code: `not_leader` (details: leader_node), `epoch_mismatch` (details: ranges, of RangeInfo), `throttled` (retry_after_s),
-    `unavailable`, `snapshot_too_old`, or the code of any kvstore error.
+    `unavailable`, `snapshot_too_old`, `replica_behind` (details: safe_ts), or the code of any kvstore error.
     """
 
     id: int

@@ -16,6 +16,7 @@ from txn.types import point_end
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
+    from txn.ports import Rows
     from txn.state import Part
 
 READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
@@ -87,28 +88,7 @@ class Reader:
                 for part in state.stamped_in(key, point_end(key)):
                     if self._undecided(part, at, waiter):
                         return None
-        versions: list[int] = []
-        values: list[bytes | None] = []
-        get = self.owner.rows.get
-        size = 0
-        for key in request.keys:
-            if size > READ_BYTES_MAX:
-                break  # the reader asks for the rest at the same timestamp
-            row = get(b"L" + key)
-            if row is None:
-                version = None
-            elif latest_ts(row) <= at:
-                version = decode_latest(row)
-            else:
-                version = older_at(self.owner.rows, key, at)
-            if version is None or version.value is None:
-                versions.append(0)
-                values.append(None)
-            else:
-                versions.append(version.commit_ts)
-                values.append(version.value)
-                size += len(version.value)
-        return ReadReply(request.id, at, versions, values)
+        return read_keys(self.owner.rows, request, at)
 
     def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
         """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
@@ -135,37 +115,70 @@ class Reader:
         if blocker is not None:
             blocker.waiters.append(_copy(waiter))
             return None
-        keys: list[bytes] = []
-        values: list[bytes] = []
-        versions: list[int] = []
-        size, done = 0, True
-        rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
-        bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
-        for key, version in scan_at(self.owner.rows, start, end, at, reverse=request.reverse):
-            if len(keys) >= rows_max or (keys and size >= bytes_max):
-                done = False
-                break
-            assert version.value is not None
-            keys.append(key)
-            versions.append(version.commit_ts)
-            size += len(key) + 16
-            if not request.keys_only:
-                values.append(version.value)
-                size += len(version.value)
-        if done:
-            covered_to = start if request.reverse else end
-            low, high = start, end
-        else:
-            covered_to = keys[-1] if request.reverse else point_end(keys[-1])
-            low, high = (covered_to, end) if request.reverse else (start, covered_to)
+        reply = read_span(self.owner.rows, request, start, end, at)
+        low, high = start, end
+        if not reply.done:
+            low, high = (reply.covered_to, end) if request.reverse else (start, reply.covered_to)
         for key, part in state.intents.items():
             if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
                 return None
         for part in state.stamped_in(low, high):
             if self._undecided(part, at, waiter):
                 return None
-        return ScanReply(request.id, at, keys, values, versions, done, covered_to)
+        return reply
 
 
 def _copy(waiter: Waiter) -> Waiter:
     return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
+
+
+def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
+    """What the keys hold at `at`, whatever is undecided."""
+    versions: list[int] = []
+    values: list[bytes | None] = []
+    get = rows.get
+    size = 0
+    for key in request.keys:
+        if size > READ_BYTES_MAX:
+            break  # the reader asks for the rest at the same timestamp
+        row = get(b"L" + key)
+        if row is None:
+            version = None
+        elif latest_ts(row) <= at:
+            version = decode_latest(row)
+        else:
+            version = older_at(rows, key, at)
+        if version is None or version.value is None:
+            versions.append(0)
+            values.append(None)
+        else:
+            versions.append(version.commit_ts)
+            values.append(version.value)
+            size += len(version.value)
+    return ReadReply(request.id, at, versions, values)
+
+
+def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> ScanReply:
+    """What [start, end) holds at `at`, whatever is undecided; at most one page."""
+    keys: list[bytes] = []
+    values: list[bytes] = []
+    versions: list[int] = []
+    size, done = 0, True
+    rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
+    bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
+    for key, version in scan_at(rows, start, end, at, reverse=request.reverse):
+        if len(keys) >= rows_max or (keys and size >= bytes_max):
+            done = False
+            break
+        assert version.value is not None
+        keys.append(key)
+        versions.append(version.commit_ts)
+        size += len(key) + 16
+        if not request.keys_only:
+            values.append(version.value)
+            size += len(version.value)
+    if done:
+        covered_to = start if request.reverse else end
+    else:
+        covered_to = keys[-1] if request.reverse else point_end(keys[-1])
+    return ScanReply(request.id, at, keys, values, versions, done, covered_to)

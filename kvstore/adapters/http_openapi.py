@@ -45,6 +45,12 @@ _AT: Final[_Json] = {
     "schema": _VERSION,
     "description": "Read as of this version.",
 }
+_STALENESS: Final[_Json] = {
+    "name": "max_staleness",
+    "in": "query",
+    "schema": {"type": "string"},
+    "description": "Such as 2s: any replica may answer, and what was acknowledged so long ago is seen.",
+}
 _KEY: Final[_Json] = {
     "name": "key",
     "in": "path",
@@ -125,7 +131,7 @@ _RAW: Final[_Json] = {"application/octet-stream": {}}
 def _get() -> _Json:
     return {
         "summary": "Read a key; linearizable, or as of a version.",
-        "parameters": [_KEY, _AT, _TIMEOUT],
+        "parameters": [_KEY, _AT, _STALENESS, _TIMEOUT],
         "responses": _with_errors(
             {"200": _answer("The value.", _RAW, _VERSION_HEADERS), "404": _answer("No such key.")}
         ),
@@ -193,6 +199,7 @@ def _scan() -> _Json:
         {"name": "reverse", "in": "query", "schema": {"type": "boolean"}},
         {"name": "keys_only", "in": "query", "schema": {"type": "boolean"}},
         _AT,
+        _STALENESS,
         _TIMEOUT,
     ]
     page = _object(

@@ -41,6 +41,7 @@ from kvstore.errors import (
     TransactionTooLarge,
     ValueTooLarge,
 )
+from kvstore.follower_reads import STALENESS_S_MAX, checked_staleness
 
 if TYPE_CHECKING:
     from kvstore.client import Database
@@ -190,12 +191,12 @@ class _Gateway:
 
     async def _get(self, request: web.Request) -> web.Response:
         key = _key_of(request)
-        query = Query(request.rel_url.raw_query_string, ("at", "timeout"))
+        query = Query(request.rel_url.raw_query_string, ("at", "max_staleness", "timeout"))
         database, at = self._database(), query.integer("at", 1, VERSION_MAX)
-        timeout_s = self._timeout(query)
+        timeout_s, bound_s = self._timeout(query), _staleness(query)
         async with _reading(timeout_s):
             if at is None:
-                entry = await database.get_entry(key, timeout=timeout_s)
+                entry = await database.get_entry(key, max_staleness=bound_s, timeout=timeout_s)
             else:
                 entry = await database.snapshot(at, timeout=timeout_s).get_entry(key)
         if entry is None:
@@ -228,7 +229,9 @@ class _Gateway:
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
     async def _scan(self, request: web.Request) -> web.Response:
-        names = ("prefix", "start", "end", "limit", "reverse", "keys_only", "at", "timeout")
+        names = (
+            "prefix", "start", "end", "limit", "reverse", "keys_only", "at", "max_staleness", "timeout",
+        )  # fmt: skip
         query = Query(request.rel_url.raw_query_string, names)
         database, timeout_s = self._database(), self._timeout(query)
         async with _reading(timeout_s):
@@ -375,6 +378,13 @@ class _Body:
         self._reserved = 0
 
 
+def _staleness(query: Query) -> float | None:
+    """Raises: InvalidArgument."""
+    return checked_staleness(
+        query.seconds("max_staleness", STALENESS_S_MAX), query.integer("at", 1, VERSION_MAX)
+    )
+
+
 async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict[str, Any]:
     """One page, all of it at one version, bounded in rows and in bytes.
 
@@ -388,8 +398,10 @@ async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict
     reverse, keys_only = query.flag("reverse"), query.flag("keys_only")
     items: list[dict[str, bytes]] = []
     size_bytes, more = 0, False
-    at = query.integer("at", 1, VERSION_MAX)
-    async with database.snapshot(at, timeout=timeout_s) as view:
+    snapshot = database.snapshot(
+        query.integer("at", 1, VERSION_MAX), max_staleness=_staleness(query), timeout=timeout_s
+    )
+    async with snapshot as view:
         async for key, value in view.scan(
             start or b"",
             end,

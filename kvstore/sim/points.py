@@ -70,6 +70,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "chance:sync_in_the_thread",
     "chance:throttled",
     "chance:write_batch_cut",
+    "closed_without_a_lease",
     "conflict_truncated",
     "conflict_wait_over",
     "conflict_waited_for",
@@ -106,6 +107,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "snapshot_installed",
     "snapshot_overtaken_by_commit",
     "stale_term",
+    "stale_read_at_the_leader",
     "state_lost",
     "timeout_now",
     "torn_tail_cut",
@@ -115,6 +117,8 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
 )
 RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "chance:conflict_not_waited_for",
+    "closed_by_an_earlier_leader",
+    "hold_ended",
     "word_of_a_snapshot_lost",
     "snapshot_refused",
     "committed_entries_skipped",
@@ -132,6 +136,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
 UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tests/sim/README.md
     "append_while_installing",
     "deposed_before_it_proposed",
+    "holds_are_full",
     "joint_left",
     "outcome_expired",
     "participant_forgot",

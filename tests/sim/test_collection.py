@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.config import NodeConfig
 from kvstore.errors import SnapshotTooOld
+from kvstore.holds import LEASE_S
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import SimCluster, small_logs
 from kvstore.transactions import Transaction
@@ -44,6 +45,9 @@ def test_old_versions_go_on_every_replica_and_the_young_can_be_read():
         most: list[int] = []
 
         async def writes() -> None:
+            await asyncio.sleep(
+                LEASE_S
+            )  # a new oracle lets nothing be collected before it knows what is held
             first = await database.put(b"k", b"first")
             for number in range(WRITES):
                 version = await database.put(b"k", b"%d" % number)
@@ -93,7 +97,7 @@ def test_a_deleted_key_leaves_nothing():
 def test_the_row_of_an_idempotency_key_goes_when_its_time_is_over():
     """Until then a second run returns the first result; afterwards it runs again."""
     given = config()
-    txn = msgspec.structs.replace(given.txn, idempotency_retention_s=20.0)
+    txn = msgspec.structs.replace(given.txn, idempotency_retention_s=40.0)
     ran: list[int] = []
 
     async def main(_loop: simulated.SimLoop) -> None:
@@ -113,10 +117,10 @@ def test_the_row_of_an_idempotency_key_goes_when_its_time_is_over():
                 await asyncio.sleep(2.0)
                 assert await database.run(once, idempotency_key=b"first") == 1
             assert ran == [0]
-            for number in range(30):  # the leader of the range learns the time
+            for number in range(50):  # the leader of the range learns the time
                 await asyncio.sleep(1.0)
                 await database.run(once, idempotency_key=b"other %d" % number)
-            assert await database.run(once, idempotency_key=b"first") == 32
+            assert await database.run(once, idempotency_key=b"first") == 52
 
         await client.process.call(work())
         for server in cluster.servers.values():
@@ -124,7 +128,7 @@ def test_the_row_of_an_idempotency_key_goes_when_its_time_is_over():
             assert server.node.engine is not None
             kept = list(server.node.engine.scan(b"L" + KEPT_PREFIX, b"L\xff\x03"))
             assert (
-                5 < len(kept) < 25
+                10 < len(kept) < 45
             )  # the oracle may be catching up with the clock, twice as fast as that
         assert cluster.problems == []
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from tests.stateful.txn_ranges import Group, Violation
+from tests.stateful.txn_ranges import Group, Replica, Violation
 from txn import keycode, stamps
-from txn.commands import Collect
+from txn.commands import Collect, Commit
 from txn.messages import (
     Ack,
     Failure,
@@ -72,6 +72,8 @@ class Checker:
         self._invisible_to: dict[bytes, int] = {}
         self._absent_to: dict[Part, int] = {}
         self._settled_upto: dict[int, int] = {}
+        self._closed: dict[int, int] = {}  # by range: promised, in the log or to somebody
+        self._safe: dict[int, int] = {}  # by range: some replica took it for safe
 
     # -- one command was committed
 
@@ -88,7 +90,16 @@ class Checker:
             if data is None and family in (keycode.LATEST, keycode.HISTORY):
                 self._collected(group, row_key, command)
             elif family == keycode.LATEST and data is not None:
-                self._version(row_key[1:], Stored(*decode_latest(data)))
+                version = Stored(*decode_latest(data))
+                if isinstance(command, Commit) and version.ts <= self._closed.get(group.number, 0):
+                    raise Violation(
+                        f"I13: {version.ts} appears, {self._closed[group.number]} is closed"
+                    )
+                if version.ts <= self._safe.get(group.number, 0):
+                    raise Violation(
+                        f"I14: {version.ts} appears, {self._safe[group.number]} was safe"
+                    )
+                self._version(row_key[1:], version)
             elif family in (keycode.PREPARED, keycode.DECIDED, keycode.TERMINAL):
                 key, at = keycode.unescape(row_key, 1)
                 self._row(group, family, row_key[at:], key, data, rows)
@@ -198,6 +209,10 @@ class Checker:
                     raise Violation("I1: a prepared part was forgotten")
             else:
                 row = msgspec.msgpack.decode(data, type=PreparedRow)
+                if row.min_ts <= self._closed.get(group.number, 0):
+                    raise Violation(
+                        f"I13: {row.min_ts} appears, {self._closed[group.number]} is closed"
+                    )
                 self._prepared(part, row)
                 if row.participants:
                     self._staged(group, txn_id, row)
@@ -294,6 +309,26 @@ class Checker:
                     raise Violation("I10: a stamped key under a foreign guard")
                 if any(other.txn_id != txn_id for _, other in state.intents_in(low, high)):
                     raise Violation("I10: a stamped key where another is written")
+
+    # -- closed timestamps
+
+    def closes(self, group: Group, closed_ts: int) -> None:
+        self._closed[group.number] = max(self._closed.get(group.number, 0), closed_ts)
+
+    def safe(self, group: Group, replica: Replica) -> None:
+        """I14; and I15: what may be collected is below what may be read."""
+        safe_ts = replica.safe_ts
+        self._safe[group.number] = max(self._safe.get(group.number, 0), safe_ts)
+        for loci in replica.state.parts.values():
+            for part in loci.values():
+                if part.row.min_ts <= safe_ts:
+                    raise Violation(
+                        f"I14: {safe_ts} is safe, and a part has min_ts {part.row.min_ts}"
+                    )
+        if replica.state.row.gc_threshold > safe_ts:
+            raise Violation(
+                f"I15: collected up to {replica.state.row.gc_threshold}, safe is {safe_ts}"
+            )
 
     # -- something was told to somebody
 

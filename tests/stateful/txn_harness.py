@@ -28,7 +28,7 @@ from tests.stateful.txn_plants import PLANTS, planted
 from tests.stateful.txn_ranges import Group, Origin, Replica, Violation
 from txn import decided
 from txn.evaluate import Evaluator, Limits
-from txn.messages import Failure, Fence, Outcome, QueryMode, QueryTxn, Read, Reply, Request
+from txn.messages import Failure, Fence, Outcome, QueryMode, QueryTxn, Read, Reply, Request, Scan
 
 QUIET_AT_S: Final = 4.0
 END_AT_S: Final = 24.0
@@ -185,7 +185,14 @@ class World:
         rng = self.rng
         if self.quiet or all(client.finished for client in self.clients):
             return
-        if rng.random() < 0.6:
+        for group in self.groups:
+            if rng.random() < 0.3:
+                rng.choice(
+                    [each for each in group.replicas if each.evaluator] or group.replicas
+                ).close()
+        if rng.random() < 0.4:
+            self._read_at_replicas()
+        elif rng.random() < 0.6:
             group = rng.choice(self.groups)
             kept = self.profile.limits.retention
             at = self.oracle_last - rng.choice([0, 0, 1, 5, kept, rng.randint(0, kept)])
@@ -195,6 +202,22 @@ class World:
             txn_id = rng.choice(list(self.anchors)[-8:])
             self.call(self.anchors[txn_id], self._question(txn_id), lambda _: None)
         self.after(rng.expovariate(1 / self.profile.meddle_gap_s), self._meddle)
+
+    def _read_at_replicas(self) -> None:
+        """At one timestamp, at any replica of each of some ranges."""
+        rng = self.rng
+        replicas = [rng.choice(group.replicas) for group in self.groups[: rng.randint(1, 3)]]
+        at = min(replica.safe_ts for replica in replicas) - rng.choice([0, 0, 1, 5])
+        if at <= 0:
+            return
+        for replica in replicas:
+            keys = self.keys_of[replica.group.number]
+            self.probe("a replica read alone")
+            if rng.random() < 0.5:
+                replica.read_alone(Read(0, 0, 0, at, keys))
+            else:
+                end = replica.group.end or b"\xff"
+                replica.read_alone(Scan(0, 0, 0, at, keys[0], end, rng.randint(1, 9), 1 << 20))
 
     def _question(self, txn_id: bytes) -> Request:
         rng, anchor_key = self.rng, self.anchors[txn_id]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, decided, evaluate, keycode, recovery, stamps, values, visibility
+from txn import apply, closed, decided, evaluate, keycode, recovery, stamps, values, visibility
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
@@ -24,7 +24,7 @@ from txn.ports import Rows
 from txn.reads import Reader
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Outbox, Part, RangeState, Staged, TerminalRow, encode_row
-from txn.types import Guard, PartStatus, TxnStatus
+from txn.types import TIMESTAMP_MAX, Guard, PartStatus, TxnStatus
 
 Patches = list[tuple[Any, str, Any]]
 
@@ -321,6 +321,42 @@ def _stamped_keys_pass_guards() -> Patches:
     return [(LatchTable, "blocker_of_stamp", lambda *_: None)]
 
 
+def _closed_against(promised_of: Callable[[Evaluator], int]) -> Patches:
+    give = Evaluator.give_timestamps
+
+    def gave(self: Evaluator, *arguments: Any) -> None:
+        promised, self.closing.promised = self.closing.promised, promised_of(self)
+        give(self, *arguments)
+        self.closing.promised = promised
+
+    return [(Evaluator, "give_timestamps", gave)]
+
+
+def _closed_checked_against_applied() -> Patches:
+    """A timestamp is compared with what is closed in applied entries, not with what was promised in others, and in messages."""
+    return _closed_against(lambda evaluator: evaluator.state.row.closed_ts)
+
+
+def _closed_passed_by_fetch() -> Patches:
+    """A timestamp is not compared with what was closed while it was asked for."""
+    return _closed_against(lambda _: 0)
+
+
+def _closed_above_in_flight() -> Patches:
+    """What has its timestamp, and is not applied, does not hold back what is closed."""
+    return [(closed.Closing, "_lowest_in_flight", lambda _: TIMESTAMP_MAX)]
+
+
+def _safe_above_undecided() -> Patches:
+    """Replicas read at what is closed, whatever is undecided."""
+    return [(closed, "safe_ts", lambda _state, closed_ts: closed_ts)]
+
+
+def _heard_before_applied() -> Patches:
+    """A replica takes what its leader closed for its own, without having applied as much."""
+    return [(closed.Heard, "closed", lambda self, row: max(row.closed_ts, self._next_closed))]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -360,6 +396,12 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stamped_intents_unseen": (_stamped_intents_unseen, 60),
     "stamped_keys_not_latched": (_stamped_keys_not_latched, 40),
     "stamped_keys_pass_guards": (_stamped_keys_pass_guards, 120),
+    "deposed_leader_closes": (_switch, 150),
+    "closed_checked_against_applied": (_closed_checked_against_applied, 15),
+    "closed_passed_by_fetch": (_closed_passed_by_fetch, 15),
+    "closed_above_in_flight": (_closed_above_in_flight, 15),
+    "safe_above_undecided": (_safe_above_undecided, 10),
+    "heard_before_applied": (_heard_before_applied, 100),
 }
 
 SWITCHES: Final[dict[str, str]] = {
@@ -367,6 +409,7 @@ SWITCHES: Final[dict[str, str]] = {
     "joins_a_sent_batch": "a part takes a timestamp that was asked for before it latched",
     "unconfirmed_answers": "a deposed leader's answers are believed",
     "proposed_again": "what a term lost is proposed in the next one",
+    "deposed_leader_closes": "a leader tells what it closed without its leadership being confirmed",
 }
 """What the harness does for a switch, for people."""
 

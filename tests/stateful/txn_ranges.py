@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sortedcontainers import SortedDict
 
+from txn import closed
 from txn.apply import Overlay, apply_batch
 from txn.commands import Batch, decode_batch, encode_batch
 from txn.evaluate import Evaluator
 from txn.latches import Pending
-from txn.messages import Failure, Reply, Request
+from txn.messages import Failure, Read, Reply, Request, Scan
 from txn.state import RangeRow, RangeState
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Replica:
         self.applied = 0  # entries of the group's log
         self.output = Output()
         self.evaluator: Evaluator | None = None
+        self.heard = closed.Heard()
         self.open: dict[Origin, None] = {}  # asked of the evaluator, not answered
         self.held: dict[Origin, None] = {}  # answered, waiting for a confirmation of leadership
         self._asking = False
@@ -139,7 +141,10 @@ class Replica:
             if data is not None:
                 apply_batch(self.state, overlay, decode_batch(data))
         self.rows.write(overlay.rows)
-        self.applied = max(self.applied, index)
+        self._stands_at(max(self.applied, index))
+
+    def _stands_at(self, index: int) -> None:
+        self.applied = self.state.row.applied_index = index
 
     def apply_own(self, entries: list[InFlight]) -> None:
         """As the leader: entries that are committed now, in one write batch; then the evaluator learns it."""
@@ -153,7 +158,7 @@ class Replica:
                 overlay.seen.update(pending.seen)
             answers.append(apply_batch(self.state, overlay, entry.batch))
         self.rows.write(overlay.rows)
-        self.applied = len(self.group.log)
+        self._stands_at(len(self.group.log))
         for entry, told in zip(entries, answers, strict=True):
             evaluator.applied(entry.pendings, told, self.world.now)
         self.turn()
@@ -163,6 +168,40 @@ class Replica:
         assert self.evaluator is None
         self.state = RangeState(self.state.row)
         self.state.load(self.rows)
+
+    # -- closed timestamps
+
+    @property
+    def safe_ts(self) -> int:
+        return closed.safe_ts(self.state, self.heard.closed(self.state.row))
+
+    def close(self) -> None:
+        """As the leader, or who takes itself for it: something lately issued is closed; the followers hear of it, or do not."""
+        world, evaluator = self.world, self.evaluator
+        if evaluator is None or not evaluator.ready:
+            return
+        closed_ts = evaluator.closing.close(world.oracle_last - world.rng.randint(0, 4))
+        if not self.leads and "deposed_leader_closes" not in world.switches:
+            world.probe("a deposed leader's closed timestamp was not confirmed")
+            return
+        index = self.applied
+        for replica in self.group.replicas:
+            if world.rng.random() >= world.chance(world.profile.p_drop):
+                world.after(world.delay(), self._hearing(replica, index, closed_ts))
+
+    def _hearing(self, replica: Replica, index: int, closed_ts: int) -> Callable[[], None]:
+        def hear() -> None:
+            replica.heard.hear(index, closed_ts, replica.state.row)
+
+        self.world.checker.closes(self.group, closed_ts)
+        return hear
+
+    def read_alone(self, request: Read | Scan) -> Reply:
+        """As a replica like any other."""
+        reply = closed.read_here(self.state, self.rows, request, self.safe_ts)
+        self.world.checker.safe(self.group, self)
+        self.world.checker.told(self.group, request, reply)
+        return reply
 
     # -- leadership
 
@@ -345,7 +384,7 @@ class Group:
         for pending in pendings:
             assert pending.command is not None
             commands.append(pending.command)
-        batch = Batch(0, VERSION, commands)
+        batch = Batch(evaluator.closing.promised, VERSION, commands)
         self.inflight.append(InFlight(encode_batch(batch), batch, pendings))
         if not self._committing:
             self._committing = True
@@ -368,6 +407,7 @@ class Group:
         self.log.append(data)
         if data is not None:
             batch = decode_batch(data)
+            self.world.checker.closes(self, batch.closed_ts)
             for command in batch.commands:
                 self._apply_to_ghost(Batch(batch.closed_ts, batch.version, [command]))
         self.ghost.applied = len(self.log)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import kvstore.replica
+from kvstore.closing import decode_closed
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.observers.answers import Answers
 from kvstore.sim.observers.consensus import Consensus, NodeDisk
@@ -23,7 +24,7 @@ from kvstore.sim.process import outside
 from kvstore.store import META_RANGE_ID
 from replication.types import Entry
 from txn.commands import Batch
-from txn.messages import Prepare
+from txn.messages import Prepare, Read, Scan
 from txn.messages import Timestamps as TimestampsReply
 from txn.state import Answer, RangeState
 
@@ -148,6 +149,7 @@ class _Node:
         self._watch_store()
         self._watch_answers()
         self._watch_oracle()
+        self._watch_closed()
 
     def _watch_host(self) -> None:
         host, disk, name, consensus = self._host, self._disk, self._name, self._all.consensus
@@ -199,6 +201,7 @@ class _Node:
             state = store.replicas[group].state
             for entry in entries:
                 observers.entry(name, state, entry)
+            observers.transactions.replica_stands(name, store.replicas[group])
 
         def checked_leadership(group: int, term: int, is_leader: bool) -> None:
             trace.note("leads" if is_leader else "follows", name, group, term)
@@ -274,3 +277,33 @@ class _Node:
 
         store.oracle.issue, client.asked = checked_issue, checked_asked
         client._ask, client._give = checked_ask, checked_give  # noqa: SLF001
+
+    def _watch_closed(self) -> None:
+        """Promises as they leave and as they are heard; reads that replicas may answer alone."""
+        store, name, transactions = self._store, self._name, self._all.transactions
+        send, heard, dispatch = store.send_closed, store.closer.heard, store._dispatch  # noqa: SLF001
+        asked = self._asked
+
+        def checked_send(node: int, payload: bytes) -> None:
+            for told in decode_closed(payload):
+                transactions.promised(told.range_id, told.closed_ts)
+                transactions.replica_stands(name, store.replicas[told.range_id])
+            send(node, payload)
+
+        def checked_heard(replica: Any, told: Any) -> None:
+            heard(replica, told)
+            if not replica.state.row.installing:
+                transactions.replica_stands(name, replica)
+
+        def checked_dispatch(asker: Any, request: Any, now: float) -> None:
+            if isinstance(request, Read | Scan) and request.stale is not None:
+                replica = store.replicas.get(request.range_id)
+                if replica is not None:
+                    asked[asker, request.id] = (request, replica.range_id)
+            dispatch(asker, request, now)
+
+        store.send_closed, store.closer.heard, store._dispatch = (  # noqa: SLF001
+            checked_send,
+            checked_heard,
+            checked_dispatch,
+        )

@@ -12,7 +12,8 @@ are read, not its commands: so what counts is what stands.
 - I10: one intent for a key, none under a foreign guard, no guard over a foreign intent.
 - I11: no version appears at or below a timestamp at which its key was read. I12: no intent does, either (the read
   watermark's place is taken by fresh timestamps); what was promised to a reader holds.
-- I13: nothing appears at or below a range's closed timestamp (always 0 so far).
+- I13: nothing new appears at or below what a range's entries have closed, or a message that left (what is resolved may).
+- I14: no version and no intent appears at or below a timestamp that any replica has taken for safe.
 - I15: a version goes only if no read at or above gc_threshold can see it; a status only below outcome_horizon, a COMMITTED part
   when the record is not STAGED, a record when no part of it is undecided (txn/gc.py).
 - I19: a record that ends posts to every part that is undecided; an outbox row goes after its part is decided; a version is
@@ -115,7 +116,10 @@ class Transactions:
         self._asked: dict[Part, Prepare] = {}
         self._intents: dict[bytes, Part] = {}
         self._rows: dict[Part, PreparedRow] = {}  # of undecided parts
-        self._closed: dict[int, int] = {}
+        self._closed: dict[int, int] = {}  # by range: in entries
+        self._promised: dict[int, int] = {}  # in messages, too
+        self._safe: dict[int, int] = {}
+        self._several: dict[bytes, None] = {}  # transactions that were prepared somewhere
         self._kept: dict[int, Kept] = {}
         self._undecided: dict[tuple[Any, ...], tuple[float, int]] = {}  # since when, which range
 
@@ -180,6 +184,24 @@ class Transactions:
         for txn_id, anchor_key in ended:
             self._owed(place, txn_id, anchor_key)
         self._closed[place.group] = closed_ts
+        self.promised(place.group, closed_ts)
+
+    def promised(self, group: int, closed_ts: int) -> None:
+        """A leader has told somebody that it closed so much."""
+        self._promised[group] = max(self._promised.get(group, 0), closed_ts)
+
+    def replica_stands(self, node: str, replica: Any) -> None:
+        """What a replica takes for safe, where it is now (I14); what it has collected lies below that (I15)."""
+        state, group, safe_ts = replica.state, replica.range_id, replica.safe_ts
+        self._safe[group] = max(self._safe.get(group, 0), safe_ts)
+        for loci in state.parts.values():
+            for part in loci.values():
+                if part.row.min_ts <= safe_ts:
+                    what = f"{safe_ts} is safe, and a part has min_ts {part.row.min_ts}"
+                    self._report.broken("I14", what, group=group, node=node, txn_id=part.txn_id)
+        if state.row.gc_threshold > safe_ts:
+            what = f"the threshold is {state.row.gc_threshold}, and {safe_ts} is safe"
+            self._report.broken("I15", what, group=group, node=node)
 
     def _broken(self, invariant: str, place: Place, txn_id: bytes, what: str) -> None:
         self._report.broken(
@@ -198,8 +220,10 @@ class Transactions:
         read = self.served.upto(key, ts)
         if read:
             self._broken("I11", place, txn_id, f"{key!r} was read at {read}, now it gets {ts}")
-        if ts <= self._closed.get(place.group, 0):
+        if ts <= self._promised.get(place.group, 0) and txn_id not in self._several:
             self._broken("I13", place, txn_id, f"version {ts} of {key!r} in what is closed")
+        if ts <= self._safe.get(place.group, 0):
+            self._broken("I14", place, txn_id, f"version {ts} of {key!r} in what was safe")
         chain.append((ts, data))
 
     def _commits(self, place: Place, txn_id: bytes, ts: int) -> None:
@@ -331,7 +355,8 @@ class Transactions:
         if self._owner.setdefault(row.min_ts, txn_id) != txn_id:
             what = f"{self._owner[row.min_ts].hex()} has timestamp {row.min_ts}, too"
             self._broken("I7", place, txn_id, what)
-        if row.min_ts <= self._closed.get(place.group, 0):
+        self._several[txn_id] = None
+        if row.min_ts <= self._promised.get(place.group, 0):
             self._broken("I13", place, txn_id, f"min_ts {row.min_ts} in what is closed")
         if row.min_ts <= self.absent.get(part, 0):
             what = f"a reader at {self.absent[part]} was told that the part is absent; min_ts {row.min_ts}"

@@ -18,7 +18,9 @@ import abc
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final, TypeVar
 
 from kvstore.client import Database
@@ -148,17 +150,21 @@ class Workload(abc.ABC):
 async def lay(db: Database, rows: Mapping[bytes, bytes]) -> None:
     """Write rows that are not there yet: however often a put arrives, it has one effect."""
     for key, value in rows.items():
-        for left in reversed(range(PREPARE_TRIES_MAX)):
-            try:
-                await db.put(key, value, if_absent=True, timeout=PREPARE_TIMEOUT_S)
-            except CompareFailed:
-                break
-            except KVError:
-                if not left:
-                    raise
-                await asyncio.sleep(PREPARE_PAUSE_S)
-            else:
-                break
+        put = partial(db.put, key, value, if_absent=True, timeout=PREPARE_TIMEOUT_S)
+        with suppress(CompareFailed):
+            await patiently(put)
+
+
+async def patiently(call: Callable[[], Awaitable[R]]) -> R:
+    """The result of a call that may be made again: the cluster is perhaps not there yet. Raises the last KVError of many."""
+    for _ in range(PREPARE_TRIES_MAX - 1):
+        try:
+            return await call()
+        except CompareFailed:
+            raise
+        except KVError:
+            await asyncio.sleep(PREPARE_PAUSE_S)
+    return await call()
 
 
 async def each(function: Callable[[T], Awaitable[R]], things: Sequence[T]) -> list[R]:

@@ -24,11 +24,15 @@ from kvstore.testing.workloads.base import (
     Workload,
     each,
     first_of_each_kind,
+    patiently,
 )
+from kvstore.testing.workloads.staleness import Staleness, StaleRead
 from kvstore.transactions import Committed
 
 TOKEN_SHARE: Final = 0.3
 PAST_SHARE: Final = 0.1  # of the reads that are of an earlier version
+STALE_SHARE: Final = 0.15  # that any replica may answer, with one of these bounds
+STALENESS_S: Final = (1.0, 2.0, 3.0, 10.0)
 
 Body = Callable[[Transaction, TxnOp], Awaitable[None]]
 
@@ -61,7 +65,13 @@ class Traced(Workload):
         # Of the transactions that are traced by their token rather than by a marker; 0 where outcomes are not kept for
         # as long as a run takes.
         self.token_share = TOKEN_SHARE
+        self.staleness = Staleness()
+        self._laid_version = 0  # the rows are there from then on
         self._seen_version = 0  # of the last that was acknowledged, for reads of the past
+
+    async def prepare(self, db: Database) -> None:
+        await super().prepare(db)
+        self._laid_version = await patiently(lambda: db.snapshot().version())
 
     # -- transactions
 
@@ -75,6 +85,7 @@ class Traced(Workload):
     def end(self, op: TxnOp, error: KVError | None = None) -> None:
         if error is None and op.version:
             self._seen_version = op.version
+            self.staleness.acknowledged(asyncio.get_running_loop().time(), op.version)
         self.settle(op, error, f"{op.name!r} {op.reads!r} {op.writes!r}")
 
     async def transact(
@@ -144,8 +155,10 @@ class Traced(Workload):
     ) -> TxnOp:
         """Read keys (in order, some of which may be absent) at one version, in one of the ways that there are.
 
-        A read of the past begins at 0: anybody might have seen it before.
+        A read of the past begins at 0: anybody might have seen it before. So does one that may be stale.
         """
+        if past and rng.random() < STALE_SHARE:
+            return await self._look_stale(db, client, rng, keys)
         op = self.begin(client, "look", rng)
         op.reads = dict.fromkeys(keys)
         shuffled = list(keys)
@@ -171,6 +184,28 @@ class Traced(Workload):
                 )
         op.reads.update((key, found[key]) for key in keys if key in found)
         self.end(op)
+        return op
+
+    async def _look_stale(
+        self, db: Database, client: str, rng: random.Random, keys: Sequence[bytes]
+    ) -> TxnOp:
+        op = self.begin(client, "stale", rng)
+        op.begin, bound_s = 0, rng.choice(STALENESS_S)
+        began = asyncio.get_running_loop().time()
+        snapshot = db.snapshot(max_staleness=bound_s)
+        try:
+            if rng.random() < 0.5:
+                found = await snapshot.get_many(keys)
+            else:
+                found = dict(await snapshot.scan(min(keys), max(keys) + b"\0").to_list())
+            op.version = await snapshot.version()
+        except KVError as error:
+            self.end(op, error)
+            return op
+        if op.version >= self._laid_version:  # else it is right that nothing is there
+            op.reads = {key: found.get(key) for key in keys}
+        self.staleness.reads.append(StaleRead(client, db, began, bound_s, op.version))
+        self.settle(op, None, f"{op.name!r} {op.reads!r}")
         return op
 
     async def _snapshot(
@@ -246,7 +281,7 @@ class Traced(Workload):
         trail.version = outcome.version if isinstance(outcome, Committed) else 0
 
     def check(self) -> list[str]:
-        found = super().check()
+        found = [*super().check(), *first_of_each_kind(self.staleness.problems())]
         if not self.exact:
             return found
         if any(trail.version is None for trail in self.trails):

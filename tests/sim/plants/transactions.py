@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import kvstore.closing
+import kvstore.replica
 import txn.apply
 from kvstore.reads import Page
 from kvstore.scans import OwnPages
 from tests.sim import directed_txn
-from tests.sim.plants.base import CALM, CLIENTS, Directed, Patches, Plant, Seeds
+from tests.sim.plants.base import CALM, CLIENTS, PARTITIONS, Directed, Patches, Plant, Seeds
 from tests.stateful import txn_plants
 from txn import keycode
 from txn.state import Part, RangeState
@@ -55,7 +57,30 @@ def _guards_without_gaps() -> Patches:
     return [(OwnPages, "next", points)]
 
 
+def _bound_not_kept() -> Patches:
+    """As if the oracle had said at once, for ever, that nothing was issued."""
+    samples = kvstore.closing.Samples
+    return [
+        (samples, "since", lambda _self, _when: 0),
+        (samples, "last_asked_at", float("inf")),
+    ]
+
+
+def _safe_above_undecided() -> Patches:
+    return [(kvstore.replica, "safe_ts", lambda _state, closed_ts: closed_ts)]
+
+
 TRANSACTIONS: Final[dict[str, Plant]] = {
+    "stale beyond the bound": Plant(
+        "a replica answers a read that may be stale, however stale it is",
+        _bound_not_kept,
+        Seeds(PARTITIONS, 12),
+    ),
+    "safe above what is undecided": Plant(
+        "replicas read at what is closed, whatever is undecided",
+        _safe_above_undecided,
+        Seeds(CLIENTS, 8),
+    ),
     "outbox lost": Plant(
         "the anchor's decision is not posted to the others",
         _outbox_lost,

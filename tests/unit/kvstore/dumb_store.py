@@ -62,6 +62,7 @@ class DumbStore:
         self.rows: dict[bytes, list[tuple[int, bytes | None]]] = {}
         self.outcomes: dict[str, int] = {}
         self.kept: dict[bytes, Any] = {}
+        self.bounds: list[float | None] = []  # of staleness, as they were asked for
         self.calm = True  # nothing goes wrong yet, or any more
 
     def errs(self, fault: str, chance: float = CHANCE) -> bool:
@@ -312,7 +313,10 @@ class DumbDatabase:
     def __init__(self, store: DumbStore) -> None:
         self.store = store
 
-    def snapshot(self, at: int | None = None) -> DumbSnapshot:
+    def snapshot(
+        self, at: int | None = None, *, max_staleness: float | None = None
+    ) -> DumbSnapshot:
+        self.store.bounds.append(max_staleness)
         return DumbSnapshot(self.store, at)
 
     def transaction(self, *, read_only: bool = False) -> DumbTransaction:
@@ -322,7 +326,10 @@ class DumbDatabase:
         entry = await self.get_entry(key)
         return None if entry is None else entry.value
 
-    async def get_entry(self, key: bytes, *, timeout: float | None = None) -> Entry | None:
+    async def get_entry(
+        self, key: bytes, *, max_staleness: float | None = None, timeout: float | None = None
+    ) -> Entry | None:
+        self.store.bounds.append(max_staleness)
         return await DumbSnapshot(self.store, None).get_entry(key)
 
     async def get_many(

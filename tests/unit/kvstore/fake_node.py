@@ -28,6 +28,7 @@ class FakeDatabase:
         self.fails: BaseException | None = None
         self.idempotency_keys: list[str | None] = []
         self.timeouts: list[float | None] = []
+        self.bounds: list[float | None] = []  # of staleness
         self.connected: list[tuple[str, float]] = []
 
     async def __aenter__(self):
@@ -53,8 +54,9 @@ class FakeDatabase:
         if self.fails is not None:
             raise self.fails
 
-    async def get_entry(self, key, *, timeout=None):
+    async def get_entry(self, key, *, max_staleness=None, timeout=None):
         self.check(timeout)
+        self.bounds.append(max_staleness)
         return self.rows.get(key)
 
     async def put(self, key, value, if_version=None, if_absent=False, *, timeout=None):
@@ -93,8 +95,9 @@ class FakeDatabase:
         yield tx
         tx.commit()
 
-    def snapshot(self, at=None, *, timeout=None):
+    def snapshot(self, at=None, *, max_staleness=None, timeout=None):
         self.check(timeout)
+        self.bounds.append(max_staleness)
         if at is not None and at > self.version:
             raise InvalidArgument("above the last issued version")
         return FakeSnapshot(self, at or self.version)

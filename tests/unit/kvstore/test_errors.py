@@ -139,6 +139,7 @@ def test_only_these_errors_may_have_committed():
 
 def test_only_these_errors_are_worth_another_try():
     assert {cls.code for cls in EVERY if cls.retryable} == {
+        "replica_behind",
         "conflict",
         "deadlock",
         "epoch_mismatch",

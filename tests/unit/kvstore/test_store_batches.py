@@ -48,6 +48,8 @@ def store_of(engine: MemoryEngine) -> Store:
         requests_max=10,
         inbox_bytes_max=1 << 20,
         oracle_window_ms=1_000,
+        closed_lag_s=1.0,
+        snapshot_hold_s=3600.0,
     )
     store.attach(cast("Any", SimpleNamespace(wake=lambda: None)), cast("Any", None))
     for number, start in RANGES.items():

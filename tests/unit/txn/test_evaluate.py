@@ -51,7 +51,7 @@ def test_the_last_timestamp_of_another_batch_is_not_used_for_a_part_latched_sinc
 
 def test_a_timestamp_at_or_below_what_is_closed_is_asked_for_again():
     place = Range()
-    place.state.row.closed_ts = 101
+    assert place.evaluator.closing.close(101) == 101
     asked = place.prepare(1, put(b"a"))
     place.stamp()
     assert not place.take()

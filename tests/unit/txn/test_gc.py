@@ -360,9 +360,9 @@ def test_what_is_settled_is_below_the_horizon_and_below_everything_staged():
     asked = place.ask(QuerySettled(0, 0, 0, b"k"))
     assert asked.reply == Settled(0, b"", b"x", 0)
     begin_ts = place.clock
-    settled(place, place.anchor(1, put(b"s"), others=(b"y",), begin_ts=begin_ts))
     for _ in range(2):
         write(place, b"k")
+    settled(place, place.anchor(1, put(b"s"), others=(b"y",), begin_ts=begin_ts))
     sweep(place, clock=place.clock + RETENTION)
     assert place.state.row.outcome_horizon > begin_ts
     assert place.ask(QuerySettled(0, 0, 0, b"k")).reply.upto == begin_ts - 1

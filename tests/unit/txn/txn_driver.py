@@ -179,7 +179,7 @@ class Range:
     def apply(self, commands: list[Command]) -> list[Answer]:
         self.log += commands
         overlay = Overlay(self.rows)
-        batch = decode_batch(encode_batch(Batch(0, 1, commands)))
+        batch = decode_batch(encode_batch(Batch(self.evaluator.closing.promised, 1, commands)))
         answers = apply_batch(self.state, overlay, batch)
         self.rows.write(overlay.rows)
         return answers

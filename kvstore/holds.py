@@ -1,0 +1,67 @@
+"""Who keeps old versions: clients with a snapshot, a scan or a transaction open tell the oracle, which tells the collectors.
+
+Policy. `retention` is what everybody may count on without asking: versions and outcomes stay for so long. A client whose
+oldest open view gets older than HOLD_AFTER_S says so with its next question to the oracle, and again every RENEW_S: a hold.
+Each answer of the oracle has a floor, the oldest timestamp that is held; a range's leader collects nothing that can be seen
+from there on (txn/gc.py), judging by the retention and the floor of one and the same answer. So a view that is open can be
+read until it is closed, however long that takes, but for two bounds: a hold counts at most `snapshot_hold` into the past,
+since somebody's forgotten snapshot must not fill every disk; and it ends LEASE_S after its client was last heard of.
+
+Holds are in the memory of the oracle's leader. A new one says "not known" (0) for LEASE_S: nothing is collected before each
+client that lives has told it. A hold that comes too late, or is lost with its client, costs `SnapshotTooOld`, never a wrong
+answer.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from replication.probes import reached
+from txn.types import TIMESTAMP_SHIFT
+
+LEASE_S: Final = 10.0
+RENEW_S: Final = 3.0
+HOLD_AFTER_S: Final = 1.0  # short reads are held by nothing but the retention
+SESSIONS_MAX: Final = 20_000  # beyond it, new ones are not held
+RECKON_S: Final = 0.5  # a hold that has ended is felt so much later
+
+
+class Holds:
+    """Of one oracle. Args: hold_s: how far into the past a hold counts."""
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold = int(hold_s * 1000) << TIMESTAMP_SHIFT
+        self._sessions: dict[int, tuple[int, float]] = {}  # -> oldest timestamp, end of the lease
+        self._known_from = float("inf")
+        self._lowest = 0
+        self._reckoned_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def start_term(self, now: float) -> None:
+        self._sessions.clear()
+        self._known_from, self._reckoned_at = now + LEASE_S, float("-inf")
+
+    def hold(self, session: int, oldest: int, now: float) -> None:
+        """The session's oldest open view is at `oldest`; 0: it has none any more."""
+        if not oldest:
+            self._sessions.pop(session, None)
+        elif session in self._sessions or len(self._sessions) < SESSIONS_MAX:
+            self._sessions[session] = oldest, now + LEASE_S
+            self._lowest = min(self._lowest, oldest)
+        else:
+            reached("holds_are_full")
+
+    def floor(self, issued: int, now: float) -> int:
+        """Nothing that can be seen from there on is to be collected; 0: not known. issued: the last timestamp."""
+        if now < self._known_from:
+            return 0
+        if now >= self._reckoned_at + RECKON_S:
+            self._reckoned_at = now
+            ended = [number for number, (_, until) in self._sessions.items() if until < now]
+            for number in ended:
+                reached("hold_ended")
+                del self._sessions[number]
+            self._lowest = min((oldest for oldest, _ in self._sessions.values()), default=issued)
+        return max(1, min(issued, max(self._lowest, issued - self._hold)))

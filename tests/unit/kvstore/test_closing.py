@@ -1,0 +1,55 @@
+"""Claims of the samples of issued timestamps: what was asked for after an acknowledgement covers it; what was asked for long
+enough ago had been issued by then; they are bounded. And of messages of peers: what is none ends the stream."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvstore import closing
+from kvstore.closing import Closer, Samples
+from replication.errors import FrameError
+
+
+def test_since_is_the_first_question_that_was_asked_then_or_later():
+    samples = Samples()
+    for number in range(5):
+        samples.add(float(number), 100 + number, 0.1)
+    assert samples.since(1.5) == 102
+    assert samples.since(2.0) == 102
+    assert samples.since(4.1) == 0  # nothing is known
+    assert samples.last_asked_at == 4.0
+
+
+def test_before_is_the_last_one_asked_by_then():
+    samples = Samples()
+    samples.add(1.0, 100, 0.1)
+    samples.add(2.0, 110, 0.1)
+    assert [samples.before(when) for when in (0.9, 1.0, 1.9, 2.0, 9.0)] == [0, 100, 100, 110, 110]
+
+
+def test_answers_close_together_are_not_all_kept_and_none_goes_back():
+    samples = Samples()
+    samples.add(1.0, 100, 0.5)
+    samples.add(1.2, 105, 0.5)
+    assert samples.before(2.0) == 100
+    samples.add(2.0, 90, 0.5)
+    assert samples.before(3.0) == 100
+
+
+def test_they_are_bounded_and_the_young_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(closing, "SAMPLES_MAX", 8)
+    samples = Samples()
+    for number in range(100):
+        samples.add(float(number), number + 1, 0.1)
+    assert samples.before(99.0) == 100
+    assert samples.since(0.0) > 90  # stricter than need be: never staler
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x91\x01", b"\x91\x94\x01\x01\x01\xa1x"])
+def test_what_is_no_message_is_a_malformed_frame(payload: bytes):
+    store: Any = SimpleNamespace(replicas={})
+    with pytest.raises(FrameError):
+        Closer(store, 1.0).hear(payload)

@@ -1,0 +1,78 @@
+"""Claims of holds: the floor is the oldest that any live client holds, as long as its lease lasts, and not beyond the bound; a
+new oracle knows nothing until everybody had time to tell it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore import holds
+from kvstore.holds import LEASE_S, RECKON_S, Holds
+from txn.types import TIMESTAMP_SHIFT
+
+HOUR = 3_600_000 << TIMESTAMP_SHIFT
+ISSUED = 10 * HOUR
+
+
+def known(hold_s: float = 3600.0) -> tuple[Holds, float]:
+    """One whose term is old enough, and the time."""
+    found = Holds(hold_s)
+    found.start_term(0.0)
+    return found, LEASE_S
+
+
+def test_a_new_oracle_says_that_it_does_not_know():
+    found = Holds(3600.0)
+    assert found.floor(ISSUED, 100.0) == 0  # it has no term
+    found.start_term(100.0)
+    assert found.floor(ISSUED, 100.0 + LEASE_S - 0.01) == 0
+    assert found.floor(ISSUED, 100.0 + LEASE_S) == ISSUED
+
+
+def test_a_new_term_forgets_and_does_not_know_again():
+    found, now = known()
+    found.hold(1, ISSUED - 5, now)
+    found.start_term(now)
+    assert len(found) == 0
+    assert found.floor(ISSUED, now) == 0
+
+
+def test_the_oldest_of_all_counts_at_once_and_until_it_is_given_back():
+    found, now = known()
+    assert found.floor(ISSUED, now) == ISSUED
+    found.hold(1, ISSUED - 5, now)
+    found.hold(2, ISSUED - 9, now)
+    assert found.floor(ISSUED, now) == ISSUED - 9
+    found.hold(2, 0, now)
+    assert found.floor(ISSUED, now + RECKON_S) == ISSUED - 5
+
+
+def test_a_client_that_is_not_heard_of_any_more_holds_nothing_after_its_lease():
+    found, now = known()
+    found.hold(1, ISSUED - 5, now)
+    assert found.floor(ISSUED, now + LEASE_S) == ISSUED - 5
+    assert found.floor(ISSUED, now + LEASE_S + RECKON_S + 0.01) == ISSUED
+    assert len(found) == 0
+
+
+def test_a_renewed_hold_lasts():
+    found, now = known()
+    for number in range(10):
+        found.hold(1, ISSUED - 5, now + 3.0 * number)
+        assert found.floor(ISSUED + number, now + 3.0 * number) == ISSUED - 5
+
+
+def test_nobody_holds_back_further_than_the_bound():
+    found, now = known()
+    found.hold(1, 1, now)
+    assert found.floor(ISSUED, now) == ISSUED - HOUR
+
+
+def test_sessions_are_bounded_and_those_that_are_known_go_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(holds, "SESSIONS_MAX", 2)
+    found, now = known()
+    for session in (1, 2, 3):
+        found.hold(session, ISSUED - session, now)
+    assert len(found) == 2
+    assert found.floor(ISSUED, now) == ISSUED - 2
+    found.hold(1, ISSUED - 7, now)
+    assert found.floor(ISSUED, now) == ISSUED - 7
