@@ -301,10 +301,11 @@ class Recovery:
         ev.propose(pending)
 
     def _post(self, txn_id: bytes, participants: list[Participant]) -> None:
-        """Decide was applied: its outbox rows leave a little later, in company."""
-        due = self.ev.now + self.ev.limits.outbox_delay_s
+        """Decide was applied: its outbox rows leave a little later, in company: those of all ranges at the same moments."""
+        delay = self.ev.limits.outbox_delay_s
+        due = (self.ev.now // delay + 2) * delay
         if chance("outbox_late"):
-            due += 100 * self.ev.limits.outbox_delay_s
+            due += 100 * delay
         for participant in participants:
             if (txn_id, participant.locus) in self.ev.state.outbox:
                 self._outbox_due.append((due, (txn_id, participant.locus)))

@@ -381,7 +381,7 @@ def decided() -> Range:
     place = staged()
     settled(place, place.finalize(1, b"a", 140))
     assert place.calls == []
-    place.pass_time(0.06)
+    place.pass_time(0.11)
     assert [(key, type(r), r.commit_ts, r.record) for key, r, _ in place.calls] == [
         (b"x", Resolve, 140, True),
         (b"y", Resolve, 140, True),
@@ -463,7 +463,7 @@ def test_a_row_that_cannot_be_delivered_does_not_hold_up_the_others():
     place.anchor(2, put(b"b"), others=(b"z",))
     place.settle()
     settled(place, place.finalize(2, b"b", 150))
-    place.pass_time(0.06)
+    place.pass_time(0.11)
     assert [key for key, _, _ in place.calls] == [b"z"]
 
 
