@@ -197,6 +197,22 @@ class LimitsSection(Section, frozen=True, kw_only=True):
     requests_in_flight: Annotated[
         int, Meta(ge=1, le=10_000_000, description="Requests accepted and not yet answered.")
     ] = 20_000
+    watches: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000_000,
+            description="Watches that wait here for news, each in every range that it covers.",
+        ),
+    ] = 10_000
+    watch_recent_rows: Annotated[
+        int,
+        Meta(
+            ge=16,
+            le=1_000_000,
+            description="Rows written lately that a replica remembers for watches, its values apart; older ones are searched for.",
+        ),
+    ] = 4_096
 
 
 class ClientSection(Section, frozen=True, kw_only=True):

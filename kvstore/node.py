@@ -247,6 +247,8 @@ class Node:
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
+            watches_max=config.limits.watches,
+            watch_recent_rows=config.limits.watch_recent_rows,
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
         peers = self.peers = PeerSet(

@@ -42,6 +42,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
         "outcomes": dict(store.transaction_counters),
+        "watches": {"waiting": store.polls.open, **store.polls.counters},
         "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
     }
     if node.peers is not None:

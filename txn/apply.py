@@ -135,6 +135,8 @@ def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
             _overwrite(overlay, key, latest, commit_ts, txn_id, value)
         else:
             _write_version(overlay, key, commit_ts, txn_id, value)
+    if command.keys:
+        state.wrote(commit_ts, command.keys)
     if command.keep_status:
         row = DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
         overlay.put(keycode.part_row(keycode.DECIDED, locus, txn_id), encode_row(row))
@@ -167,6 +169,7 @@ def _commit_key(state: RangeState, overlay: Overlay, command: Commit) -> bool:
         overlay.bytes += len(history_key) + len(old)
     rows[latest_key] = row = written + txn_id + (b"\x01" if value is None else b"\x00" + value)
     overlay.bytes += len(latest_key) + len(row)
+    state.wrote(command.commit_ts, command.keys)
     return True
 
 
@@ -268,6 +271,8 @@ def _resolve_part(
         assert commit_ts >= part.row.min_ts, "I4: committed below a part's min_ts"
         for key, value in zip(part.row.keys, part.row.values, strict=True):
             _write_version(overlay, key, commit_ts, part.txn_id, value)
+        if part.row.keys:
+            state.wrote(commit_ts, part.row.keys)
     status = PartStatus.COMMITTED if commit_ts else PartStatus.ABORTED
     row = DecidedRow(status, commit_ts, part.row.anchor_key, hinted=hinted)
     overlay.put(keycode.part_row(keycode.DECIDED, part.locus, part.txn_id), encode_row(row))

@@ -24,12 +24,14 @@ import msgspec
 
 from replication.probes import chance, reached
 from txn import keycode
+from txn.changes import Feed, Poll
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
 from txn.latches import LatchTable, Pending, Waiter
 from txn.messages import (
     Ack,
+    Changes,
     Failure,
     Fence,
     Finalize,
@@ -116,6 +118,7 @@ class Evaluator:
         )  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
         self.reader = Reader(self)
+        self.feed = Feed(self)
         self.collector = Collector(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
@@ -128,6 +131,7 @@ class Evaluator:
             QueryPart: self._query_part,
             Outcome: self.recovery.outcome,
             QuerySettled: self.collector.query_settled,
+            Changes: self.feed.ask,
         }
 
     # -- life
@@ -160,6 +164,7 @@ class Evaluator:
             list(self.untimed),
             self.runnable,
             *self.recovery.waiters(),
+            self.feed.waiters(),
         ):
             seen += [(waiter.request, waiter.origin) for waiter in waiters if not waiter.done]
             for waiter in waiters:
@@ -167,6 +172,7 @@ class Evaluator:
         for request, origin in seen:
             if origin is not None:
                 self.out.reply(origin, Failure(request.id, "not_leader"), False)
+        self.feed.stop()
         self._early, self.await_fresh, self.await_read, self.runnable, self.proposals = (
             [],
             [],
@@ -208,6 +214,8 @@ class Evaluator:
             self._prepare(request, waiter.origin, now, waiter.since)
         elif kind is Read or kind is Scan:
             self.reader.again(waiter, now)
+        elif kind is Changes:
+            self.feed.again(waiter, now)
         else:
             self._handlers[kind](request, waiter.origin, now)
 
@@ -222,7 +230,8 @@ class Evaluator:
 
     def deadline(self) -> float | None:
         due = self.recovery.deadline()
-        for other in (self._timers[0][0] if self._timers else None, self.collector.due):
+        first = self._timers[0][0] if self._timers else None
+        for other in (first, self.collector.due, self.feed.deadline()):
             if due is None or (other is not None and other < due):
                 due = other
         return due
@@ -235,6 +244,7 @@ class Evaluator:
             heapq.heappop(self._timers)[2](now)
         self.recovery.tick(now)
         self.collector.tick(now)
+        self.feed.tick(now)
 
     # -- timestamps
 
@@ -255,14 +265,16 @@ class Evaluator:
             at = waiter.request.at
             if at > read_ts:
                 message = f"version {at} was not issued yet; the newest is {read_ts}"
-                self.out.reply(
-                    waiter.origin, Failure(waiter.request.id, "invalid_argument", message), False
-                )
+                failure = Failure(waiter.request.id, "invalid_argument", message)
+                if isinstance(waiter, Poll):
+                    self.feed.refuse(waiter, failure)
+                else:
+                    self.out.reply(waiter.origin, failure, False)
                 continue
             if not at:
                 waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
                 waiter.sequence = self.latches.sequence
-            self.reader.again(waiter, now)
+            self._again(waiter, now)
         closed = self.state.row.closed_ts
         for number, pending in enumerate(pendings):
             if self.latches.txns.get(pending.txn_id) is not pending:
@@ -317,6 +329,8 @@ class Evaluator:
             count(counters, command, answer)
             if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
                 self.recovery.prepared(command, now)
+        if self.state.recent.fresh:
+            self.feed.wake()
 
     def _wake(self, pending: Pending) -> None:
         """Whoever waits for a part's end goes on once its transaction left this range."""

@@ -34,9 +34,9 @@ class Reader:
         if request.at:
             self.again(waiter, now)
         else:
-            self._ask_read_ts(waiter)
+            self.ask_read_ts(waiter)
 
-    def _ask_read_ts(self, waiter: Waiter) -> None:
+    def ask_read_ts(self, waiter: Waiter) -> None:
         self.owner.untimed[waiter] = None
         self.owner.await_read.append(waiter)
 
@@ -80,7 +80,7 @@ class Reader:
         if state.intents:
             for key in request.keys:
                 part = state.intents.get(key)
-                if part is not None and self._undecided(part, at, waiter):
+                if part is not None and self.undecided(part, at, waiter):
                     return None
         versions: list[int] = []
         values: list[bytes | None] = []
@@ -105,7 +105,7 @@ class Reader:
                 size += len(version.value)
         return ReadReply(request.id, at, versions, values)
 
-    def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
+    def undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
         """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
         if part.row.min_ts > at or at <= part.invisible_to:
             return False
@@ -113,7 +113,7 @@ class Reader:
         if (
             at > self.owner.issued
         ):  # a promise about a timestamp that was never issued would mislead later readers
-            self._ask_read_ts(copy)
+            self.ask_read_ts(copy)
         elif part.resolving is not None:
             part.resolving.waiters.append(copy)
         else:
@@ -154,10 +154,10 @@ class Reader:
             covered_to = keys[-1] if request.reverse else point_end(keys[-1])
             low, high = (covered_to, end) if request.reverse else (start, covered_to)
         for key, part in state.intents.items():
-            if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
+            if low <= key and (not high or key < high) and self.undecided(part, at, waiter):
                 return None
         return ScanReply(request.id, at, keys, values, versions, done, covered_to)
 
 
 def _copy(waiter: Waiter) -> Waiter:
-    return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
+    return waiter.copy()
