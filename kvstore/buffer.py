@@ -233,3 +233,29 @@ class ReadSpans:
             else:
                 merged.append((start, end))
         return merged
+
+
+class Batch:
+    """Writes collected, to be committed together: atomic, over any number of ranges. Nothing is read."""
+
+    def __init__(self) -> None:
+        self.buffer = WriteBuffer()
+        self.version: int | None = None  # of the commit, when the block has ended
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
+        limits.validate_key(key)
+        limits.validate_value(value)
+        self.buffer.put(key, value)
+
+    def delete(self, key: bytes) -> None:
+        limits.validate_key(key)
+        self.buffer.delete(key)
+
+    def delete_range(self, start: bytes, end: bytes) -> None:
+        self.buffer.clear(*limits.validate_range(start, end))
+
+    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
+        limits.validate_key(key)
+        add_write(key, by, format)
+        self.buffer.add(key, by, add_kind(format))

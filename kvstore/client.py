@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar, overload
 
 from kvstore import limits
 from kvstore.attempts import Attempts, KeptResult
-from kvstore.buffer import NumberFormat, WriteBuffer, add_kind, add_write, parse_number
+from kvstore.buffer import Batch, NumberFormat, WriteBuffer, add_write, parse_number
 from kvstore.commits import Committer, Done, WriteSet
 from kvstore.errors import (
     ClientClosed,
@@ -47,6 +47,7 @@ from kvstore.transactions import (
     scan_bounds,
     validate_keys,
 )
+from kvstore.watches import Watch, Watches
 from txn.messages import Prepare, PrepareReply, Read, ReadReply
 from txn.types import Expect, ExpectKind, PartStatus, TxnStatus, Write, WriteKind
 
@@ -74,32 +75,6 @@ class AnyVersion:
 
 
 ANY: Final = AnyVersion()
-
-
-class Batch:
-    """Writes collected, to be committed together: atomic, over any number of ranges. Nothing is read."""
-
-    def __init__(self) -> None:
-        self.buffer = WriteBuffer()
-        self.version: int | None = None  # of the commit, when the block has ended
-
-    def put(self, key: bytes, value: bytes) -> None:
-        """Raises: KeyTooLarge, ValueTooLarge, TransactionTooLarge."""
-        limits.validate_key(key)
-        limits.validate_value(value)
-        self.buffer.put(key, value)
-
-    def delete(self, key: bytes) -> None:
-        limits.validate_key(key)
-        self.buffer.delete(key)
-
-    def delete_range(self, start: bytes, end: bytes) -> None:
-        self.buffer.clear(*limits.validate_range(start, end))
-
-    def increment(self, key: bytes, by: int = 1, *, format: NumberFormat = "ascii") -> None:  # noqa: A002
-        limits.validate_key(key)
-        add_write(key, by, format)
-        self.buffer.add(key, by, add_kind(format))
 
 
 class Database:
@@ -142,6 +117,7 @@ class Database:
         self._on_close = on_close
         self._router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
         self._committer = Committer(self._router, rng)
+        self._watches = Watches(self._started_router, rng, timeout_s)
         self._started = False
         self._closed = False
 
@@ -209,6 +185,7 @@ class Database:
             "messages_sent": self._router.messages_sent,
             "commit_attempts": self._committer.attempts,
             "conflicts": self._committer.conflicts,
+            "watches": len(self._watches),
         }
 
     # --- reads ------------------------------------------------------------------------------------
@@ -272,6 +249,24 @@ class Database:
     def snapshot(self, at: int | None = None) -> Snapshot:
         """A read-only view at one version: `at`, or as of its first read."""
         return Snapshot(View(self._started_router(), self._timeout_s, at=_at(at)))
+
+    def watch(
+        self,
+        *,
+        key: bytes | None = None,
+        prefix: bytes | None = None,
+        since: int | None = None,
+        timeout: float | None = None,
+    ) -> Watch:
+        """Every version written to a key, or to the keys with a prefix, in the order of commit: none missed, none doubled.
+
+        `async for event in db.watch(prefix=b"user/")`. It goes on across leader changes and lost connections.
+        Args: since: a version; the events are those above it (another watch's `version`, a commit's, a snapshot's). Without it
+        the watch begins at now. timeout: seconds without word from a range before it raises; else it tries for ever.
+        Raises, when it is iterated: Compacted when changes above `since` are no longer kept; Throttled when a node has too
+        many watches; InvalidArgument.
+        """
+        return self._watches.open(key, prefix, since, self._optional(timeout))
 
     def _view(self, timeout: float | None) -> View:
         return View(self._started_router(), self._timeout(timeout))

@@ -210,7 +210,7 @@ class LimitsSection(Section, frozen=True, kw_only=True):
         Meta(
             ge=16,
             le=1_000_000,
-            description="Rows written lately that a replica remembers for watches, its values apart; older ones are searched for.",
+            description="Keys written lately that a replica keeps in memory for watches; what is older is searched for on disk.",
         ),
     ] = 4_096
 

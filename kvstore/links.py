@@ -77,6 +77,11 @@ class Call(msgspec.Struct, eq=False):
     sent: bool = False
     parked: bool = False
     failure: KVError | None = None  # what the last try came to
+    patience_s: float = 0.0  # of silence that is no sign of trouble: the answer may wait there
+
+    def silence_s(self, try_timeout_s: float) -> float:
+        """How long to wait for an answer before it is tried elsewhere."""
+        return self.patience_s + try_timeout_s * (1 << min(self.silences, 4))
 
     def overdue(self) -> KVError:
         """What its caller is told when the time has run out: what a server said is worth more than that."""

@@ -12,7 +12,7 @@ the oldest of them (`Search`), and what was found serves the following polls too
 W1 an answer holds every version of the span in (since, upto], and whole commits only: pages end between versions.
 W2 no version at or below an answer's `upto` appears later: it is a read's timestamp, with all that holds of those.
 W3 versions above gc_threshold are all stored. A poll from below it is refused, unless `Recent` shows that nothing is missing.
-W4 bounded: a poll in flight is one object, POLLS_MAX of a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX backlogs.
+W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX are kept.
 """
 
 from __future__ import annotations

@@ -300,8 +300,8 @@ def _watch_unconfirmed() -> Patches:
     """A deposed leader's pages are believed."""
     tell = Feed._tell
 
-    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:
-        tell(self, poll, reply, confirm=False and confirm)
+    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:  # noqa: ARG001
+        tell(self, poll, reply)
 
     return [(Feed, "_tell", at_once)]
 
@@ -421,7 +421,7 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "waiting_poll_misses_a_late_commit": (_waiting_poll_misses_a_late_commit, 40),
     "search_of_latest_alone": (_search_of_latest_alone, 10),
     "full_backlog_speaks_of_all": (_full_backlog_speaks_of_all, 120),
-    "watch_from_what_was_collected": (_watch_from_what_was_collected, 10),
+    "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
 }
 
 SWITCHES: Final[dict[str, str]] = {

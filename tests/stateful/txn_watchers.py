@@ -1,6 +1,6 @@
 """Watchers of the simulated cluster: each polls one span of one range, from version to version, until long after the end.
 
-What each answer says is judged when it leaves (Checker.told); here, that the answers make one stream: none missed, none doubled.
+What each answer says is judged when it leaves (Checker.told); here, that the answers make one stream: none missed or doubled.
 """
 
 from __future__ import annotations
