@@ -210,7 +210,7 @@ class LimitsSection(Section, frozen=True, kw_only=True):
         Meta(
             ge=16,
             le=1_000_000,
-            description="Keys written lately that a replica keeps in memory for watches; what is older is searched for on disk.",
+            description="Keys written lately that a replica keeps in memory for watches; older changes are searched for.",
         ),
     ] = 4_096
 
