@@ -300,7 +300,7 @@ def _watch_unconfirmed() -> Patches:
     """A deposed leader's pages are believed."""
     tell = Feed._tell
 
-    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:  # noqa: ARG001
+    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:
         tell(self, poll, reply)
 
     return [(Feed, "_tell", at_once)]
