@@ -237,13 +237,7 @@ class Node:
             cluster=found.cluster_id,
             engine=engine,
             clock=adapters.clock,
-            limits=Limits(
-                conflict_wait_s=config.txn.conflict_wait_s,
-                anchor_timer_s=config.txn.anchor_timer_s,
-                orphan_timer_s=config.txn.orphan_timer_s,
-                retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
-                sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
-            ),
+            limits=_txn_limits(config),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
@@ -553,6 +547,17 @@ class Node:
     def status(self) -> dict[str, Any]:
         """A JSON-able picture of the node."""
         return node_status(self)
+
+
+def _txn_limits(config: NodeConfig) -> Limits:
+    txn = config.txn
+    return Limits(
+        conflict_wait_s=txn.conflict_wait_s,
+        anchor_timer_s=txn.anchor_timer_s,
+        orphan_timer_s=txn.orphan_timer_s,
+        retention=int(txn.retention_s * 1000) << TIMESTAMP_SHIFT,
+        sweep_s=txn.retention_s / SWEEPS_PER_RETENTION,
+    )
 
 
 def _raft_config(config: NodeConfig) -> RaftConfig:

@@ -120,7 +120,10 @@ class Watching(Workload):
         streams = self._of_client.setdefault(client, [])
         fresh = self._new_stream(rng)
         number = rng.randrange(STREAMS_MAX)
-        stay_s, single = rng.uniform(0, rng.choice(FOLLOW_S)), rng.random() < 0.5
+        stay_s = rng.uniform(0, rng.choice(FOLLOW_S))
+        single = rng.choice(
+            (0, 0, 1, 3, 10)
+        )  # read one by one, and leave after so many: in a commit, maybe
         open_ones = [stream for stream in streams if not stream.over]
         if number < len(open_ones):
             stream = open_ones[number]
@@ -131,7 +134,7 @@ class Watching(Workload):
         op = self._begin(client, "follow", rng)
         error: KVError | None = None
         try:
-            await self._read(stream, stream.watch(db), stay_s, single=single)
+            await self._read(stream, stream.watch(db), stay_s, single)
         except Compacted as raised:
             stream.over = True
             if raised.oldest <= stream.position:
@@ -147,15 +150,16 @@ class Watching(Workload):
         return Stream(None, self.prefix(number) if kind == 1 else b"")
 
     async def _read(
-        self, stream: Stream, watch: Watch, stay_s: float, *, single: bool, upto: int = 1 << 64
+        self, stream: Stream, watch: Watch, stay_s: float, single: int = 0, upto: int = 1 << 64
     ) -> None:
-        """Until the time is over, or the stream has come to a version."""
+        """Until the time is over, or the stream has come to a version, or (0: never) there were `single` events."""
         try:
             async with asyncio.timeout(stay_s), watch:
                 stream.begun(watch)
-                while stream.position < upto:
-                    events = [await anext(watch)] if single else await watch.pull()
-                    stream.told(events, watch)
+                for _ in range(single):
+                    stream.told([await anext(watch)], watch)
+                while stream.position < upto and not single:
+                    stream.told(await watch.pull(), watch)
         except TimeoutError as error:
             if isinstance(error, KVError):
                 raise
@@ -179,9 +183,7 @@ class Watching(Workload):
             if stream.position >= upto:
                 continue
             try:
-                await self._read(
-                    stream, stream.watch(db), COME_TO_THE_END_S, single=False, upto=upto
-                )
+                await self._read(stream, stream.watch(db), COME_TO_THE_END_S, upto=upto)
             except Compacted:
                 stream.over = True
                 continue
