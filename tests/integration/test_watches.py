@@ -53,7 +53,9 @@ async def collect(watch, upto):
 
 async def test_the_stream_is_the_history_while_nodes_are_killed(cluster):
     written = {}  # version -> rows
-    unknown = {}  # value -> rows of writes that were not acknowledged
+    unknown: dict[
+        bytes | None, dict[bytes, bytes]
+    ] = {}  # value -> rows of writes that were not acknowledged
 
     async def write(db, worker):
         for number in range(120):
@@ -92,7 +94,7 @@ async def test_the_stream_is_the_history_while_nodes_are_killed(cluster):
         await asyncio.gather(follower, return_exceptions=True)
         await watch.close()
 
-    told = {}
+    told: dict[int, dict[bytes, bytes | None]] = {}
     for event in events:
         told.setdefault(event.version, {})[event.key] = event.value
     order = [(event.version, event.key) for event in events]
@@ -163,7 +165,7 @@ async def test_a_thousand_waiting_watches_leave_nothing_behind(cluster):
 
 def test_the_blocking_client_has_them(cluster):
     with kvstore.Client(cluster.endpoints) as db, db.watch(prefix=b"sync/") as watch:
-        versions = []
+        versions: list[int] = []
 
         def write():
             with kvstore.Client(cluster.endpoints) as other:

@@ -383,7 +383,12 @@ def test_a_client_with_too_many_calls_under_way_comes_back_to_it():
 
 def test_arguments_are_checked_before_anything_is_sent():
     router = FakeRouter()
-    wrong = [{}, {"key": b"a", "prefix": b"b"}, {"key": b""}, {"prefix": b"\xff"}]
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"key": b"a", "prefix": b"b"},
+        {"key": b""},
+        {"prefix": b"\xff"},
+    ]
     for wanted in (*wrong, {"key": b"a", "since": -1}):
         with pytest.raises(InvalidArgument):
             watch_of(router, **wanted)

@@ -245,7 +245,8 @@ def test_pages_of_one_search_need_no_other():
     place = Range()
     written = history(place, 40)
     place.lead()
-    since, told = 0, []
+    since = 0
+    told: list[tuple[int, bytes, bytes | None]] = []
     while len(told) < 40:
         asked = settled(place, poll(place, since, rows_max=4))
         told += events(asked)
