@@ -69,6 +69,9 @@ class Watching(Workload):
         self.streams: list[Stream] = []
         self._of_client: dict[str, list[Stream]] = {}
 
+    def rows(self) -> dict[bytes, bytes]:
+        return dict.fromkeys(self.keys, b"start")
+
     async def step(self, db: Database, client: str, rng: random.Random) -> None:
         await self.kind(rng, (self._put, self._delete, self._batch, self._follow))(db, client, rng)
 
