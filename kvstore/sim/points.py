@@ -63,7 +63,6 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "chance:orphan_timer_early",
     "chance:outbox_late",
     "chance:page_small",
-    "chance:search_slice_small",
     "chance:segment_begun_early",
     "chance:snapshot_chunks_small",
     "chance:snapshot_for_a_tail",
@@ -117,6 +116,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
 )
 RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "chance:conflict_not_waited_for",
+    "chance:search_slice_small",
     "word_of_a_snapshot_lost",
     "snapshot_refused",
     "committed_entries_skipped",
