@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvstore.reads import Entry
     from kvstore.sync import BlockingTransaction, Client
     from kvstore.transactions import Aborted, Committed, Snapshot, Transaction
+    from kvstore.watches import Event, EventType, Watch
 
 __all__ = [
     "ANY",
@@ -31,9 +32,12 @@ __all__ = [
     "Committed",
     "Database",
     "Entry",
+    "Event",
+    "EventType",
     "KVError",
     "Snapshot",
     "Transaction",
+    "Watch",
     "connect",
     "errors",
     "open",
@@ -49,9 +53,12 @@ _HOME: Final = {
     "Committed": "transactions",
     "Database": "client",
     "Entry": "reads",
+    "Event": "watches",
+    "EventType": "watches",
     "KVError": "errors",
     "Snapshot": "transactions",
     "Transaction": "transactions",
+    "Watch": "watches",
     "connect": "api",
     "open": "api",
     "transactional": "api",

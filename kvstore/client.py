@@ -46,6 +46,7 @@ from kvstore.transactions import (
     TransactionOptions,
     decode_token,
 )
+from kvstore.watches import Watch, Watches
 from txn.messages import Prepare, PrepareReply
 from txn.types import Expect, ExpectKind, PartStatus, TxnStatus, Write, WriteKind
 
@@ -113,6 +114,7 @@ class Database(DatabaseReads, AtomicCalls):
         router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
         super().__init__(router, clock, timeout_s, rng.getrandbits(63) | 1)
         self._committer = Committer(self._router, rng)
+        self._watches = Watches(self._started_router, rng, timeout_s)
 
     async def _dial(self, address: str, node: int) -> Channel:
         hello = Hello(cluster=self._cluster or self._router.cluster, kind="client", to=node)
@@ -181,7 +183,26 @@ class Database(DatabaseReads, AtomicCalls):
             "commit_retries": self._committer.retries,
             "conflicts": self._committer.conflicts,
             "replicas_behind": self._replicas.refused,
+            "watches": len(self._watches),
         }
+
+    def watch(
+        self,
+        *,
+        key: bytes | None = None,
+        prefix: bytes | None = None,
+        since: int | None = None,
+        timeout: float | None = None,
+    ) -> Watch:
+        """Every version written to a key, or to the keys with a prefix, in the order of commit: none missed, none doubled.
+
+        `async for event in db.watch(prefix=b"user/")`. It goes on across leader changes and lost connections.
+        Args: since: a version; the events are those above it (another watch's `version`, a commit's, a snapshot's). Without it
+        the watch begins at now. timeout: seconds without word from a range before it raises; else it tries for ever.
+        Raises, when it is iterated: Compacted when changes above `since` are no longer kept; Throttled when a node has too
+        many watches; InvalidArgument.
+        """
+        return self._watches.open(key, prefix, since, self._optional(timeout))
 
     # --- writes -----------------------------------------------------------------------------------
 

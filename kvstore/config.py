@@ -201,6 +201,22 @@ class LimitsSection(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=10_000_000, description="The same, of one connection: it cannot take all."),
     ] = 10_000
+    watches: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000_000,
+            description="Watches that wait here for news, each in every range that it covers.",
+        ),
+    ] = 10_000
+    watch_recent_rows: Annotated[
+        int,
+        Meta(
+            ge=16,
+            le=1_000_000,
+            description="Keys written lately that a replica keeps in memory for watches; older changes are searched for.",
+        ),
+    ] = 4_096
 
 
 class ClientSection(Section, frozen=True, kw_only=True):

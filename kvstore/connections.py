@@ -13,7 +13,7 @@ import msgspec
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
-from txn.messages import Failure, ReadReply, Reply, Request, ScanReply
+from txn.messages import Changed, Failure, ReadReply, Reply, Request, ScanReply
 
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
@@ -109,7 +109,7 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
     part: list[Reply] = []
     size = 0
     for reply in replies:
-        if isinstance(reply, (ReadReply, ScanReply)):
+        if isinstance(reply, (ReadReply, ScanReply, Changed)):
             size += sum(len(value) for value in reply.values if value is not None)
             if part and size > MESSAGE_BYTES:
                 parts.append(part)

@@ -230,9 +230,20 @@ class ReplicaBehind(KVError):
 
 
 class Compacted(KVError):
-    """The watch asked for changes that are no longer kept. Read anew, then watch from that version."""
+    """The watch asked for changes that are no longer kept. Read anew, then watch from that version.
+
+    Field: oldest: the version from which on they are kept (0: unknown); it rises.
+    """
 
     code = "compacted"
+    fields: ClassVar[Mapping[str, Any]] = {"oldest": int}
+
+    def __init__(self, oldest: int = 0, message: str = "") -> None:
+        super().__init__(
+            message
+            or f"changes are kept from version {oldest} on: read anew with db.snapshot(), then watch(since=its version)"
+        )
+        self.oldest = oldest
 
 
 class CompareFailed(KVError):

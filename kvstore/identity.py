@@ -80,7 +80,7 @@ def first_rows(request: InitRequest) -> dict[bytes, bytes | None]:
 def _range_rows(plan: RangePlan, replica_id: int) -> dict[bytes, bytes]:
     pairs = tuple(sorted((replica, node) for node, replica in plan.replicas))
     members = Membership(voters=tuple(replica for replica, _ in pairs), nodes=pairs)
-    row = RangeRow(plan.range_id, plan.start, plan.end, 1, 1, *CREATION)
+    row = RangeRow(plan.range_id, plan.start, plan.end, 1, 1, *CREATION, newest=0)
     config = new_config(members, replica_id, *CREATION, plan.replicas[0][0])
     return {
         keycode.node_row(keycode.RANGE, plan.range_id): encode_row(row),

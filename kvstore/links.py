@@ -95,6 +95,11 @@ class Call(msgspec.Struct, eq=False):
     parked: bool = False
     node: int = 0  # where its caller wishes it to go, once
     failure: KVError | None = None  # what the last try came to
+    patience_s: float = 0.0  # of silence that is no sign of trouble: the answer may wait there
+
+    def silence_s(self, try_timeout_s: float) -> float:
+        """How long to wait for an answer before it is tried elsewhere."""
+        return self.patience_s + try_timeout_s * (1 << min(self.silences, 4))
 
     @property
     def asks_for_now(self) -> bool:

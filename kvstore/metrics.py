@@ -169,6 +169,7 @@ _GROUPS: Final[
     "transactions": "Of the transactions in progress",
     "outcomes": "Of what ranges led here decided",
     "oracle": "Of the timestamp oracle",
+    "watches": "Of the watches of ranges led here",
     "channel": "Of the replicated message channel",
     "connections": "Of the connections of clients",
     "client": "Of the node's own client, which serves HTTP and calls between ranges",

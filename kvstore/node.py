@@ -247,6 +247,8 @@ class Node:
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
             closed_lag_s=config.txn.closed_lag_s,
             snapshot_hold_s=config.txn.snapshot_hold_s,
+            watches_max=config.limits.watches,
+            watch_recent_rows=config.limits.watch_recent_rows,
         )
         store.addresses = {node.node_id: node.address for node in found.nodes}
         peers = self.peers = PeerSet(

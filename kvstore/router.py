@@ -344,7 +344,7 @@ class Router:
         if now >= call.deadline:
             self._finish(call, call.overdue())
             return
-        call.expires = min(call.deadline, now + self._try_timeout_s * (1 << min(call.silences, 4)))
+        call.expires = min(call.deadline, now + call.silence_s(self._try_timeout_s))
         link: ClientLink | None = None
         if call.request.__class__ is not GetDirectory:
             route = self.ranges.find(call.key)

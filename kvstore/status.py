@@ -49,6 +49,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "transactions": _transactions(node),
         "outcomes": dict(store.transaction_counters),
         "heard": list(node.roster.heard) if node.roster is not None else [],
+        "watches": {"waiting": store.polls.open, **store.polls.counters},
         "refused_ranges": {str(number): reason for number, reason in host.refused.items()},
     }
     if node.database is not None:

@@ -28,9 +28,11 @@ from replication.probes import chance, reached
 from replication.turns import Deadlines
 from replication.types import Entry, SnapshotMeta
 from txn.apply import Overlay
+from txn.changes import POLLS_MAX, Polls
 from txn.commands import encode_batch
 from txn.evaluate import COUNTERS, Evaluator, Limits
 from txn.messages import (
+    Changes,
     Directory,
     Failure,
     Fence,
@@ -50,6 +52,7 @@ from txn.messages import (
     Scan,
 )
 from txn.oracle import Oracle
+from txn.recent import ROWS_MAX as RECENT_ROWS_MAX
 from txn.state import RangeRow
 
 META_RANGE_ID = 1
@@ -109,6 +112,8 @@ class Store:
         oracle_window_ms: int,
         closed_lag_s: float,
         snapshot_hold_s: float,
+        watches_max: int = POLLS_MAX,
+        watch_recent_rows: int = RECENT_ROWS_MAX,
     ) -> None:
         self.node, self.cluster = node, cluster
         self.engine = engine
@@ -133,6 +138,8 @@ class Store:
         self.send_closed: Callable[[int, bytes], None] = lambda _node, _payload: None
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
+        self.polls = Polls(watches_max)  # of watches; they wait for long, and do not count as load
+        self._watch_recent_rows = watch_recent_rows
         self._requests_max = requests_max
         self._inbox_bytes_max = inbox_bytes_max
         self._inbox_bytes = 0
@@ -167,6 +174,7 @@ class Store:
     def add(self, row: RangeRow, config: ReplicaConfig) -> Replica:
         """Serve a replica whose rows are in the engine."""
         replica = self.replicas[row.range_id] = Replica(row, config)
+        replica.state.recent.rows_max = self._watch_recent_rows
         self._by_start = sorted(self.replicas.values(), key=lambda each: each.state.row.start)
         self._starts = [each.state.row.start for each in self._by_start]
         if not row.installing:
@@ -179,7 +187,9 @@ class Store:
 
     def accept(self, asker: Asker, requests: Sequence[Request], size_bytes: int = 0) -> None:
         """Requests of one frame of `size_bytes`. More than fit, in number or in bytes, are refused at once with Throttled."""
-        room = 0 if chance("throttled") else self._requests_max - self.open_requests
+        room = (
+            0 if chance("throttled") else self._requests_max + self.polls.open - self.open_requests
+        )
         if self._inbox_bytes + size_bytes > self._inbox_bytes_max:
             room = 0
         if len(requests) > room:
@@ -482,6 +492,7 @@ class Store:
             replica.evaluator.counters = self.transaction_counters
             replica.evaluator.floor = 0  # until the oracle has said what is held
             replica.told_closed = 0
+            replica.evaluator.feed.node = self.polls
 
     def read_confirmed(self, group: int, contexts: Sequence[int], ok: bool) -> None:  # noqa: ARG002  # the port
         for context in contexts:
@@ -558,7 +569,7 @@ def key_of(request: Request) -> bytes:
     """The key by which a request without a range id is routed."""
     if isinstance(request, Read):
         return request.keys[0] if request.keys else b""
-    if isinstance(request, Scan):
+    if isinstance(request, (Scan, Changes)):
         return request.start
     if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
         return request.locus

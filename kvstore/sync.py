@@ -23,6 +23,7 @@ from kvstore.limits import VALUE_BYTES_MAX
 from kvstore.reads import Entry
 from kvstore.scans import RowScan
 from kvstore.transactions import Aborted, Committed, Snapshot, Transaction
+from kvstore.watches import Event, Watch
 from kvstore.writes import BufferedWrites
 
 JOIN_TIMEOUT_S: Final = 5.0
@@ -132,6 +133,42 @@ class BlockingSnapshot:
 
     def __exit__(self, *_: object) -> None:
         self._thread.call(self._snapshot.__aexit__(None, None, None))
+
+
+class BlockingWatch:
+    """As `Watch`: `for event in watch`, `pull`, `version`; a context manager."""
+
+    def __init__(self, thread: LoopThread, watch: Watch) -> None:
+        self._thread = thread
+        self._watch = watch
+
+    @property
+    def version(self) -> int:
+        return self._watch.version
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        if not self._watch.has_ready:
+            self._thread.call(self._watch.fill())
+        return self._watch.next_ready()
+
+    def pull(self, rows_max: int = 0) -> list[Event]:
+        return self._thread.call(self._watch.pull(rows_max))
+
+    def start(self) -> None:
+        self._thread.call(self._watch.start())
+
+    def close(self) -> None:
+        self._thread.call(self._watch.close())
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class BlockingTransaction(BufferedWrites):
@@ -358,6 +395,18 @@ class Client:
         thread, database = self._open()
         snapshot = database.snapshot(at, max_staleness=max_staleness, timeout=timeout)
         return BlockingSnapshot(thread, snapshot)
+
+    def watch(
+        self,
+        *,
+        key: bytes | None = None,
+        prefix: bytes | None = None,
+        since: int | None = None,
+        timeout: float | None = None,
+    ) -> BlockingWatch:
+        thread, database = self._open()
+        watch = database.watch(key=key, prefix=prefix, since=since, timeout=timeout)
+        return BlockingWatch(thread, watch)
 
     # --- writes -----------------------------------------------------------------------------------
 

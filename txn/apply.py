@@ -131,6 +131,8 @@ def _commit(state: RangeState, overlay: Overlay, command: Commit) -> Answer:
     if begin_ts_of(txn_id) <= state.row.outcome_horizon:
         return EXPIRED
     _write_versions(overlay, command.keys, command.values, commit_ts, txn_id)
+    if command.keys:
+        state.wrote(commit_ts, command.keys)
     if command.keep_status:
         _put_decided(
             state, overlay, locus, txn_id, DecidedRow(PartStatus.COMMITTED, commit_ts, locus)
@@ -163,6 +165,7 @@ def _commit_key(state: RangeState, overlay: Overlay, command: Commit) -> bool:
         overlay.bytes += len(history_key) + len(old)
     rows[latest_key] = row = written + txn_id + (b"\x01" if value is None else b"\x00" + value)
     overlay.bytes += len(latest_key) + len(row)
+    state.wrote(command.commit_ts, command.keys)
     return True
 
 
@@ -273,6 +276,8 @@ def _resolve_part(
             rows = stamps.filled(keys, values, row.stamps, commit_ts)
             keys, values = list(rows), list(rows.values())
         _write_versions(overlay, keys, values, commit_ts, txn_id)
+        if keys:
+            state.wrote(commit_ts, keys)
         status = PartStatus.COMMITTED
     decided = DecidedRow(status, commit_ts, row.anchor_key, hinted=hinted)
     state.note_decided(txn_id)

@@ -24,6 +24,7 @@ import msgspec
 
 from replication.probes import chance, reached
 from txn import keycode, stamps
+from txn.changes import Feed, Poll
 from txn.closed import Closing
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
@@ -31,6 +32,7 @@ from txn.gc import Collector
 from txn.latches import LatchTable, Pending, Waiter
 from txn.messages import (
     Ack,
+    Changes,
     Failure,
     Fence,
     Finalize,
@@ -120,6 +122,7 @@ class Evaluator:
         )  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
         self.reader = Reader(self)
+        self.feed = Feed(self)
         self.collector = Collector(self)
         self.closing = Closing(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
@@ -133,6 +136,7 @@ class Evaluator:
             QueryPart: self._query_part,
             Outcome: self.recovery.outcome,
             QuerySettled: self.collector.query_settled,
+            Changes: self.feed.ask,
         }
 
     # -- life
@@ -166,6 +170,7 @@ class Evaluator:
             list(self.untimed),
             self.runnable,
             *self.recovery.waiters(),
+            self.feed.waiters(),
         ):
             seen += [(waiter.request, waiter.origin) for waiter in waiters if not waiter.done]
             for waiter in waiters:
@@ -173,6 +178,7 @@ class Evaluator:
         for request, origin in seen:
             if origin is not None:
                 self.out.reply(origin, Failure(request.id, "not_leader"), False)
+        self.feed.stop()
         self._early, self.await_fresh, self.await_read, self.runnable, self.proposals = (
             [],
             [],
@@ -214,6 +220,8 @@ class Evaluator:
             self._prepare(request, waiter.origin, now, waiter.since)
         elif kind is Read or kind is Scan:
             self.reader.again(waiter, now)
+        elif kind is Changes:
+            self.feed.again(waiter, now)
         else:
             self._handlers[kind](request, waiter.origin, now)
 
@@ -228,7 +236,8 @@ class Evaluator:
 
     def deadline(self) -> float | None:
         due = self.recovery.deadline()
-        for other in (self._timers[0][0] if self._timers else None, self.collector.due):
+        first = self._timers[0][0] if self._timers else None
+        for other in (first, self.collector.due, self.feed.deadline()):
             if due is None or (other is not None and other < due):
                 due = other
         return due
@@ -241,6 +250,7 @@ class Evaluator:
             heapq.heappop(self._timers)[2](now)
         self.recovery.tick(now)
         self.collector.tick(now)
+        self.feed.tick(now)
 
     # -- timestamps
 
@@ -261,14 +271,16 @@ class Evaluator:
             at = waiter.request.at
             if at > read_ts:
                 message = f"version {at} was not issued yet; the newest is {read_ts}"
-                self.out.reply(
-                    waiter.origin, Failure(waiter.request.id, "invalid_argument", message), False
-                )
+                failure = Failure(waiter.request.id, "invalid_argument", message)
+                if isinstance(waiter, Poll):
+                    self.feed.refuse(waiter, failure)
+                else:
+                    self.out.reply(waiter.origin, failure, False)
                 continue
             if not at:
                 waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
                 waiter.sequence = self.latches.sequence
-            self.reader.again(waiter, now)
+            self._again(waiter, now)
         closed = self.closing.promised  # applied or not, in an entry or in a message (F1)
         for number, pending in enumerate(pendings):
             if self.latches.txns.get(pending.txn_id) is not pending:
@@ -328,6 +340,8 @@ class Evaluator:
             count(counters, command, answer)
             if type(command) is PreparePart and answer.status == PartStatus.PREPARED:
                 self.recovery.prepared(command, now)
+        if self.state.recent.fresh:
+            self.feed.wake()
 
     def _wake(self, pending: Pending) -> None:
         """Whoever waits for a part's end goes on once its transaction left this range."""

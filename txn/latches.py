@@ -86,6 +86,10 @@ class Waiter:
         self.sequence = sequence  # readers: later latches are not waited for
         self.done = False
 
+    def copy(self) -> Waiter:
+        """To wait once more, in another place."""
+        return Waiter(self.request, self.origin, self.since, self.sequence)
+
 
 class LatchTable:
     def __init__(self) -> None:

@@ -164,6 +164,27 @@ class QuerySettled(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=Fals
     anchor_key: bytes
 
 
+class Changes(msgspec.Struct, array_like=True, frozen=True, tag=20, gc=False):
+    """Every version of [start, end) above `since`, in the order of commit: whole commits, one at least. -> Changed
+
+    `at`, an issued timestamp: the answer speaks of all up to it, and comes as soon as it can. 0: of what there is; if that is
+    nothing, the answer waits for a commit in the span, `wait_ms` at most (and at most what the range allows). `watch` names
+    who asks (0: nobody): an earlier question of his that still waits is answered, so that none is left behind.
+    """
+
+    id: int
+    range_id: int
+    version: int
+    since: int
+    start: bytes
+    end: bytes  # b"": to the end of the range's span
+    rows_max: int
+    bytes_max: int
+    at: int = 0
+    wait_ms: int = 0
+    watch: int = 0
+
+
 class GetTimestamps(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     """To the oracle (the meta range's leader): `fresh` new timestamps, and the last issued one. -> Timestamps
 
@@ -194,6 +215,7 @@ Request = (
     | QueryPart
     | Outcome
     | QuerySettled
+    | Changes
     | GetTimestamps
     | GetDirectory
 )
@@ -260,6 +282,16 @@ class Settled(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     upto: int
 
 
+class Changed(msgspec.Struct, array_like=True, frozen=True, tag=20, gc=False):
+    """What was written in (since, upto], all of it: three lists beside each other, by version, then by key."""
+
+    id: int
+    upto: int
+    versions: list[int]
+    keys: list[bytes]
+    values: list[bytes | None]  # None: deleted
+
+
 class Timestamps(msgspec.Struct, array_like=True, frozen=True, tag=7, gc=False):
     """`first` .. `first + count - 1` are the caller's alone; `read_ts` is the last issued before or at this answer.
 
@@ -312,6 +344,7 @@ Reply = (
     | TxnReply
     | Ack
     | Settled
+    | Changed
     | Timestamps
     | Directory
     | Failure

@@ -35,9 +35,9 @@ class Reader:
         if request.at:
             self.again(waiter, now)
         else:
-            self._ask_read_ts(waiter)
+            self.ask_read_ts(waiter)
 
-    def _ask_read_ts(self, waiter: Waiter) -> None:
+    def ask_read_ts(self, waiter: Waiter) -> None:
         self.owner.untimed[waiter] = None
         self.owner.await_read.append(waiter)
 
@@ -76,29 +76,29 @@ class Reader:
             if latches.txns:
                 blocker = latches.blocker_of_read(key, waiter.sequence)
                 if blocker is not None:
-                    blocker.waiters.append(_copy(waiter))
+                    blocker.waiters.append(waiter.copy())
                     return None
         if state.intents:
             for key in request.keys:
                 part = state.intents.get(key)
-                if part is not None and self._undecided(part, at, waiter):
+                if part is not None and self.undecided(part, at, waiter):
                     return None
         if state.stamped:
             for key in request.keys:
                 for part in state.stamped_in(key, point_end(key)):
-                    if self._undecided(part, at, waiter):
+                    if self.undecided(part, at, waiter):
                         return None
         return read_keys(self.owner.rows, request, at)
 
-    def _undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
+    def undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
         """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
         if part.row.min_ts > at or at <= part.invisible_to:
             return False
-        copy = _copy(waiter)
+        copy = waiter.copy()
         if (
             at > self.owner.issued
         ):  # a promise about a timestamp that was never issued would mislead later readers
-            self._ask_read_ts(copy)
+            self.ask_read_ts(copy)
         elif part.resolving is not None:
             part.resolving.waiters.append(copy)
         else:
@@ -113,23 +113,19 @@ class Reader:
             return Failure(request.id, "epoch_mismatch")
         blocker = self.owner.latches.blocker_of_scan(start, end, waiter.sequence)
         if blocker is not None:
-            blocker.waiters.append(_copy(waiter))
+            blocker.waiters.append(waiter.copy())
             return None
         reply = read_span(self.owner.rows, request, start, end, at)
         low, high = start, end
         if not reply.done:
             low, high = (reply.covered_to, end) if request.reverse else (start, reply.covered_to)
         for key, part in state.intents.items():
-            if low <= key and (not high or key < high) and self._undecided(part, at, waiter):
+            if low <= key and (not high or key < high) and self.undecided(part, at, waiter):
                 return None
         for part in state.stamped_in(low, high):
-            if self._undecided(part, at, waiter):
+            if self.undecided(part, at, waiter):
                 return None
         return reply
-
-
-def _copy(waiter: Waiter) -> Waiter:
-    return Waiter(waiter.request, waiter.origin, waiter.since, waiter.sequence)
 
 
 def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:

@@ -11,7 +11,7 @@ and a commit writes fewer rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,7 +19,17 @@ import msgspec
 from txn import keycode, stamps
 from txn.decided import RecentlyDecided
 from txn.ports import Rows
-from txn.types import Guard, Participant, PartStatus, Stamp, TxnStatus, begin_ts_of, point_end
+from txn.recent import Recent
+from txn.types import (
+    TIMESTAMP_MAX,
+    Guard,
+    Participant,
+    PartStatus,
+    Stamp,
+    TxnStatus,
+    begin_ts_of,
+    point_end,
+)
 
 
 class RangeRow(msgspec.Struct, array_like=True):
@@ -37,6 +47,7 @@ class RangeRow(msgspec.Struct, array_like=True):
     outcome_horizon: int = 0
     installing: bool = False
     decided_begin: int = 0  # the largest begin_ts of any DECIDED row ever written (txn/decided.py)
+    newest: int = TIMESTAMP_MAX  # the largest version ever applied; a row without it: unknown
 
 
 class PreparedRow(msgspec.Struct, array_like=True, frozen=True):
@@ -147,6 +158,8 @@ class RangeState:
         self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
         self.oracle_hi = 0
         self.decided = RecentlyDecided(row.decided_begin)
+        self.recent = Recent()
+        self.recent.begin(row.newest)
 
     def load(self, rows: Rows) -> None:
         """Read what is undecided, once, when the replica starts or has installed a snapshot."""
@@ -172,12 +185,19 @@ class RangeState:
             )
         bound = rows.get(keycode.node_row(keycode.ORACLE, self.row.range_id))
         self.oracle_hi = int.from_bytes(bound, "big") if bound else 0
+        self.recent.begin(self.row.newest)
 
     def _family(self, rows: Rows, family: bytes) -> Iterator[tuple[bytes, bytes]]:
         low, high = keycode.family_span(family, self.row.start, self.row.end)
         return rows.scan(low, high)
 
     # -- changes, by apply and load only
+
+    def wrote(self, commit_ts: int, keys: Sequence[bytes]) -> None:
+        """Versions at commit_ts are in the write batch now."""
+        if commit_ts > self.row.newest:
+            self.row.newest = commit_ts
+        self.recent.note(commit_ts, keys)
 
     def add_part(self, part: Part) -> None:
         self.parts.setdefault(part.txn_id, {})[part.locus] = part

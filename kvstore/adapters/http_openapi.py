@@ -6,6 +6,7 @@ import functools
 from typing import Any, Final
 
 from kvstore import limits, operations
+from kvstore.adapters import http_watch
 
 API_VERSION: Final = "1"
 _Json = dict[str, Any]
@@ -70,6 +71,7 @@ def document() -> _Json:
             "/v1/kv/{key}": {"get": _get(), "head": _get(), "put": _put(), "delete": _delete()},
             "/v1/kv": {"get": _scan()},
             "/v1/txn": {"post": _txn()},
+            "/v1/watch": {"get": _watch()},
             "/v1/admin/identity": {
                 "get": _plain(
                     "Which cluster and node this is, whether it is empty, and which members it ever heard."
@@ -238,6 +240,45 @@ def _txn() -> _Json:
         "requestBody": {"required": True, "content": _json_content(body)},
         "parameters": [_TIMEOUT],
         "responses": _with_errors({"200": _answer("Committed.", _json_content(result))}),
+    }
+
+
+def _watch() -> _Json:
+    texts = {
+        "key": "Watch this key; or a prefix.",
+        "prefix": "Watch the keys that begin with it; empty: all.",
+        "wait": f"How long to wait for events, such as 500ms; {http_watch.WAIT_S:g}s, at most {http_watch.WAIT_S_MAX:g}s.",
+    }
+    parameters = [
+        {"name": name, "in": "query", "schema": {"type": "string"}, "description": text}
+        for name, text in texts.items()
+    ]
+    limit = {
+        "type": "integer",
+        "maximum": http_watch.EVENTS_MAX,
+        "default": http_watch.EVENTS_DEFAULT,
+        "description": "No further commit is begun beyond it; a commit comes whole.",
+    }
+    parameters += [
+        {
+            "name": "since",
+            "in": "query",
+            "schema": _VERSION,
+            "description": "Events above this version; absent: from now on. 410 if they are no longer kept.",
+        },
+        {"name": "limit", "in": "query", "schema": limit},
+    ]
+    event = _object(
+        type={"enum": ["put", "delete"]},
+        key=_BASE64,
+        value={"anyOf": [_BASE64, {"type": "null"}]},
+        version=_VERSION,
+    )
+    answer = _object(events={"type": "array", "items": event}, version=_VERSION)
+    return {
+        "summary": "What was written after `since`, in the order of commit; waits for something. Go on with since=version.",
+        "parameters": parameters,
+        "responses": _with_errors({"200": _answer("Events, maybe none.", _json_content(answer))}),
     }
 
 

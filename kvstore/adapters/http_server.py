@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, exposition
 
 from kvstore import limits, logs, operations
 from kvstore.adapters import http_openapi, http_page
+from kvstore.adapters.http_watch import WatchPolls
 from kvstore.adapters.http_wire import (
     VERSION_HEADER,
     VERSION_MAX,
@@ -131,6 +132,7 @@ class _Gateway:
         self._body_bytes_max = settings.body_bytes_max
         self._timeout_s = settings.request_timeout_s
         self._requests_in_flight = 0
+        self._watch_polls = WatchPolls()
         self._body_bytes_in_flight = 0
 
     def routes(self) -> list[tuple[str, str, str, _Handler]]:
@@ -142,6 +144,7 @@ class _Gateway:
             ("DELETE", key, "delete", self._delete),
             ("GET", "/v1/kv", "scan", self._scan),
             ("POST", "/v1/txn", "txn", self._txn),
+            ("GET", "/v1/watch", "watch", self._watch),
             ("GET", "/v1/admin/identity", "", self._identity),
             ("POST", "/v1/admin/init", "", self._init),
             ("GET", "/v1/admin/status", "", self._status),
@@ -246,6 +249,10 @@ class _Gateway:
             operations.check_operations(wanted.operations)
             answer = await _run(database, wanted, self._timeout(query))
         return _json(answer)
+
+    async def _watch(self, request: web.Request) -> web.Response:
+        raw_query = request.rel_url.raw_query_string
+        return _json(await self._watch_polls.answer(self._database(), raw_query))
 
     # --- administration
 

@@ -331,6 +331,43 @@ def scan(
 
 
 @app.command()
+def watch(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Argument(help="The key; or give --prefix.")] = None,
+    prefix: Bound = None,
+    since: Annotated[
+        int | None, typer.Option(min=0, help="Events above this version; absent: from now on.")
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Stop after so many events (and the rest of their commit); 0: never."
+        ),
+    ] = 0,
+    use_hex: UseHex = False,
+    use_base64: UseBase64 = False,
+) -> None:
+    """Print every change of a key, or of the keys with a prefix, in the order of commit.
+
+    One line each: version, `put` or `delete`, key, value, with tabs between; with `-o json`, one object a line. The last
+    version printed is the --since to go on from.
+    """
+
+    def work() -> None:
+        notation = Notation.of(use_hex, use_base64)
+        data.watch(
+            context.obj.target,
+            None if key is None else notation.read(key),
+            None if prefix is None else notation.read(prefix),
+            since,
+            count,
+            notation,
+        )
+
+    guarded(work)
+
+
+@app.command()
 def txn(
     context: typer.Context,
     script: Annotated[

@@ -1,4 +1,4 @@
-"""What `kvctl` does with data: get, put, delete, incr, scan, txn, import, export. Each opens a client and closes it."""
+"""What `kvctl` does with data: get, put, delete, incr, scan, watch, txn, import, export. Each opens a client and closes it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kvstore.errors import InvalidArgument, NotFound
 if TYPE_CHECKING:
     from kvstore.client import Database
     from kvstore.transactions import Transaction
+    from kvstore.watches import Event
 
 IMPORT_ROWS: Final = 500  # of one transaction
 IMPORT_BYTES: Final = 1 << 20
@@ -126,6 +127,38 @@ def scan(target: Target, span: Span, notation: Notation) -> None:
         console().print(table(("key", "value"), cells))
     if more:
         console(stderr=True).print(f"(more than {span.limit}; see --limit)")
+
+
+def watch(
+    target: Target,
+    key: bytes | None,
+    prefix: bytes | None,
+    since: int | None,
+    count: int,
+    notation: Notation,
+) -> None:
+    """Print one line for each event, whole commits at once: until there were `count` (0: for ever), or it is interrupted."""
+
+    async def work(database: Database) -> None:
+        printed = 0
+        async with database.watch(key=key, prefix=prefix, since=since) as events:
+            while not count or printed < count:
+                some = await events.pull(count - printed if count else 0)
+                sys.stdout.writelines(_line_of(target, event, notation) for event in some)
+                sys.stdout.flush()
+                printed += len(some)
+
+    run(target, work)
+
+
+def _line_of(target: Target, event: Event, notation: Notation) -> str:
+    if target.format is Format.JSON:
+        line = {**event._asdict(), "version": str(event.version)}
+        return msgspec.json.encode(line).decode() + "\n"
+    words = [str(event.version), event.type.value, notation.write(event.key)]
+    if event.value is not None:
+        words.append(notation.write(event.value))
+    return "\t".join(words) + "\n"
 
 
 def transact(target: Target, script: str, notation: Notation) -> None:

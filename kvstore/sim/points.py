@@ -114,11 +114,13 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "transfer_given_up",
     "vote_in_doubt",
     "vote_refused_while_led",
+    "watch_falls_back",
 )
 RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "chance:conflict_not_waited_for",
     "closed_by_an_earlier_leader",
     "hold_ended",
+    "chance:search_slice_small",
     "word_of_a_snapshot_lost",
     "snapshot_refused",
     "committed_entries_skipped",
@@ -132,6 +134,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "snapshot_replaced",
     "unreadable_leader",
     "vote_given_again",
+    "watch_goes_on",
 )
 UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tests/sim/README.md
     "append_while_installing",
@@ -140,6 +143,9 @@ UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tes
     "joint_left",
     "outcome_expired",
     "participant_forgot",
+    "poll_given_up",
     "peer_takes_nothing",
     "timestamp_too_old",
+    "watch_cut_anew",
+    "watch_left_without_a_word",
 )

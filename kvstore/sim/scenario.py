@@ -13,7 +13,7 @@ from typing import Final, TextIO
 import msgspec
 import structlog
 
-from kvstore.config import LogSection, NodeConfig, TxnSection
+from kvstore.config import LimitsSection, LogSection, NodeConfig, TxnSection
 from kvstore.errors import KVError
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import Server, SimCluster, small_logs
@@ -319,7 +319,10 @@ def draw_config(rng: random.Random) -> NodeConfig:
         oracle_window_s=rng.choice((0.3, 3.0)),
         retention_s=rng.choice((3.0, 10.0, 600.0)),
     )
-    return msgspec.structs.replace(config, log=log, txn=txn)
+    limits: LimitsSection = msgspec.structs.replace(
+        config.limits, watch_recent_rows=rng.choice((16, 64, 4_096))
+    )
+    return msgspec.structs.replace(config, log=log, txn=txn, limits=limits)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def spans_are_not_guarded(patch: pytest.MonkeyPatch) -> None:
 
 def intents_are_not_met(patch: pytest.MonkeyPatch) -> None:
     """Readers do not ask about undecided writes: half of a commit is seen."""
-    patch.setattr(Reader, "_undecided", lambda *_: False)
+    patch.setattr(Reader, "undecided", lambda *_: False)
 
 
 def writers_pass_intents(patch: pytest.MonkeyPatch) -> None:

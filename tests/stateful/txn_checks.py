@@ -16,6 +16,8 @@ from txn import keycode, stamps
 from txn.commands import Collect, Commit
 from txn.messages import (
     Ack,
+    Changed,
+    Changes,
     Failure,
     Fence,
     Finalize,
@@ -360,6 +362,9 @@ class Checker:
         elif isinstance(reply, ScanReply):
             assert isinstance(request, Scan)
             self._told_scan(group, request, reply)
+        elif isinstance(reply, Changed):
+            assert isinstance(request, Changes)
+            self._told_changes(group, request, reply)
         elif isinstance(reply, Ack):
             assert isinstance(request, Resolve)
             if not self._over((request.txn_id, request.locus)):
@@ -435,6 +440,34 @@ class Checker:
         if list(got) != sorted(got, reverse=request.reverse):
             raise Violation("a scan is out of order")
         self._compare(got, expected)
+
+    def _told_changes(self, group: Group, request: Changes, reply: Changed) -> None:
+        """W1, W2: a page is all of its span from `since` to `upto`, and nothing at or below `upto` comes later."""
+        low, high, since, upto = request.start, request.end or b"\xff", request.since, reply.upto
+        if not since <= upto <= max(since, self.world.oracle_last):
+            raise Violation(f"W2: a page from {since} speaks of everything up to {upto}")
+        if upto > since:
+            high = request.end or group.end or b"\xff"
+            self._read_spans[low, high] = max(self._read_spans.get((low, high), 0), upto)
+        told = list(zip(reply.versions, reply.keys, reply.values, strict=True))
+        expected = self.changes(low, high, since, upto)
+        if told != expected:
+            raise Violation(f"W1: ({since}, {upto}] of {low!r} is {told}, the log says {expected}")
+        if told:
+            self.world.probe("a watcher was told something")
+
+    def changes(
+        self, start: bytes, end: bytes, since: int, upto: int
+    ) -> list[tuple[int, bytes, bytes | None]]:
+        """What the logs say was written to [start, end) in (since, upto], in the order of commit."""
+        found = [
+            (version.ts, key, version.value)
+            for key, chain in self.versions.items()
+            if start <= key < end
+            for version in chain
+            if since < version.ts <= upto
+        ]
+        return sorted(found, key=lambda each: each[:2])
 
     def _compare(
         self,

@@ -26,6 +26,7 @@ from tests.stateful.txn_clients import Client
 from tests.stateful.txn_history import History
 from tests.stateful.txn_plants import PLANTS, planted
 from tests.stateful.txn_ranges import Group, Origin, Replica, Violation
+from tests.stateful.txn_watchers import Watcher
 from txn import decided
 from txn.evaluate import Evaluator, Limits
 from txn.messages import Failure, Fence, Outcome, QueryMode, QueryTxn, Read, Reply, Request, Scan
@@ -59,6 +60,10 @@ class Profile(msgspec.Struct):
     oracle_s: float
     p_slow: float
     meddle_gap_s: float
+    watchers: int
+    recent_rows: int
+    search_rows: int  # in one slice
+    backlog_rows: int
 
 
 def draw_profile(rng: random.Random) -> Profile:
@@ -85,6 +90,10 @@ def draw_profile(rng: random.Random) -> Profile:
         oracle_s=rng.choice([0.002, 0.02]),
         p_slow=rng.choice([0.0, 0.02, 0.1]),
         meddle_gap_s=rng.choice([0.1, 0.01]),
+        watchers=rng.choice([0, 2, 5]),
+        recent_rows=rng.choice([2, 10, 4096]),
+        search_rows=rng.choice([1, 3, 512]),
+        backlog_rows=rng.choice([6, 6, 512]),  # above what one transaction writes into a range
     )
 
 
@@ -108,6 +117,11 @@ class World:
             Group(self, number, BOUNDS[number - 1], BOUNDS[number]) for number in (1, 2, 3)
         ]
         self.clients = [Client(self, number) for number in range(self.profile.clients)]
+        self.settled_at = END_AT_S  # every client had finished by then
+        watch_rng = random.Random(f"{seed}/watchers")
+        self.watchers = [
+            Watcher(self, number, watch_rng) for number in range(1, self.profile.watchers + 1)
+        ]
         self._trace = trace
         self._instant = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -147,6 +161,8 @@ class World:
             group.change_leader()
         for client in self.clients:
             self.after(self.rng.uniform(0, self.profile.spread_s), client.start)
+        for watcher in self.watchers:
+            self.after(self.rng.uniform(0, self.profile.spread_s), watcher.begin)
         self.after(QUIET_AT_S, self._fall_quiet)
         self._change_leaders()
         self._meddle()
@@ -157,6 +173,8 @@ class World:
                 break
             self.now = max(self.now, when)
             call()
+            if self.settled_at == END_AT_S and all(client.finished for client in self.clients):
+                self.settled_at = self.now
             count += 1
             if count > EVENTS_MAX:
                 raise Violation("the run does not come to an end")
@@ -321,6 +339,8 @@ class World:
             group.settle()
             group.check_replicas()
             self.checker.check_stored(group)
+        for watcher in self.watchers:
+            watcher.check()
         self.checker.check_outcomes()
         self.history.check(self)
 

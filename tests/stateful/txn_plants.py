@@ -14,6 +14,7 @@ from unittest.mock import patch
 from msgspec import structs
 
 from txn import apply, closed, decided, evaluate, keycode, recovery, stamps, values, visibility
+from txn.changes import Feed, Poll, Search
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
@@ -22,6 +23,7 @@ from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.ports import Rows
 from txn.reads import Reader
+from txn.recent import Recent
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Outbox, Part, RangeState, Staged, TerminalRow, encode_row
 from txn.types import TIMESTAMP_MAX, Guard, PartStatus, TxnStatus
@@ -72,7 +74,7 @@ def _reads_pass_latches() -> Patches:
 
 def _reads_pass_intents() -> Patches:
     """Readers do not ask about undecided writes."""
-    return [(Reader, "_undecided", lambda *_: False)]
+    return [(Reader, "undecided", lambda *_: False)]
 
 
 def _volatile_refusal() -> Patches:
@@ -357,6 +359,115 @@ def _heard_before_applied() -> Patches:
     return [(closed.Heard, "closed", lambda self, row: max(row.closed_ts, self._next_closed))]
 
 
+def _watch_passes_intents() -> Patches:
+    """A poll does not ask about undecided writes."""
+    look = Feed._look
+
+    def hasty(self: Feed, poll: Poll, now: float) -> None:
+        state = self._ev.state
+        intents, state.intents = state.intents, {}
+        try:
+            look(self, poll, now)
+        finally:
+            state.intents = intents
+
+    return [(Feed, "_look", hasty)]
+
+
+def _watch_passes_latches() -> Patches:
+    """A poll does not wait for writers that were there before."""
+    look = Feed._look
+
+    def hasty(self: Feed, poll: Poll, now: float) -> None:
+        poll.sequence = -1
+        look(self, poll, now)
+
+    return [(Feed, "_look", hasty)]
+
+
+def _watch_unconfirmed() -> Patches:
+    """A deposed leader's pages are believed."""
+    tell = Feed._tell
+
+    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:
+        tell(self, poll, reply)
+
+    return [(Feed, "_tell", at_once)]
+
+
+def _page_cut_inside_a_version() -> Patches:
+    """A page ends where it is full."""
+    page = Feed._page
+
+    def cut(self: Feed, poll: Poll, upto: int, items: Iterator[Any]) -> None:
+        rows = list(items)
+        rows_max = poll.request.rows_max
+        if len(rows) > rows_max:
+            upto = rows[rows_max - 1][0]
+        page(self, poll, upto, iter(rows[:rows_max]))
+
+    return [(Feed, "_page", cut)]
+
+
+def _recent_forgets() -> Patches:
+    """What went from Recent is taken for never written."""
+    trim = Recent._trim
+
+    def quietly(self: Recent) -> None:
+        low = self.low
+        trim(self)
+        self.low = low
+
+    return [(Recent, "_trim", quietly)]
+
+
+def _recent_begins_at_nothing() -> Patches:
+    """A replica that has loaded its rows believes that there were none."""
+    begin = Recent.begin
+    return [(Recent, "begin", lambda self, _newest: begin(self, 0))]
+
+
+def _waiting_poll_misses_a_late_commit() -> Patches:
+    """A poll that has waited trusts Recent, although it was trimmed above what was written meanwhile."""
+
+    def trusting(self: Feed, poll: Poll) -> bool:
+        return poll.listens or self._ev.state.recent.low <= poll.request.since
+
+    return [(Feed, "_reaches_back", trusting)]
+
+
+def _search_of_latest_alone() -> Patches:
+    """A search does not look at versions that were overwritten."""
+    return [(Search, "_older", lambda *_: iter(()))]
+
+
+def _full_backlog_speaks_of_all() -> Patches:
+    """A search that found too much leaves the newest out, and says that it has all."""
+    add = Search._add
+
+    def silent(self: Search, version: int, key: bytes) -> None:
+        upto = self.upto
+        add(self, version, key)
+        self.upto = upto
+
+    return [(Search, "_add", silent)]
+
+
+def _watch_from_what_was_collected() -> Patches:
+    """A poll from below gc_threshold is answered with what is left."""
+    refusal = Feed._refusal
+
+    def blind(self: Feed, poll: Poll) -> Any:
+        row = self._ev.state.row
+        threshold, row.gc_threshold = row.gc_threshold, 0
+        try:
+            return refusal(self, poll)
+        finally:
+            row.gc_threshold = threshold
+
+    return [(Feed, "_refusal", blind)]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -402,6 +513,16 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "closed_above_in_flight": (_closed_above_in_flight, 15),
     "safe_above_undecided": (_safe_above_undecided, 10),
     "heard_before_applied": (_heard_before_applied, 100),
+    "watch_passes_intents": (_watch_passes_intents, 10),
+    "watch_passes_latches": (_watch_passes_latches, 10),
+    "watch_unconfirmed": (_watch_unconfirmed, 120),
+    "page_cut_inside_a_version": (_page_cut_inside_a_version, 10),
+    "recent_forgets": (_recent_forgets, 40),
+    "recent_begins_at_nothing": (_recent_begins_at_nothing, 10),
+    "waiting_poll_misses_a_late_commit": (_waiting_poll_misses_a_late_commit, 40),
+    "search_of_latest_alone": (_search_of_latest_alone, 10),
+    "full_backlog_speaks_of_all": (_full_backlog_speaks_of_all, 120),
+    "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
 }
 
 SWITCHES: Final[dict[str, str]] = {

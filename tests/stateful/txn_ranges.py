@@ -117,7 +117,9 @@ class Replica:
         self.world = group.world
         self.number = number
         self.rows = MemoryRows()
-        self.state = RangeState(RangeRow(group.number, group.start, group.end, VERSION, 1, 0, 0))
+        row = RangeRow(group.number, group.start, group.end, VERSION, 1, 0, 0, newest=0)
+        self.state = RangeState(row)
+        self.state.recent.rows_max = self.world.profile.recent_rows
         self.applied = 0  # entries of the group's log
         self.output = Output()
         self.evaluator: Evaluator | None = None
@@ -167,6 +169,7 @@ class Replica:
         """What is undecided is read anew from the rows."""
         assert self.evaluator is None
         self.state = RangeState(self.state.row)
+        self.state.recent.rows_max = self.world.profile.recent_rows
         self.state.load(self.rows)
 
     # -- closed timestamps
@@ -211,6 +214,11 @@ class Replica:
         self.output = Output()
         self._asking, self._tick_at, self._run_at = False, None, None
         self.evaluator = Evaluator(self.state, self.rows, self.output, world.profile.limits, term)
+        feed = self.evaluator.feed
+        feed.slice_rows, feed.backlog_rows_max = (
+            world.profile.search_rows,
+            world.profile.backlog_rows,
+        )
 
     def step_down(self) -> None:
         evaluator = self.evaluator

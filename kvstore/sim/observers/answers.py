@@ -3,6 +3,8 @@
 - I6: every outcome that is told is the record, or what the record will be; nobody is told another.
 - I8: a commit timestamp that is told was handed out by then.
 - I11: a served read shows the newest version at its timestamp, and is remembered: see transactions.py.
+- W1, W2 (txn/changes.py): a page of a watch is every version of its span that the log has in (since, upto], and as a read it is
+  remembered.
 - I12: what a reader is promised (invisible, absent) is true now; that it stays so is seen there, too.
 - I19: a Resolve is acknowledged after it is applied. I1: a told min_ts is that of the log.
 """
@@ -17,6 +19,8 @@ from kvstore.sim.observers.report import Report
 from kvstore.sim.observers.transactions import STAGED, Part, Transactions
 from txn.messages import (
     Ack,
+    Changed,
+    Changes,
     Fence,
     Finalize,
     Outcome,
@@ -59,6 +63,7 @@ class Answers:
             (Resolve, Ack): self._acknowledged,
             (Read, ReadReply): self._read,
             (Scan, ScanReply): self._scanned,
+            (Changes, Changed): self._changed,
         }
 
     def told(self, node: str, group: int, end: bytes, request: Request, reply: Reply) -> None:
@@ -192,3 +197,24 @@ class Answers:
             ]
             what = f"[{low!r}, {high!r}) is read at {at} unlike the log: {(odd or found)[:2]}"
             self._broken("I11", what)
+
+    def _changed(self, request: Changes, reply: Changed, end: bytes) -> None:
+        since, upto, ghost = request.since, reply.upto, self._ghost
+        low, high = request.start, request.end or end
+        if upto > since:
+            ghost.served.span(low, high, upto)
+        expected = []
+        for key in ghost.keys.irange(low, high or None, inclusive=(True, False)):
+            chain = ghost.versions[key]
+            place = bisect_right(chain, since, key=lambda each: each[0])
+            for version, row in chain[place:]:
+                if version <= upto:
+                    expected.append((version, key, decode_latest(row).value))
+        expected.sort(key=lambda each: each[:2])
+        found = list(zip(reply.versions, reply.keys, reply.values, strict=True))
+        if found != expected:
+            odd = [each for each in expected if each not in found] or [
+                each for each in found if each not in expected
+            ]
+            what = f"[{low!r}, {high!r}) in ({since}, {upto}] is told unlike the log: {(odd or found)[:2]}"
+            self._broken("W1", what)

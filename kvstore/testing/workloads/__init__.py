@@ -29,6 +29,7 @@ from kvstore.testing.workloads.ring import Ring
 from kvstore.testing.workloads.sessions import Sessions
 from kvstore.testing.workloads.sets import Sets
 from kvstore.testing.workloads.skew import Skew
+from kvstore.testing.workloads.watches import Watching
 
 __all__ = ["WORKLOADS", "Counts", "Workload", "places_of"]
 
@@ -50,5 +51,6 @@ WORKLOADS: Final[Mapping[str, type[Workload]]] = {
         ExactlyOnce,
         Queue,
         Sessions,
+        Watching,
     )
 }

@@ -213,7 +213,7 @@ DISKS: Final[dict[str, Plant]] = {
     "snapshot not flushed": Plant(
         "a snapshot is acknowledged before the engine has it on disk",
         _snapshot_not_flushed,
-        Seeds(SNAPSHOTS, 20),
+        Seeds(SNAPSHOTS, 60),
         directed=Directed(directed_log.an_installed_snapshot_is_on_disk),
     ),
     "no marker": Plant(

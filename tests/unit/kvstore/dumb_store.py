@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Self
 from kvstore.errors import CommitUnknown, CompareFailed, Conflict
 from kvstore.reads import Entry
 from kvstore.transactions import Aborted, Committed
+from kvstore.watches import Event, EventType
 from txn.stamps import stamp
 
 FAULTS: Final = (
@@ -34,6 +35,9 @@ FAULTS: Final = (
     "lying outcome",  # what was committed was aborted, it says
     "falling version",  # a commit's version may be below that of one before
     "unordered scan",
+    "missed event",
+    "doubled event",
+    "unordered events",
 )
 CHANCE: Final = 0.25
 VERSION_STEP: Final = 10
@@ -307,11 +311,71 @@ class DumbTransaction(DumbSnapshot):
             await self.commit()
 
 
+class DumbWatch:
+    """Of one key, or of a prefix."""
+
+    def __init__(
+        self, store: DumbStore, key: bytes | None, prefix: bytes | None, since: int | None
+    ) -> None:
+        self.store, self.key, self.prefix = store, key, prefix
+        self.version = store.version if since is None else since
+        self._ready: list[Event] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    def _found(self) -> list[Event]:
+        return sorted(
+            (
+                Event(EventType.PUT if value is not None else EventType.DELETE, key, value, version)
+                for key, versions in self.store.rows.items()
+                if (key == self.key if self.prefix is None else key.startswith(self.prefix))
+                for version, value in versions
+                if version > self.version
+            ),
+            key=lambda event: (event.version, event.key),
+        )
+
+    async def pull(self, _rows_max: int = 0) -> list[Event]:
+        await self.store.wait()
+        while not (events := self._found()):  # noqa: ASYNC110 - time is virtual
+            await asyncio.sleep(0.01)
+        self.version = events[-1].version
+        if self.store.errs("missed event"):
+            events.pop(self.store.rng.randrange(len(events)))
+        elif self.store.errs("doubled event"):
+            events.append(events[-1])
+        elif self.store.errs("unordered events"):
+            events.reverse()
+        return events
+
+    async def __anext__(self) -> Event:
+        while not self._ready:
+            before = self.version
+            self._ready = await self.pull()
+            self.version = before
+        event = self._ready.pop(0)
+        if not self._ready or self._ready[0].version != event.version:
+            self.version = max(self.version, event.version)
+        return event
+
+
 class DumbDatabase:
     """One client's door to a DumbStore."""
 
     def __init__(self, store: DumbStore) -> None:
         self.store = store
+
+    def watch(
+        self, *, key: bytes | None = None, prefix: bytes | None = None, since: int | None = None
+    ) -> DumbWatch:
+        return DumbWatch(self.store, key, prefix, since)
 
     def snapshot(
         self, at: int | None = None, *, max_staleness: float | None = None
@@ -424,7 +488,7 @@ class DumbDatabase:
 
 class _Batch:
     def __init__(self, tx: DumbTransaction) -> None:
-        self.put = tx.put
+        self.put, self.delete = tx.put, tx.delete
         self._tx = tx
 
     @property

@@ -15,6 +15,7 @@ from kvstore import errors
 from kvstore.errors import (
     CODES,
     CommitUnknown,
+    Compacted,
     CompareFailed,
     Conflict,
     DeadlineExceeded,
@@ -37,6 +38,7 @@ FILLED: dict[type[KVError], dict[str, Any]] = {
     Conflict: {"key": b"\x00k\xff", "other_txn": b"t" * 16, "their_version": 2**60},
     Deadlock: {"cycle": (b"a" * 16, b"b" * 16)},
     CompareFailed: {"version": 2**60},
+    Compacted: {"oldest": 2**60},
     Throttled: {"retry_after": 0.25},
     NotLeader: {"range_id": 7, "node": 3, "address": "127.0.0.1:7400"},
     EpochMismatch: {"range_id": 7, "ranges": (b"one", [2, b"two"])},

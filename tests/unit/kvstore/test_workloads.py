@@ -97,6 +97,12 @@ BITES: Final = (
     ("sessions", "stale read", "Monotonic-reads"),
     ("sessions", "falling version", "Monotonic-writes"),
     ("sessions", "falling version", "Writes-follow-reads"),
+    ("watches", "missed event", "Lost-event"),
+    ("watches", "torn transaction", "Lost-event"),
+    ("watches", "lost write", "Lost-event"),
+    ("watches", "doubled event", "Doubled-event"),
+    ("watches", "unordered events", "Event-order"),
+    ("watches", "applied abort", "Phantom"),
 )
 
 

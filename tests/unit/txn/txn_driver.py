@@ -65,7 +65,7 @@ class Range:
     ) -> None:
         self.limits = limits or Limits()
         self.rows = MemoryRows()
-        self.state = RangeState(RangeRow(7, start, end, 1, 1, 0, 0))
+        self.state = RangeState(RangeRow(7, start, end, 1, 1, 0, 0, newest=0))
         self.clock = clock  # the last timestamp issued
         self.now = 0.0
         self.term = 0

@@ -1,0 +1,56 @@
+"""GET /v1/watch: one long poll of a watch. It answers as soon as there are events, or with none when the wait is over; each
+answer's `version` is the next one's `since`, so nothing is missed between two, on whichever node they are asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from kvstore.adapters.http_wire import VERSION_MAX, Query
+from kvstore.errors import KVError, Throttled
+
+if TYPE_CHECKING:
+    from kvstore.client import Database
+
+POLLS_MAX: Final = 256  # of one node's gateway
+WAIT_S: Final = 10.0
+WAIT_S_MAX: Final = 60.0
+EVENTS_MAX: Final = 10_000
+EVENTS_DEFAULT: Final = 1_000
+
+
+class WatchPolls:
+    """Counts those under way."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    async def answer(self, database: Database, raw_query: str) -> dict[str, Any]:
+        """{"events", "version"}. Raises: Compacted (410), InvalidArgument, Throttled, KVError."""
+        query = Query(raw_query, ("key", "prefix", "since", "limit", "wait"))
+        limit = query.integer("limit", 1, EVENTS_MAX) or EVENTS_DEFAULT
+        wait_s = query.seconds("wait", WAIT_S_MAX) or WAIT_S
+        since = query.integer("since", 0, VERSION_MAX)
+        watch = database.watch(
+            key=query.bytes_of("key"), prefix=query.bytes_of("prefix"), since=since
+        )
+        if self.open >= POLLS_MAX:
+            await watch.close()
+            raise Throttled(1.0, f"{POLLS_MAX} watches wait at this node: ask another, or fewer")
+        self.open += 1
+        events: list[dict[str, Any]] = []
+        try:
+            async with watch:
+                try:
+                    async with asyncio.timeout(wait_s):
+                        events = [
+                            {**event._asdict(), "version": str(event.version)}
+                            for event in await watch.pull(limit)
+                        ]
+                except TimeoutError as error:
+                    if isinstance(error, KVError):
+                        raise
+                return {"events": events, "version": str(watch.version)}
+        finally:
+            self.open -= 1

@@ -1,0 +1,475 @@
+"""Watches at a leader: what was written in a span after a version, in the order of commit (DESIGN.md section 8).
+
+Story. A poll asks for the versions of a span above `since`. It is answered as a scan would be, at a timestamp: the latched
+writers are waited for, undecided intents are asked about, leadership is confirmed after the look; so the answer is complete
+up to there (I11), and the next poll goes on where it ends. A poll that finds nothing waits until something is written in its
+span, then it is answered at the timestamp of the newest such commit, which has been issued and needs no oracle; or until its
+time is over, then at a fresh timestamp, so that the place of an idle watch keeps ahead of garbage collection.
+
+What is new comes from the range's `Recent`. A poll from further back has the stored versions looked through: in slices, for
+the oldest of them (`Search`), and what was found serves the following polls too (`Backlog`).
+
+W1 an answer holds every version of the span in (since, upto], and whole commits only: pages end between versions.
+W2 no version at or below an answer's `upto` appears later: it is a read's timestamp, with all that holds of those.
+W3 versions above gc_threshold are all stored. A poll from below it is refused, unless `Recent` shows that nothing is missing.
+W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX are kept.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from replication.probes import chance, reached
+from txn import keycode
+from txn.latches import Waiter
+from txn.messages import Changed, Changes, Failure, Reply
+from txn.mvcc import decode_history, decode_latest, latest_ts
+from txn.recent import touches_sorted
+from txn.types import point_end
+
+if TYPE_CHECKING:
+    from txn.evaluate import Evaluator
+    from txn.ports import Rows
+
+POLLS_MAX: Final = 10_000
+WAIT_S_MAX: Final = 30.0
+PAGE_ROWS_MAX: Final = 1_000
+PAGE_BYTES_MAX: Final = 256 << 10  # beyond both goes only what one commit holds
+LOOK_S: Final = 0.5  # between two looks for polls whose time is over
+SLICE_ROWS: Final = 512
+STEP_S: Final = 0.002  # between two slices of a search
+BACKLOG_ROWS_MAX: Final = 8_192  # above what one commit may write into a range
+BACKLOG_BYTES_MAX: Final = 5 << 20  # of keys; above what one commit may write
+BACKLOGS_MAX: Final = 2
+BACKLOG_KEPT_S: Final = 30.0  # unused
+SEEK_COST: Final = 4  # rows that one seek counts for
+COUNTERS: Final = (
+    "compacted_total",
+    "events_total",
+    "polls_total",
+    "refused_total",
+    "searches_total",
+)
+
+Item = tuple[int, bytes]  # version, key
+
+
+class Polls:
+    """Of a whole node: how many are in flight, and what became of others."""
+
+    def __init__(self, polls_max: int = POLLS_MAX) -> None:
+        self.open = 0
+        self.polls_max = polls_max
+        self.counters = dict.fromkeys(COUNTERS, 0)
+
+
+class Poll(Waiter):
+    """A question in flight: one object for its life, which waits in one place at a time."""
+
+    __slots__ = ("first_hit", "listens", "until")
+
+    def __init__(self, request: Changes, origin: Any, now: float, sequence: int) -> None:
+        super().__init__(request, origin, now, sequence)
+        self.until = now + min(request.wait_ms / 1000, WAIT_S_MAX)
+        self.listens = False  # nothing above its `since` had been written when it began to
+        self.first_hit = 0  # the smallest version that was written in its span since then; 0: none
+
+    def copy(self) -> Poll:
+        return self
+
+
+class Backlog:
+    """Every version of [start, end) in (since, upto], in order, as a search found them."""
+
+    __slots__ = ("end", "items", "since", "start", "upto", "used_at")
+
+    def __init__(self, start: bytes, end: bytes, since: int, upto: int, items: list[Item]) -> None:
+        self.start, self.end, self.since, self.upto = start, end, since, upto
+        self.items = items
+        self.used_at = 0.0
+
+    def serves(self, request: Changes) -> bool:
+        return self.since <= request.since < self.upto and (
+            self.start <= request.start
+            and (not self.end or (request.end != b"" and request.end <= self.end))
+        )
+
+
+class Search:
+    """Looks through the stored versions of [start, end) for the oldest above `since`, at most BACKLOG_ROWS_MAX of them.
+
+    All versions at or below `upto` are there when it begins, and none appears later (W2); so it may take its time. Writers
+    move versions from LATEST to HISTORY meanwhile, and a key is looked at in both.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        request: Changes,
+        slice_rows: int = SLICE_ROWS,
+        rows_max: int = BACKLOG_ROWS_MAX,
+    ) -> None:
+        self.start, self.end, self.since, self.upto = (
+            request.start,
+            request.end,
+            request.since,
+            request.at,
+        )
+        self._rows, self._slice_rows, self._rows_max = rows, slice_rows, rows_max
+        self._position, self._stop = keycode.family_span(keycode.LATEST, self.start, self.end)
+        self._heap: list[tuple[int, bytes]] = []  # (-version, key): the newest is on top
+        self._bytes = 0
+
+    def step(self) -> bool:
+        """Look at one slice; whether that was the last."""
+        looked = 0
+        slice_rows = 8 if chance("search_slice_small") else self._slice_rows
+        for row_key, data in self._rows.scan(self._position, self._stop):
+            if looked >= slice_rows:
+                return False
+            looked += 1
+            self._position = row_key + b"\x00"
+            newest = latest_ts(data)
+            if newest > self.since:
+                looked += SEEK_COST
+                key = row_key[1:]
+                for version in self._older(key):
+                    if version > self.upto:
+                        break
+                    looked += 1
+                    self._add(version, key)
+                if newest <= self.upto:
+                    self._add(newest, key)
+        return True
+
+    def _older(self, key: bytes) -> Iterator[int]:
+        """The key's HISTORY versions in (since, upto], rising."""
+        low, high = keycode.history_row(key, self.upto), keycode.history_row(key, self.since)
+        for row_key, _ in self._rows.scan(low, high, reverse=True):
+            yield keycode.history_ts(row_key)
+
+    def _add(self, version: int, key: bytes) -> None:
+        heap = self._heap
+        heapq.heappush(heap, (-version, key))
+        self._bytes += len(key)
+        if len(heap) > self._rows_max or self._bytes > BACKLOG_BYTES_MAX:
+            newest, gone = (
+                heap[0][0],
+                [],
+            )  # the whole commit goes, if there are others, which are older
+            while heap and heap[0][0] == newest:
+                gone.append(heapq.heappop(heap))
+            if not heap:
+                self._heap = gone  # equal versions, keys rising: a heap
+                return
+            self._bytes -= sum(len(item[1]) for item in gone)
+            self.upto = -newest - 1
+
+    def backlog(self) -> Backlog:
+        items = sorted((-minus, key) for minus, key in self._heap)
+        return Backlog(self.start, self.end, self.since, self.upto, items)
+
+
+class Feed:
+    """The watching part of an evaluator: one leader's term of it."""
+
+    def __init__(self, owner: Evaluator) -> None:
+        self._ev = owner
+        self.node = Polls()  # the store puts its own here, one for all ranges
+        self.slice_rows, self.backlog_rows_max = SLICE_ROWS, BACKLOG_ROWS_MAX
+        self._open: dict[Poll, None] = {}
+        self._by_watch: dict[int, Poll] = {}
+        self._parked: dict[Poll, None] = {}  # nothing to tell them yet
+        self._points: dict[bytes, dict[Poll, None]] = {}  # those that listen, by key
+        self._spans: dict[Poll, None] = {}  # those that listen, of more than one key
+        self._look_at: float | None = None
+        self._search: Search | None = None
+        self._step_at = 0.0
+        self._searching: dict[Poll, None] = {}  # they wait for the search, or for the next one
+        self._backlogs: list[Backlog] = []
+
+    # -- life
+
+    def waiters(self) -> list[Waiter]:
+        """Polls that wait here and nowhere else."""
+        return [*self._parked, *self._searching]
+
+    def stop(self) -> None:
+        self.node.open -= len(self._open)
+        self._ev.state.recent.fresh = None
+
+    def ask(self, request: Changes, origin: Any, now: float) -> None:
+        ev, node = self._ev, self.node
+        node.counters["polls_total"] += 1
+        earlier = self._by_watch.get(request.watch) if request.watch else None
+        if earlier is not None:
+            self._tell(earlier, Changed(earlier.request.id, earlier.request.since, [], [], []))
+        if node.open >= node.polls_max:
+            node.counters["refused_total"] += 1
+            message = "too many watches wait at this node: close some, or raise limits.watches"
+            failure = Failure(request.id, "throttled", message, {"retry_after": 1.0})
+            ev.out.reply(origin, failure, False)
+            return
+        poll = Poll(request, origin, now, ev.latches.sequence)
+        node.open += 1
+        self._open[poll] = None
+        if request.watch:
+            self._by_watch[request.watch] = poll
+        self.again(poll, now)
+
+    def refuse(self, poll: Poll, failure: Failure) -> None:
+        self._tell(poll, failure)
+
+    def again(self, poll: Waiter, now: float) -> None:
+        """Look, from the start."""
+        assert isinstance(poll, Poll)
+        if poll not in self._open:
+            return
+        poll.done = False
+        request: Changes = poll.request
+        refusal = self._refusal(poll)
+        if refusal is not None:
+            self._tell(poll, refusal)
+        elif request.at:
+            self._look(poll, now)
+        elif not self._reaches_back(poll):
+            self._ev.reader.ask_read_ts(poll)
+        elif newest := self._ev.state.recent.last(request.since, request.start, request.end):
+            poll.request = msgspec.structs.replace(request, at=newest)
+            poll.sequence = self._ev.latches.sequence
+            self._look(poll, now)
+        elif not request.wait_ms:
+            self._tell(poll, Changed(request.id, request.since, [], [], []))
+        elif now >= poll.until:
+            self._ev.reader.ask_read_ts(poll)
+        else:
+            self._park(poll)
+
+    def _refusal(self, poll: Poll) -> Failure | None:
+        request, state = poll.request, self._ev.state
+        row = state.row
+        end = request.end or row.end
+        if request.version and request.version != row.version:
+            return Failure(request.id, "epoch_mismatch")
+        if request.start != end and not state.owns_span(request.start, end):
+            return Failure(request.id, "epoch_mismatch")
+        if request.since < row.gc_threshold:
+            first = state.recent.first(request.since, request.start, request.end)
+            if not self._reaches_back(poll) or 0 < first <= row.gc_threshold:
+                self.node.counters["compacted_total"] += 1
+                return Failure(request.id, "compacted", "", {"oldest": row.gc_threshold})
+        return None
+
+    def _reaches_back(self, poll: Poll) -> bool:
+        """Whether `Recent` has every version of the poll's span that was applied above its `since`."""
+        low = self._ev.state.recent.low
+        if low <= poll.request.since:
+            return True
+        return poll.listens and not 0 < poll.first_hit <= low
+
+    def _tell(self, poll: Poll, reply: Reply, *, confirm: bool = False) -> None:
+        """Answer, and forget."""
+        poll.done = True
+        del self._open[poll]
+        self.node.open -= 1
+        self._parked.pop(poll, None)
+        self._searching.pop(poll, None)
+        self._ev.untimed.pop(poll, None)
+        request = poll.request
+        if self._by_watch.get(request.watch) is poll:
+            del self._by_watch[request.watch]
+        if poll.listens:
+            if request.end == point_end(request.start):
+                listeners = self._points[request.start]
+                del listeners[poll]
+                if not listeners:
+                    del self._points[request.start]
+            else:
+                del self._spans[poll]
+            if not self._points and not self._spans:
+                self._ev.state.recent.fresh = None
+        self._ev.out.reply(poll.origin, reply, confirm)
+
+    # -- nothing yet
+
+    def _park(self, poll: Poll) -> None:
+        request = poll.request
+        self._parked[poll] = None
+        if not poll.listens:
+            poll.listens = True
+            if request.end == point_end(request.start):
+                self._points.setdefault(request.start, {})[poll] = None
+            else:
+                self._spans[poll] = None
+            recent = self._ev.state.recent
+            if recent.fresh is None:
+                recent.fresh = []
+        if self._look_at is None or poll.until < self._look_at:
+            self._look_at = poll.until
+
+    def wake(self) -> None:
+        """Entries were applied: whose span was written?"""
+        recent = self._ev.state.recent
+        fresh = recent.fresh
+        if not fresh:
+            return
+        recent.fresh = []
+        for version, keys in fresh:
+            if self._points:
+                for key in keys:
+                    for poll in self._points.get(key, ()):
+                        self._hit(poll, version)
+            if self._spans:
+                ordered = sorted(keys)
+                for poll in self._spans:
+                    if touches_sorted(ordered, poll.request.start, poll.request.end):
+                        self._hit(poll, version)
+
+    def _hit(self, poll: Poll, version: int) -> None:
+        if version <= poll.request.since:
+            return
+        if not poll.first_hit or version < poll.first_hit:
+            poll.first_hit = version
+        if poll in self._parked:
+            del self._parked[poll]
+            self._ev.runnable.append(poll)
+
+    # -- looking
+
+    def _look(self, poll: Poll, now: float) -> None:
+        """As a scan at `at` does; then tell what there is up to it."""
+        request, ev = poll.request, self._ev
+        start, end, at = request.start, request.end, request.at
+        if at <= request.since:
+            self._tell(poll, Changed(request.id, request.since, [], [], []))
+            return
+        if now > max(poll.until, poll.since) + ev.limits.read_wait_s:
+            reached("poll_given_up")
+            self._tell(poll, Changed(request.id, request.since, [], [], []))
+            return
+        point = end == point_end(start)
+        blocker = (
+            ev.latches.blocker_of_read(start, poll.sequence)
+            if point
+            else ev.latches.blocker_of_scan(start, end, poll.sequence)
+        )
+        if blocker is not None:
+            blocker.waiters.append(poll)
+            return
+        if point:
+            part = ev.state.intents.get(start)
+            if part is not None and ev.reader.undecided(part, at, poll):
+                return
+        else:
+            for key, part in ev.state.intents.items():
+                if start <= key and (not end or key < end) and ev.reader.undecided(part, at, poll):
+                    return
+        for part in ev.state.stamped_in(start, end):
+            if ev.reader.undecided(part, at, poll):
+                return
+        if self._reaches_back(poll):
+            recent = ev.state.recent.between(request.since, at, start, end)
+            self._page(poll, at, ((version, key) for version, keys in recent for key in keys))
+            return
+        for backlog in self._backlogs:
+            if backlog.serves(request):
+                backlog.used_at = now
+                items = (
+                    (version, key)
+                    for version, key in backlog.items
+                    if version > request.since and start <= key and (not end or key < end)
+                )
+                self._page(poll, backlog.upto, items)
+                return
+        self._await_search(poll, now)
+
+    def _page(self, poll: Poll, upto: int, items: Iterator[Item]) -> None:
+        """Items in order of versions, all there are up to `upto`."""
+        request = poll.request
+        rows_max = max(1, min(request.rows_max, 3 if chance("page_small") else PAGE_ROWS_MAX))
+        bytes_max = max(1, min(request.bytes_max, PAGE_BYTES_MAX))
+        versions: list[int] = []
+        keys: list[bytes] = []
+        values: list[bytes | None] = []
+        size = 0
+        for version, key in items:
+            if versions and version != versions[-1]:
+                if len(versions) >= rows_max or size >= bytes_max:
+                    upto = versions[-1]
+                    break
+            value = self._value(key, version)
+            versions.append(version)
+            keys.append(key)
+            values.append(value)
+            size += len(key) + 16 + (len(value) if value is not None else 0)
+        self.node.counters["events_total"] += len(versions)
+        self._tell(poll, Changed(request.id, upto, versions, keys, values), confirm=True)
+
+    def _value(self, key: bytes, version: int) -> bytes | None:
+        rows = self._ev.rows
+        data = rows.get(b"L" + key)
+        if data is not None and latest_ts(data) == version:
+            return decode_latest(data).value
+        row_key = keycode.history_row(key, version)
+        data = rows.get(row_key)
+        assert data is not None, "W3: a version above gc_threshold is stored"
+        return decode_history(row_key, data).value
+
+    # -- from further back
+
+    def _await_search(self, poll: Poll, now: float) -> None:
+        self._searching[poll] = None
+        if self._look_at is None or poll.until < self._look_at:
+            self._look_at = poll.until
+        if self._search is None:
+            reached("watch_falls_back")
+            self.node.counters["searches_total"] += 1
+            self._search = Search(
+                self._ev.rows, poll.request, self.slice_rows, self.backlog_rows_max
+            )
+            self._step_search(now)
+
+    def _step_search(self, now: float) -> None:
+        assert self._search is not None
+        self._step_at = now + STEP_S
+        if not self._search.step():
+            return
+        backlog = self._search.backlog()
+        backlog.used_at = now
+        self._search = None
+        self._backlogs = [backlog, *self._backlogs[: BACKLOGS_MAX - 1]]
+        if self._look_at is None:
+            self._look_at = now + LOOK_S
+        polls, self._searching = self._searching, {}
+        self._ev.runnable += polls
+
+    # -- time
+
+    def deadline(self) -> float | None:
+        if self._search is not None and (self._look_at is None or self._step_at < self._look_at):
+            return self._step_at
+        return self._look_at
+
+    def tick(self, now: float) -> None:
+        if self._search is not None and now >= self._step_at:
+            self._step_search(now)
+        if self._look_at is None or now < self._look_at:
+            return
+        self._look_at = None
+        for poll in [poll for poll in self._parked if poll.until <= now]:
+            del self._parked[poll]
+            self._ev.reader.ask_read_ts(poll)
+        for poll in [poll for poll in self._searching if poll.until <= now]:
+            self._tell(poll, Changed(poll.request.id, poll.request.since, [], [], []))
+        self._backlogs = [each for each in self._backlogs if now < each.used_at + BACKLOG_KEPT_S]
+        waiting = [poll.until for poll in (*self._parked, *self._searching)]
+        if waiting or self._backlogs:
+            latest = now + BACKLOG_KEPT_S if self._backlogs else float("inf")
+            self._look_at = max(now + LOOK_S, min([latest, *waiting]))
+
+
+__all__ = ["COUNTERS", "Feed", "Poll", "Polls"]
