@@ -35,6 +35,9 @@ from txn.messages import (
     Finalize,
     GetDirectory,
     GetTimestamps,
+    KeepLocks,
+    LockRead,
+    LockWaits,
     Outcome,
     Prepare,
     QueryPart,
@@ -46,6 +49,7 @@ from txn.messages import (
     Request,
     Resolve,
     Scan,
+    Unlock,
 )
 from txn.oracle import Oracle
 from txn.state import RangeRow
@@ -535,5 +539,7 @@ def key_of(request: Request) -> bytes:
         return request.start
     if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
         return request.locus
+    if isinstance(request, (LockRead, KeepLocks, Unlock, LockWaits)):
+        return request.key
     assert isinstance(request, (Finalize, QueryTxn, Outcome, QuerySettled))
     return request.anchor_key

@@ -28,11 +28,15 @@ from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, R
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
 from txn.latches import LatchTable, Pending, Waiter
+from txn.locking import Locking
 from txn.messages import (
     Ack,
     Failure,
     Fence,
     Finalize,
+    KeepLocks,
+    LockRead,
+    LockWaits,
     Outcome,
     PartReply,
     Prepare,
@@ -47,6 +51,7 @@ from txn.messages import (
     Resolve,
     Scan,
     TxnReply,
+    Unlock,
     well_formed,
 )
 from txn.mvcc import find_txn, latest_ts
@@ -83,6 +88,9 @@ class Limits(msgspec.Struct, frozen=True):
     outbox_retry_s: float = 0.5
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
     sweep_s: float = 10.0  # between two sweeps for garbage
+    lock_lease_s: float = 10.0  # of a transaction's locks, unless its client renews it
+    lock_wait_s: float = 0.5  # of a transaction of one range that writes what another has locked
+    locks_max: int = 20_000  # held and waited for
 
 
 class Evaluator:
@@ -117,6 +125,7 @@ class Evaluator:
         self.recovery = Recovery(self)
         self.reader = Reader(self)
         self.collector = Collector(self)
+        self.locking = Locking(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -128,6 +137,10 @@ class Evaluator:
             QueryPart: self._query_part,
             Outcome: self.recovery.outcome,
             QuerySettled: self.collector.query_settled,
+            LockRead: self.locking.lock_read,
+            KeepLocks: self.locking.keep,
+            Unlock: self.locking.unlock,
+            LockWaits: self.locking.waits,
         }
 
     # -- life
@@ -159,6 +172,7 @@ class Evaluator:
             *self.blocked.values(),
             list(self.untimed),
             self.runnable,
+            self.locking.waiters(),
             *self.recovery.waiters(),
         ):
             seen += [(waiter.request, waiter.origin) for waiter in waiters if not waiter.done]
@@ -175,6 +189,7 @@ class Evaluator:
             [],
         )
         self.blocked, self._timers, self.latches, self.untimed = {}, [], LatchTable(), {}
+        self.locking.stop()
         for loci in self.state.parts.values():
             for part in loci.values():
                 part.forget_volatile()
@@ -205,7 +220,7 @@ class Evaluator:
         request = waiter.request
         kind = type(request)
         if kind is Prepare:
-            self._prepare(request, waiter.origin, now, waiter.since)
+            self.prepare_again(waiter, now)
         elif kind is Read or kind is Scan:
             self.reader.again(waiter, now)
         else:
@@ -222,7 +237,8 @@ class Evaluator:
 
     def deadline(self) -> float | None:
         due = self.recovery.deadline()
-        for other in (self._timers[0][0] if self._timers else None, self.collector.due):
+        timer = self._timers[0][0] if self._timers else None
+        for other in (timer, self.collector.due, self.locking.deadline()):
             if due is None or (other is not None and other < due):
                 due = other
         return due
@@ -235,6 +251,7 @@ class Evaluator:
             heapq.heappop(self._timers)[2](now)
         self.recovery.tick(now)
         self.collector.tick(now)
+        self.locking.tick(now)
 
     # -- timestamps
 
@@ -298,9 +315,12 @@ class Evaluator:
         """An own entry of this term was applied; `answers` are the commands' in order."""
         self.now = now
         release, reply, counters = self.latches.release, self.out.reply, self.counters
+        locking = self.locking
         for pending, answer in zip(pendings, answers, strict=True):
             if pending.txn_id:
                 release(pending)
+            if locking.table.owners:
+                locking.applied(pending)
             if pending.waiters:
                 self.runnable += pending.waiters
             command = pending.command
@@ -370,6 +390,7 @@ class Evaluator:
             and not request.expects
             and not request.guards
             and latches.is_free(key)
+            and key not in self.locking.table.locks
             and txn_id not in latches.txns
             and key not in state.intents
             and not state.point_guards
@@ -419,6 +440,8 @@ class Evaluator:
         if wrong:
             self.out.reply(origin, Failure(request.id, *wrong), False)
             return
+        if self.locking.in_the_way(request, origin, now, since):
+            return
         blocker = self._latch_blocker(request)
         if blocker is not None:
             self.wait_for(blocker, request, origin, since)
@@ -429,7 +452,7 @@ class Evaluator:
         pending.since = since
         refusal = compute(request, pending, self.rows)
         if refusal is not None:
-            self._refuse(request, origin, refusal)
+            self.refuse(request, origin, refusal)
             return
         self.latches.acquire(pending)
         self.await_fresh.append(pending)
@@ -513,7 +536,7 @@ class Evaluator:
                 newer = guard.start, threshold, b""
             if newer is not None:
                 key, ts, other = newer
-                self._refuse(
+                self.refuse(
                     request,
                     origin,
                     Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts),
@@ -566,7 +589,7 @@ class Evaluator:
             self.at(until, lambda time: self._give_up_waiting(waiter, part, time))
             return
         self.recovery.blocked_by(part)
-        self._refuse(
+        self.refuse(
             request,
             origin,
             Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, part.txn_id, part.row.min_ts),
@@ -582,6 +605,10 @@ class Evaluator:
                 del self.blocked[part.txn_id]
         waiter.done = True
         reached("conflict_wait_over")
+        self.prepare_again(waiter, now)
+
+    def prepare_again(self, waiter: Waiter, now: float) -> None:
+        """A Prepare whose time to wait is over."""
         self._prepare(waiter.request, waiter.origin, now, waiter.since)
 
     def _newer_than(
@@ -599,7 +626,7 @@ class Evaluator:
                 return found[1:], latest_ts(row), row[8:24]
         return None
 
-    def _refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
+    def refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
         """(g) a negative answer is durable before it is given."""
         pending = Pending(request.txn_id, request, origin)
         pending.command = FencePart(

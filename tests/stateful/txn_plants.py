@@ -81,7 +81,7 @@ def _volatile_refusal() -> Patches:
     def refuse(self: Evaluator, request: Prepare, origin: Any, refusal: Answer) -> None:
         self.out.reply(origin, prepare_reply(request.id, refusal, None), False)
 
-    return [(Evaluator, "_refuse", refuse)]
+    return [(Evaluator, "refuse", refuse)]
 
 
 def _volatile_fence() -> Patches:
