@@ -161,6 +161,10 @@ class LockTable:
             wait.order = (False, *wait.order[1:])
         owner.waits[key] = self.waiting[wait.number] = wait
         insort(lock.queue, wait, key=_order)
+        self._advance(lock)  # an older reader may have come in before a writer, beside the readers
+        if wait.number not in self.waiting:
+            self.granted.remove(wait)
+            return Verdict.GRANTED
         heapq.heappush(self._leases, (wait.expires, wait.number, wait))
         return wait
 

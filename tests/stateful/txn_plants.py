@@ -13,12 +13,14 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, decided, evaluate, keycode, recovery, values, visibility
+from txn import apply, deadlocks, decided, evaluate, keycode, recovery, values, visibility
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
 from txn.gc import Collector, Found
 from txn.latches import LatchTable, Pending
+from txn.locking import Locking
+from txn.locks import Lock, LockTable
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.ports import Rows
 from txn.reads import Reader
@@ -285,6 +287,69 @@ def _decided_forgotten_below_the_floor() -> Patches:
     return [(RecentlyDecided, "add", add)]
 
 
+def _locks_trusted() -> Patches:
+    """What was read under a lock is not validated: the lock is taken for a proof."""
+    in_conflict = Evaluator._in_conflict
+
+    def trusting(self: Any, request: Prepare, *rest: Any) -> bool:
+        if not request.lock_owner:
+            return in_conflict(self, request, *rest)
+        with patch.object(Evaluator, "_newer_than", lambda *_: None):
+            return in_conflict(self, request, *rest)
+
+    return [(Evaluator, "_in_conflict", trusting)]
+
+
+def _lock_passes_intents() -> Patches:
+    """A lock is granted over undecided writes of others, and reads below them."""
+    look = Locking._look
+
+    def hasty(self: Locking, *rest: Any) -> None:
+        state = self.ev.state
+        intents, state.intents = state.intents, {}
+        look(self, *rest)
+        state.intents = intents
+
+    return [(Locking, "_look", hasty)]
+
+
+def _lock_passes_latches() -> Patches:
+    """A lock's read does not wait for writers that were evaluated before."""
+    look = Locking._look
+
+    def hasty(self: Locking, *rest: Any) -> None:
+        latches, self.ev.latches = self.ev.latches, LatchTable()
+        look(self, *rest)
+        self.ev.latches = latches
+
+    return [(Locking, "_look", hasty)]
+
+
+def _writers_pass_locks() -> Patches:
+    """A lock keeps no writer away: two may be told, one after the other, that they have the newest version."""
+    return [(Lock, "free_for", lambda *_: True)]
+
+
+def _lock_left_to_nobody() -> Patches:
+    """Who gives a lock back does not look for the next."""
+
+    def advance(self: LockTable, lock: Lock) -> None:
+        if not lock.queue and not lock.holders:
+            self.locks.pop(lock.key, None)
+
+    return [(LockTable, "_advance", advance)]
+
+
+def _lock_outlives_its_owner() -> Patches:
+    """A lock stays until its lease ends, whatever became of its owner."""
+    return [(Locking, "applied", lambda *_: None)]
+
+
+def _deadlock_unseen() -> Patches:
+    """The detector hears of waits, and never finds a cycle."""
+    return [(deadlocks, "_cycle_in", lambda _waits: [])]
+
+
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -320,6 +385,14 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "record_collected_early": (_record_collected_early, 200),
     "decided_not_remembered": (_decided_not_remembered, 10),
     "decided_forgotten_below_the_floor": (_decided_forgotten_below_the_floor, 10),
+    "record_collected_early": (_record_collected_early, 40),
+    "locks_trusted": (_locks_trusted, 10),
+    "lock_passes_intents": (_lock_passes_intents, 10),
+    "lock_passes_latches": (_lock_passes_latches, 10),
+    "writers_pass_locks": (_writers_pass_locks, 10),
+    "lock_left_to_nobody": (_lock_left_to_nobody, 10),
+    "lock_outlives_its_owner": (_lock_outlives_its_owner, 10),
+    "deadlock_unseen": (_deadlock_unseen, 60),
 }
 
 SWITCHES: Final[dict[str, str]] = {

@@ -92,6 +92,14 @@ def test_a_reader_does_not_pass_a_waiting_writer_and_readers_go_together():
     assert table.end(2) == [3, 4]
 
 
+def test_an_older_reader_that_comes_with_a_writer_goes_beside_the_readers():
+    table = Table()
+    table.lock(1, shared=True)
+    table.lock(5)
+    assert table.lock(4, shared=True) is Verdict.GRANTED
+    assert table.granted == []
+
+
 def test_an_upgrade_waits_for_the_other_readers_and_for_nobody_else():
     table = Table()
     table.lock(1, shared=True)
