@@ -174,6 +174,7 @@ class Database:
             return
         self._closed = True
         try:
+            self._committer.keeper.close()
             await self._committer.drain(CLOSE_TIMEOUT_S)
             await self._router.close(CLOSE_TIMEOUT_S)
         finally:

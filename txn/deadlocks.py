@@ -3,13 +3,13 @@
 A leader reports every REPORT_S all its waits that are older than WAITED_S, whole: a wait that is over is simply not in the
 next report, so nothing has to be taken back, and a detector that is lost learns everything anew from the next reports.
 
-D1 a cycle is confirmed: all its waits existed at one instant. A leader has one report under way at a time, so what it
+DD1 a cycle is confirmed: all its waits existed at one instant. A leader has one report under way at a time, so what it
 reports after an answer existed after that answer. An edge known since `first` and reported again by a report that was made
 after `before` existed from the one to the other; those edges are taken that were known by the earliest `before` of all.
 Waiters in such a cycle wait for ever, so it is no matter that time has passed.
-D2 the victim is the youngest, by (age, id), of those who are not committing: the same whoever looks. A Prepare is nobody's
+DD2 the victim is the youngest, by (age, id), of those who are not committing: the same whoever looks. A Prepare is nobody's
 victim: it waits for a bounded time.
-D3 a cycle lives CYCLE_S at most while the meta range can be reached; otherwise the waiters' own timeouts end it.
+DD3 a cycle lives CYCLE_S at most while the meta range can be reached; otherwise the waiters' own timeouts end it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPORT_S: Final = 0.05
 STALE_S: Final = 4 * REPORT_S  # a leader that reports no more has no waits, or is gone
 PERIOD_S: Final = 0.25
 CYCLE_S: Final = 2 * PERIOD_S
-EDGES_MAX: Final = 1_000  # of one report: the waits that last longest
+EDGES_MAX: Final = 1_000  # of one report
 
 
 _Wait = tuple[int, LockEdge]  # range and what it reported
@@ -90,7 +90,7 @@ class Detector:
         return victims
 
     def _search(self) -> None:
-        """Every cycle among the edges that existed at one instant (D1) gets its victim."""
+        """Every cycle among the edges that existed at one instant (DD1) gets its victim."""
         if not self._sources:
             return
         instant = min(source.before for source in self._sources.values())

@@ -325,13 +325,16 @@ class Locking:
         self._report_at = now + REPORT_S
         if self._answered < self._reports:
             return
-        edges: list[LockEdge] = []
-        for wait in self.table.waiting.values():
-            if wait.since + WAITED_S <= now and len(edges) < EDGES_MAX:
-                blockers = [owner.id for owner in self.table.blockers_of(wait)]
-                edges.append(
-                    LockEdge(wait.number, wait.owner.id, wait.owner.age, wait.committing, blockers)
-                )
+        edges = [
+            LockEdge(
+                wait.number,
+                wait.owner.id,
+                wait.owner.age,
+                wait.committing,
+                [owner.id for owner in blockers],
+            )
+            for wait, blockers in self.table.long_waits(now - WAITED_S, EDGES_MAX)
+        ]
         if not edges:
             return
         after, self._reports = self._answered, self._reports + 1

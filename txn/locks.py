@@ -303,17 +303,31 @@ class LockTable:
         Of the queue, only what does not follow from the others: an exclusive waiter waits itself for all before it.
         """
         lock = self.locks[wait.key]
-        found = [
-            holder
-            for holder, exclusive in lock.holders.items()
-            if holder is not wait.owner and (wait.exclusive or exclusive)
-        ]
-        for other in reversed(lock.queue[: lock.queue.index(wait)]):
-            if other.owner is not wait.owner and (wait.exclusive or other.exclusive):
-                found.append(other.owner)
-                if other.exclusive:
-                    break
-        return found[:BLOCKERS_MAX]
+        gate: Wait | None = None
+        readers: list[Wait] = []
+        for other in lock.queue[: lock.queue.index(wait)]:
+            if other.exclusive:
+                gate, readers = other, []
+            else:
+                readers.append(other)
+        return _blockers(lock, wait, gate, readers)
+
+    def long_waits(self, since_max: float, limit: int) -> list[tuple[Wait, list[Owner]]]:
+        """Waits that began by then, with their blockers: as `blockers_of` says, in one pass over each queue."""
+        found: list[tuple[Wait, list[Owner]]] = []
+        for lock in self.locks.values():
+            gate: Wait | None = None  # the last exclusive waiter
+            readers: list[Wait] = []  # since then
+            for wait in lock.queue:
+                if wait.since <= since_max:
+                    if len(found) >= limit:
+                        return found
+                    found.append((wait, _blockers(lock, wait, gate, readers)))
+                if wait.exclusive:
+                    gate, readers = wait, []
+                else:
+                    readers.append(wait)
+        return found
 
     def check(self) -> None:
         """L1, L3 and that everything is in its place; for tests and simulations. Raises: AssertionError."""
@@ -334,6 +348,19 @@ class LockTable:
         waits = [wait for lock in self.locks.values() for wait in lock.queue]
         assert sorted(w.number for w in waits) == sorted(self.waiting), "a waiter in no queue"
         assert sum(len(each.waits) for each in self.owners.values()) == len(waits)
+
+
+def _blockers(lock: Lock, wait: Wait, gate: Wait | None, readers: list[Wait]) -> list[Owner]:
+    """Args: gate: the last exclusive waiter before it. readers: the shared ones since then."""
+    found = [gate.owner] if gate is not None else []
+    for holder, exclusive in lock.holders.items():
+        if len(found) >= BLOCKERS_MAX:
+            return found
+        if holder is not wait.owner and (wait.exclusive or exclusive):
+            found.append(holder)
+    if wait.exclusive:
+        found += [reader.owner for reader in readers[: BLOCKERS_MAX - len(found)]]
+    return found
 
 
 _NOBODY: Final = Owner(b"", 0)

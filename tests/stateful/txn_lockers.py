@@ -102,7 +102,7 @@ class LockChecks:
     def __init__(self, world: World) -> None:
         self.world = world
         self._told: dict[tuple[Evaluator, bytes], dict[bytes, tuple[bool, float]]] = {}
-        self._since: dict[tuple[Any, ...], float] = {}  # cycles, by their waits
+        self._since: dict[tuple[int, int, bytes], tuple[bytes, float]] = {}  # edges of waiting
 
     # -- who was told that it holds what
 
@@ -144,30 +144,36 @@ class LockChecks:
             self.world.after(LOOK_S, self._look)
 
     def _look(self) -> None:
-        """I21, of waits that are no Prepare's: by a search of its own over what all leaders have."""
-        waits: dict[bytes, list[tuple[tuple[int, int], bytes]]] = {}
+        """I21: of the waits that are older than the bound (but for Prepares), none are in a cycle. By a search of its own."""
+        seen: dict[tuple[int, int, bytes], tuple[bytes, float]] = {}  # edge -> waiter, since
+        now = self.world.now
         for group in self.world.groups:
             leader = group.leader
             if leader is None or leader.evaluator is None:
                 continue
             table = leader.evaluator.locking.table
-            for wait in table.waiting.values():
+            for number, wait in table.waiting.items():
                 for blocker in table.blockers_of(wait):
                     if not wait.committing:
-                        edge = ((group.number, wait.number), blocker.id)
-                        waits.setdefault(wait.owner.id, []).append(edge)
-        gone = True
-        while gone:  # who waits only for those who do not wait is in no cycle
-            gone = False
-            for owner, edges in list(waits.items()):
-                waits[owner] = [edge for edge in edges if edge[1] in waits]
-                if not waits[owner]:
-                    del waits[owner]
-                    gone = True
-        stuck = {edge[0]: self.world.now for edges in waits.values() for edge in edges}
-        self._since = {wait: self._since.get(wait, now) for wait, now in stuck.items()}
-        for wait, since in self._since.items():
+                        edge = (group.number, number, blocker.id)
+                        since = self._since[edge][1] if edge in self._since else now
+                        seen[edge] = (wait.owner.id, since)
+        self._since = seen
+        if _cyclic(seen):
             self.world.probe("a deadlock was there")
-            if self.world.now > since + CYCLE_S + SLACK_S:
-                raise Violation(f"I21: {wait} is in a deadlock since {since:.2f}")
+        bound_s = CYCLE_S + SLACK_S
+        old = {edge: entry for edge, entry in seen.items() if now > entry[1] + bound_s}
+        if stuck := _cyclic(old):
+            raise Violation(f"I21: a deadlock has lasted for over {bound_s} s: {stuck}")
         self.watch()
+
+
+def _cyclic(edges: dict[tuple[int, int, bytes], tuple[bytes, float]]) -> list[bytes]:
+    """Who is left when those have gone who wait for nobody that waits: cycles, and what leads to them."""
+    waits: dict[bytes, list[bytes]] = {}
+    for (_, _, blocker), (waiter, _) in edges.items():
+        waits.setdefault(waiter, []).append(blocker)
+    while gone := [each for each, to in waits.items() if not any(one in waits for one in to)]:
+        for each in gone:
+            del waits[each]
+    return sorted(waits)

@@ -385,7 +385,6 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "record_collected_early": (_record_collected_early, 200),
     "decided_not_remembered": (_decided_not_remembered, 10),
     "decided_forgotten_below_the_floor": (_decided_forgotten_below_the_floor, 10),
-    "record_collected_early": (_record_collected_early, 40),
     "locks_trusted": (_locks_trusted, 10),
     "lock_passes_intents": (_lock_passes_intents, 10),
     "lock_passes_latches": (_lock_passes_latches, 10),

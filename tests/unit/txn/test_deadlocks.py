@@ -48,17 +48,14 @@ def test_a_cycle_through_three_ranges_is_found_within_its_bound():
     sources = [Source(detector, number) for number in (1, 2, 3)]
     for number, source in enumerate(sources):
         source.edges = [edge(7, 10 + number, 10 + (number + 1) % 3)]
-    told, now = {}, 0.0
+    told: dict[tuple[int, int], list[bytes]] = {}
+    now = 0.0
     while not told:
         for place, source in enumerate(sources):
-            told |= {(place, *key): cycle for key, cycle in _keyed(source.report(now))}
+            told |= {(place, number): cycle for number, cycle in source.report(now).items()}
             now += REPORT_S / 3
     assert told == {(2, 7): [name(12), name(10), name(11)]}
     assert now < CYCLE_S
-
-
-def _keyed(victims):
-    return [((number,), cycle) for number, cycle in victims.items()]
 
 
 def test_waits_that_never_were_at_one_time_are_no_cycle():
@@ -156,8 +153,7 @@ def test_a_search_finds_a_cycle_exactly_when_there_is_one():
         while gone := [
             waiter for waiter, to in left.items() if not any(each in left for each in to)
         ]:
-            for waiter in gone:
-                del left[waiter]
+            left = {waiter: to for waiter, to in left.items() if waiter not in gone}
         cycle = _cycle_in(waits)
         assert bool(cycle) == bool(left)
         for place, (_, each) in enumerate(cycle):

@@ -265,14 +265,16 @@ def test_a_lock_goes_when_its_owners_part_is_prepared_and_the_next_waits_for_the
     part = commit(place, 1, b"k", first.at, one_range=False, anchor_key=b"zz")
     place.settle()
     assert part.reply.status == PartStatus.PREPARED
-    assert place.evaluator.locking.table.foreign(b"k", b"").id == owner(2)
+    holder = place.evaluator.locking.table.foreign(b"k", b"")
+    assert holder is not None
+    assert holder.id == owner(2)
     assert second.open
-    place.evaluator.step(_resolve(1, part.reply.ts), Asked(None), place.now)
+    place.ask(_resolve(1, part.reply.ts))
     place.settle()
     assert held(second).versions == [part.reply.ts]
 
 
-def _resolve(number: int, ts: int):
+def _resolve(number: int, ts: int) -> Resolve:
     return Resolve(0, 0, 0, txn_id(number, 60), b"zz", b"k", b"k", b"k\x00", ts)
 
 
