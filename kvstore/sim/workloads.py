@@ -34,6 +34,7 @@ WEIGHTS: Final[Mapping[str, int]] = {  # how often a seed has one
     "skew": 2,
     "sets": 2,
     "exactly-once": 2,
+    "locked": 2,
     "sessions": 1,
     "long-fork": 1,
     "causal-reverse": 1,

@@ -19,6 +19,7 @@ from txn.messages import (
     Ack,
     Fence,
     Finalize,
+    LockRead,
     Outcome,
     PartReply,
     Prepare,
@@ -59,6 +60,7 @@ class Answers:
             (Resolve, Ack): self._acknowledged,
             (Read, ReadReply): self._read,
             (Scan, ScanReply): self._scanned,
+            (LockRead, ReadReply): self._locked,
         }
 
     def told(self, node: str, group: int, end: bytes, request: Request, reply: Reply) -> None:
@@ -147,8 +149,15 @@ class Answers:
     # -- reads
 
     def _read(self, request: Read, reply: ReadReply, _end: bytes) -> None:
+        self._values(request.keys, reply)
+
+    def _locked(self, request: LockRead, reply: ReadReply, _end: bytes) -> None:
+        """The newest version at a timestamp that the leader chose: a read like any other."""
+        self._values([request.key], reply)
+
+    def _values(self, keys: list[bytes], reply: ReadReply) -> None:
         served, at = self._ghost.served, reply.at
-        for key, version, value in zip(request.keys, reply.versions, reply.values, strict=False):
+        for key, version, value in zip(keys, reply.versions, reply.values, strict=False):
             served.key(key, at)
             expected = self._newest(key, at)
             if expected != (version, value):
