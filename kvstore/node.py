@@ -26,7 +26,7 @@ from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
 from kvstore.roster import Roster
-from kvstore.status import node_status
+from kvstore.status import node_locks, node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
 from replication.codec import decode_membership, decode_messages
@@ -241,13 +241,7 @@ class Node:
             cluster=found.cluster_id,
             engine=engine,
             clock=adapters.clock,
-            limits=Limits(
-                conflict_wait_s=config.txn.conflict_wait_s,
-                anchor_timer_s=config.txn.anchor_timer_s,
-                orphan_timer_s=config.txn.orphan_timer_s,
-                retention=int(config.txn.retention_s * 1000) << TIMESTAMP_SHIFT,
-                sweep_s=config.txn.retention_s / SWEEPS_PER_RETENTION,
-            ),
+            limits=_limits(config),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
@@ -562,6 +556,23 @@ class Node:
     def status(self) -> dict[str, Any]:
         """A JSON-able picture of the node."""
         return node_status(self)
+
+    def locks(self) -> dict[str, Any]:
+        """The same of the locks of transactions."""
+        return node_locks(self)
+
+
+def _limits(config: NodeConfig) -> Limits:
+    txn = config.txn
+    return Limits(
+        conflict_wait_s=txn.conflict_wait_s,
+        anchor_timer_s=txn.anchor_timer_s,
+        orphan_timer_s=txn.orphan_timer_s,
+        retention=int(txn.retention_s * 1000) << TIMESTAMP_SHIFT,
+        sweep_s=txn.retention_s / SWEEPS_PER_RETENTION,
+        lock_lease_s=txn.lock_lease_s,
+        locks_max=txn.locks_per_range,
+    )
 
 
 def _raft_config(config: NodeConfig) -> RaftConfig:
