@@ -70,6 +70,8 @@ class TransactionLocks:
         self._ended = False
 
     def begin(self, owner: bytes, age: int) -> None:
+        if self.owner:  # another task of the transaction was first
+            return
         self.owner, self.age = owner, age or int.from_bytes(owner[:8], "big")
 
     async def lock(self, key: bytes, shared: bool, until: float) -> Locked:

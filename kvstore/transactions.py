@@ -1,7 +1,7 @@
 """Transactions and snapshots as users see them.
 
-A transaction reads at one timestamp, buffers its writes, sees them itself, and sends everything at commit: what it
-wrote, and guards over what it read. Only locks (kvstore/locking.py) are held anywhere before that.
+A transaction reads at one timestamp, buffers its writes, and sends them at commit, with guards over what it read. Only
+locks (kvstore/locking.py) are held anywhere before that.
 """
 
 from __future__ import annotations
@@ -199,7 +199,6 @@ class TransactionOptions:
 
 class Transaction:
     """One attempt of a transaction. `async with`: commits on a clean exit, rolls back on an exception.
-
     Reads see one snapshot and the transaction's own writes; several may be awaited together. Writes are not awaited.
     Raises from any method: TransactionClosed after the end; TransactionTooOld after limits.TXN_AGE_S_MAX.
     """
@@ -300,14 +299,13 @@ class Transaction:
         """
         self._require_writable()
         wanted = validate_keys(keys)
-        locks = self._locks
         until = lock_until(self._router.monotonic(), self._timeout_s, timeout, self._deadline)
-        if not locks.owner:
+        if not self._locks.owner:
             begin_ts = await self._committer.begin_ts(self._until())
-            locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
+            self._locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
         try:
             for key in sorted(wanted):
-                await locks.lock(key, shared, until)
+                await self._locks.lock(key, shared, until)
         except (Deadlock, LockTimeout):
             self._end()
             raise

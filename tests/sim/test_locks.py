@@ -120,6 +120,19 @@ async def test_it_sees_the_transactions_own_writes(db: Database) -> None:
         assert await tx.get_many_for_update([Z, A, b"absent"]) == {A: b"7"}
 
 
+@simulate(seeds=3, faults=False)
+async def test_several_locks_may_be_awaited_together(cluster: SimCluster, db: Database) -> None:
+    await balanced()
+    async with db.transaction() as holder:
+        await asyncio.sleep(5.0)  # so long that the client asks for a timestamp first
+        await asyncio.gather(*[holder.get_for_update(key) for key in (A, K, Z)])
+        assert len({owner for table in tables(cluster) for owner in table.owners}) == 1
+        holder.put(K, b"written")
+    await settled(cluster)
+    assert held(cluster) == 0
+    assert db.stats()["conflicts"] == 0
+
+
 @simulate(seeds=1, faults=False)
 async def test_others_writes_wait_for_the_lock_and_a_lock_for_theirs(db: Database) -> None:
     async with db.transaction() as tx:
