@@ -32,6 +32,7 @@ from kvstore.errors import (
     TransactionTooLarge,
 )
 from kvstore.links import Answer, Call
+from kvstore.locking import LockKeeper
 from kvstore.ranges import RangeCache, Route
 from kvstore.router import Router
 from replication.probes import chance, reached
@@ -68,6 +69,7 @@ class WriteSet:
     writes: list[Write]
     expects: list[Expect] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
+    lock_owner: bytes = b""  # the id under which the transaction holds locks
 
 
 class Done(NamedTuple):
@@ -177,6 +179,7 @@ class Committer:
         self._router = router
         self._bits = rng.getrandbits
         self._random = rng.random
+        self.keeper = LockKeeper(router)
         self._drives: dict[_Drive, None] = {}
         self._idle: asyncio.Future[None] | None = None
 
@@ -230,14 +233,16 @@ class Committer:
             age = age or int.from_bytes(txn_id[:8], "big")
             parts = await self._cut(write_set, deadline)
             self.attempts += 1
-            drive = _Drive(self, Coordinator(txn_id, parts, age=age, priority=priority), deadline)
+            coordinator = Coordinator(
+                txn_id, parts, age=age, priority=priority, lock_owner=write_set.lock_owner
+            )
+            drive = _Drive(self, coordinator, deadline)
             if first is not None:
                 drive.resume(*first)
                 first = None
             else:
                 drive.start()
             await drive.decided()
-            coordinator = drive.coordinator
             if coordinator.state is State.COMMITTED:
                 results = coordinator.results[0] if coordinator.one_range else None
                 return Done(coordinator.commit_ts, results, txn_id)

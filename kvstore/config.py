@@ -273,6 +273,22 @@ class TxnSection(Section, frozen=True, kw_only=True):
             "How far replicas run behind, at least; reads with a max_staleness below this plus about 1s go to leaders."
         ),
     ] = 1.0
+    lock_lease_s: Annotated[
+        float,
+        Meta(
+            ge=3,
+            le=3600,
+            description="A transaction's locks end after this long without a word of its client, who renews them.",
+        ),
+    ] = 10.0
+    locks_per_range: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Locks held and waited for in one range; who wants more is throttled.",
+        ),
+    ] = 20_000
     oracle_window_s: Annotated[
         float,
         Meta(

@@ -192,10 +192,23 @@ class Deadlock(KVError):
 
 
 class LockTimeout(KVError):
-    """A lock was not free in time; the transaction is aborted. Run it again."""
+    """A lock was not free in time; the transaction is aborted. Run it again.
+
+    Fields: key: what was to be locked. holder: the transaction in the way (empty if unknown).
+    """
 
     code = "lock_timeout"
     retryable = True
+    fields: ClassVar[Mapping[str, Any]] = {"key": bytes, "holder": bytes}
+
+    def __init__(self, key: bytes = b"", holder: bytes = b"", message: str = "") -> None:
+        super().__init__(
+            message
+            or f"the lock of key {key!r} was not free in time: transaction {holder.hex() or 'unknown'} is in the way; "
+            "run this one again, or give it more time"
+        )
+        self.key = key
+        self.holder = holder
 
 
 class TransactionTooOld(KVError):

@@ -16,7 +16,7 @@ import msgspec
 from kvstore import identity as identities
 from kvstore import logs
 from kvstore.bootstrap import InitRequest, check
-from kvstore.config import NodeConfig, TxnSection
+from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
 from kvstore.link import Hello, LinkLimits, WrongNode
@@ -26,7 +26,8 @@ from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
 from kvstore.roster import Roster
-from kvstore.status import node_status
+from kvstore.settings import raft_config, txn_limits
+from kvstore.status import node_locks, node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
 from replication.codec import decode_membership, decode_messages
@@ -34,15 +35,11 @@ from replication.errors import FrameError, LogMismatch, NotLeader, ProposalDropp
 from replication.host import Host
 from replication.ports import LogFiles
 from replication.probes import chance, reached
-from replication.raft import RaftConfig
 from replication.turns import HostLimits
 from replication.types import HardState
 from replication.wal import GroupLog, Wal
 from txn import keycode
-from txn.evaluate import Limits
-from txn.gc import SWEEPS_PER_RETENTION
 from txn.state import decode_range_row
-from txn.types import TIMESTAMP_SHIFT
 
 if TYPE_CHECKING:
     from kvstore.client import Database
@@ -241,7 +238,7 @@ class Node:
             cluster=found.cluster_id,
             engine=engine,
             clock=adapters.clock,
-            limits=_limits_of(config.txn),
+            limits=txn_limits(config.txn),
             requests_max=config.limits.requests_in_flight,
             inbox_bytes_max=config.limits.inbox_bytes,
             oracle_window_ms=int(config.txn.oracle_window_s * 1000),
@@ -268,7 +265,7 @@ class Node:
             peers=peers,
             clock=adapters.clock,
             rng=adapters.random.stream("raft"),
-            raft_config=_raft_config(config),
+            raft_config=raft_config(config.raft),
             sync_mode=config.log.sync_mode,
             run_in_thread=adapters.executor.run,
             on_fatal=self._on_fatal,
@@ -566,18 +563,9 @@ class Node:
         """A JSON-able picture of the node."""
         return node_status(self)
 
-
-def _raft_config(config: NodeConfig) -> RaftConfig:
-    raft = config.raft
-    return RaftConfig(
-        election_timeout_s=raft.election_timeout_s,
-        heartbeat_s=raft.heartbeat_s,
-        lease_drift=raft.lease_drift,
-        inflight_entries_max=raft.inflight_entries,
-        inflight_bytes_max=raft.inflight_bytes,
-        append_bytes_max=raft.append_bytes,
-        uncommitted_bytes_max=raft.uncommitted_bytes,
-    )
+    def locks(self) -> dict[str, Any]:
+        """The same of the locks of transactions."""
+        return node_locks(self)
 
 
 def production_adapters(config: NodeConfig) -> Adapters:
@@ -585,14 +573,3 @@ def production_adapters(config: NodeConfig) -> Adapters:
     from kvstore.adapters.production import ProductionAdapters
 
     return ProductionAdapters(config)
-
-
-def _limits_of(txn: TxnSection) -> Limits:
-    return Limits(
-        conflict_wait_s=txn.conflict_wait_s,
-        anchor_timer_s=txn.anchor_timer_s,
-        orphan_timer_s=txn.orphan_timer_s,
-        retention=int(txn.retention_s * 1000) << TIMESTAMP_SHIFT,
-        sweep_s=txn.retention_s / SWEEPS_PER_RETENTION,
-        kept=int(txn.idempotency_retention_s * 1000) << TIMESTAMP_SHIFT,
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -31,9 +31,10 @@ _TOKEN: Final = re.compile(
 
 
 class Get(msgspec.Struct, tag_field="op", tag="get", frozen=True, forbid_unknown_fields=True):
-    """Result: {"value": bytes or None}."""
+    """Result: {"value": bytes or None}. `lock`: the key until the end, and its newest value (`get_for_update`)."""
 
     key: bytes
+    lock: Literal["exclusive", "shared"] | None = None
 
 
 class Put(msgspec.Struct, tag_field="op", tag="put", frozen=True, forbid_unknown_fields=True):
@@ -183,7 +184,7 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
     """Operations of a script such as `get a; put b 1; delete c`.
 
     Statements end at `;` or at the end of a line, `#` begins a comment, and words with spaces or `;` are put in quotes
-    of either kind. Statements: get KEY | put KEY VALUE | delete KEY | delete_range START END |
+    of either kind. Statements: get KEY | lock KEY | put KEY VALUE | delete KEY | delete_range START END |
     incr KEY [BY] | min KEY NUMBER | max KEY NUMBER | append KEY VALUE [LIMIT] | clear KEY VALUE (if it has this value) |
     stamp PREFIX VALUE | scan PREFIX [LIMIT] | check KEY VALUE | absent KEY.
     Raises: InvalidArgument with the number of the statement.
@@ -202,8 +203,10 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
 
 async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
     match operation:
-        case Get(key=key):
+        case Get(key=key, lock=None):
             return {"value": await tx.get(key)}
+        case Get(key=key, lock=lock):
+            return {"value": await tx.get_for_update(key, shared=lock == "shared")}
         case Put(key=key, value=value):
             tx.put(key, value)
         case Delete(key=key):
@@ -262,6 +265,8 @@ def _parse_statement(words: Sequence[str], unescape: Callable[[str], bytes]) -> 
     match [words[0].lower(), *words[1:]]:
         case ["get", key]:
             return Get(unescape(key))
+        case ["lock", key]:
+            return Get(unescape(key), "exclusive")
         case ["put", key, value]:
             return Put(unescape(key), unescape(value))
         case ["delete" | "del", key]:

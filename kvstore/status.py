@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvstore.node import Node
     from kvstore.replica import Replica
+    from txn.locks import Lock
 
 VERSION = "0.1.0"
+LOCKS_SHOWN_MAX = 1_000  # keys in one answer
 
 
 def node_status(node: Node) -> dict[str, Any]:
@@ -64,10 +66,59 @@ def node_status(node: Node) -> dict[str, Any]:
 def _transactions(node: Node) -> dict[str, int]:
     assert node.store is not None
     states = [replica.state for replica in node.store.replicas.values()]
+    tables = [
+        replica.evaluator.locking.table
+        for replica in node.store.replicas.values()
+        if replica.evaluator is not None
+    ]
     return {
         "prepared": sum(len(state.parts) for state in states),
         "staged": sum(len(state.staged) for state in states),
         "outbox": sum(len(state.outbox) for state in states),
+        "locks_held": sum(table.held for table in tables),
+        "lock_waiters": sum(len(table.waiting) for table in tables),
+    }
+
+
+def node_locks(node: Node) -> dict[str, Any]:
+    """The locks of the ranges that are led here: of each key who holds it, and who waits, in order.
+
+    `more`: there are more keys than LOCKS_SHOWN_MAX. Seconds are those of waiting, and until a lease ends.
+    """
+    shown: dict[str, Any] = {"node": node.node_id, "more": False, "locks": []}
+    if node.store is None:
+        return shown
+    now = node.adapters.clock.monotonic()
+    for replica in node.store.replicas.values():
+        if replica.evaluator is None:
+            continue
+        for lock in replica.evaluator.locking.table.locks.values():
+            if len(shown["locks"]) >= LOCKS_SHOWN_MAX:
+                return {**shown, "more": True}
+            shown["locks"].append({"range": replica.range_id, **_lock(lock, now)})
+    return shown
+
+
+def _lock(lock: Lock, now: float) -> dict[str, Any]:
+    return {
+        "key": base64.b64encode(lock.key).decode(),
+        "holders": [
+            {
+                "transaction": owner.id.hex(),
+                "exclusive": exclusive,
+                "lease_s": round(max(0.0, owner.expires - now), 3),
+            }
+            for owner, exclusive in lock.holders.items()
+        ],
+        "waiters": [
+            {
+                "transaction": wait.owner.id.hex(),
+                "exclusive": wait.exclusive,
+                "committing": wait.committing,
+                "waits_s": round(max(0.0, now - wait.since), 3),
+            }
+            for wait in lock.queue
+        ],
     }
 
 

@@ -39,6 +39,9 @@ from txn.messages import (
     Finalize,
     GetDirectory,
     GetTimestamps,
+    KeepLocks,
+    LockRead,
+    LockWaits,
     Outcome,
     Prepare,
     QueryPart,
@@ -50,6 +53,7 @@ from txn.messages import (
     Request,
     Resolve,
     Scan,
+    Unlock,
 )
 from txn.oracle import Oracle
 from txn.recent import ROWS_MAX as RECENT_ROWS_MAX
@@ -573,5 +577,7 @@ def key_of(request: Request) -> bytes:
         return request.start
     if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
         return request.locus
+    if isinstance(request, (LockRead, KeepLocks, Unlock, LockWaits)):
+        return request.key
     assert isinstance(request, (Finalize, QueryTxn, Outcome, QuerySettled))
     return request.anchor_key

@@ -201,6 +201,16 @@ class BlockingTransaction(BufferedWrites):
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         return self._thread.call(self._tx.get_many(keys))
 
+    def get_for_update(
+        self, key: bytes, *, shared: bool = False, timeout: float | None = None
+    ) -> bytes | None:
+        return self._thread.call(self._tx.get_for_update(key, shared=shared, timeout=timeout))
+
+    def get_many_for_update(
+        self, keys: Iterable[bytes], *, shared: bool = False, timeout: float | None = None
+    ) -> dict[bytes, bytes]:
+        return self._thread.call(self._tx.get_many_for_update(keys, shared=shared, timeout=timeout))
+
     def scan(
         self,
         start: bytes = b"",

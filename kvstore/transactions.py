@@ -1,7 +1,7 @@
 """Transactions and snapshots as users see them.
 
-A transaction reads at one timestamp, buffers its writes, sees them itself, and sends everything at commit: what it
-wrote, and guards over what it read. Nothing is held anywhere before that, so giving one up costs nothing.
+A transaction reads at one timestamp, buffers its writes, and sends them at commit, with guards over what it read. Only
+locks (kvstore/locking.py) are held anywhere before that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.commits import Committer, WriteSet
 from kvstore.errors import (
+    Deadlock,
     InvalidArgument,
+    LockTimeout,
     SnapshotTooOld,
     TransactionClosed,
     TransactionTooOld,
     Unavailable,
 )
+from kvstore.locking import TransactionLocks, lock_until
 from kvstore.open_views import OpenViews
 from kvstore.reads import Entry, Found, Pages, View
 from kvstore.router import Router
@@ -131,7 +134,6 @@ class TransactionOptions:
 
 class Transaction(BufferedWrites):
     """One attempt of a transaction. `async with`: commits on a clean exit, rolls back on an exception.
-
     Reads see one snapshot and the transaction's own writes; several may be awaited together. Writes are not awaited.
     Raises from any method: TransactionClosed after the end; TransactionTooOld after limits.TXN_AGE_S_MAX.
     """
@@ -159,6 +161,7 @@ class Transaction(BufferedWrites):
         self._view.views = views
         self._buffer = WriteBuffer()
         self._spans = ReadSpans()
+        self._locks = TransactionLocks(committer.keeper)
         self._txn_id = b""
         self._id_told = False
         self._commit_version: int | None = None
@@ -190,7 +193,7 @@ class Transaction(BufferedWrites):
     @property
     def age(self) -> int:
         """begin_ts of the first attempt, for the next one to inherit (0: it got no id)."""
-        return self._age or int.from_bytes(self._txn_id[:8], "big")
+        return self._age or self._locks.age or int.from_bytes(self._txn_id[:8], "big")
 
     # --- reads ------------------------------------------------------------------------------------
 
@@ -211,6 +214,39 @@ class Transaction(BufferedWrites):
         wanted = validate_keys(keys)
         values = await self._read(wanted)
         return {key: value for key in wanted if (value := values.get(key)) is not None}
+
+    async def get_for_update(
+        self, key: bytes, *, shared: bool = False, timeout: float | None = None
+    ) -> bytes | None:
+        """Lock a key until this transaction ends, and read its newest value (not the snapshot's); None: it has none.
+
+        Nobody else writes a locked key or locks it, except that shared locks go together. The commit validates what was
+        read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict.
+        Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's.
+        Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again.
+        """
+        return (await self.get_many_for_update((key,), shared=shared, timeout=timeout)).get(key)
+
+    async def get_many_for_update(
+        self, keys: Iterable[bytes], *, shared: bool = False, timeout: float | None = None
+    ) -> dict[bytes, bytes]:
+        """The same for several keys: those that have a value, with it. `timeout` is for all of them together.
+
+        They are locked one after the other in the order of the keys, so two such calls alone never make a deadlock.
+        """
+        self._writable()
+        wanted = validate_keys(keys)
+        until = lock_until(self._router.monotonic(), self._timeout_s, timeout, self._deadline)
+        if not self._locks.owner:
+            begin_ts = await self._committer.begin_ts(self._until())
+            self._locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
+        try:
+            for key in sorted(wanted):
+                await self._locks.lock(key, shared, until)
+        except (Deadlock, LockTimeout):
+            self._end()
+            raise
+        return await self.get_many(wanted)
 
     def scan(
         self,
@@ -279,30 +315,33 @@ class Transaction(BufferedWrites):
         Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
         """
         self._require_open()
-        if not self._buffer:
+        if not self._buffer and not self._locks.found:
             self._stage = Stage.COMMITTED  # it read one snapshot: that is its place in the order
+            self._locks.end()
             return None
         self._stage = Stage.COMMITTING
         try:
             committed = await self._commit()
         except BaseException:
-            self._stage = Stage.ENDED
+            self._end()
             raise
         self._stage = Stage.COMMITTED
+        self._locks.end(committed=True)
         self._txn_id = committed
         return self._commit_version
 
     async def _commit(self) -> bytes:
-        deadline = min(self._deadline, self._router.monotonic() + self._timeout_s)
+        deadline = self._until()
         # a span may be guarded though nothing was read: then from now on
         guards = self._spans.guards(await self._view.version()) if len(self._spans) else []
         if not self._txn_id:
             begin_ts = await self._committer.begin_ts(deadline)
             if not self._txn_id:  # another task may have read `id` meanwhile
                 self._txn_id = self._committer.txn_id(begin_ts)
-        buffer = self._buffer
+        buffer, locks = self._buffer, self._locks
+        guards += locks.guards()
         done = await self._committer.commit(
-            WriteSet(buffer.anchor_key, buffer.writes(), [], guards),
+            WriteSet(buffer.anchor_key or locks.first, buffer.writes(), [], guards, locks.owner),
             deadline,
             patient=False,
             renames=lambda: not self._id_told,  # another task may read it during the commit
@@ -311,22 +350,21 @@ class Transaction(BufferedWrites):
             priority=self._options.priority,
             on_rename=self._renamed,
         )
-        self._commit_version = done.version
+        self._commit_version = done.version if buffer else None
         return done.txn_id
 
     def _renamed(self, txn_id: bytes) -> None:
         self._txn_id = txn_id
 
     async def rollback(self) -> None:
-        """Give it up. Nothing has been sent, so nothing need be undone. May be called again."""
+        """Give it up. Nothing was written, so nothing need be undone; locks are given back. May be called again."""
         if self._stage is Stage.OPEN:
-            self._stage = Stage.ENDED
+            self._end()
 
     async def __aenter__(self) -> Self:
         if self._view.views is not None:
             self._view.views.add(self._view, kept=True)
-        deadline = min(self._deadline, self._router.monotonic() + self._timeout_s)
-        await self._committer.begin_ts(deadline, ID_AGE_S_MAX)
+        await self._committer.begin_ts(self._until(), ID_AGE_S_MAX)
         return self
 
     async def __aexit__(
@@ -346,11 +384,18 @@ class Transaction(BufferedWrites):
 
     # --- inside -----------------------------------------------------------------------------------
 
+    def _until(self) -> float:
+        return min(self._deadline, self._router.monotonic() + self._timeout_s)
+
+    def _end(self) -> None:
+        self._stage = Stage.ENDED
+        self._locks.end()
+
     def _require_open(self) -> None:
         if self._stage is not Stage.OPEN:
             raise TransactionClosed(f"the transaction is {self._stage.value}")
         if self._router.monotonic() - self._begun_at > limits.TXN_AGE_S_MAX:
-            self._stage = Stage.ENDED
+            self._end()
             raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
 
     async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:
@@ -371,20 +416,21 @@ class Transaction(BufferedWrites):
                     asked.append(key)
         else:
             asked = keys
-        if not asked:
-            return values
+        locked = self._locks.found
+        left = [key for key in asked if key not in locked] if locked else asked
         try:
-            found = await self._view.read(asked)
+            found = await self._view.read(left) if left else {}
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
         if buffer.stamps:
             for key in asked:
                 buffer.require_readable(key, point_end(key), self._view.at)
-        for key in asked:
+        for key in left:
             if not self._options.read_only:
                 self._spans.add_key(key)
+        for key in asked:
             point = buffer.points.get(key)
-            below = found[key].value
+            below = locked[key].value if key in locked else found[key].value
             values[key] = below if point is None else value_over(point, below)
         return values
 

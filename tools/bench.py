@@ -23,24 +23,28 @@ from rich.table import Table
 
 import kvstore
 from kvstore.adapters.loop import new_event_loop
-from kvstore.client import Database
+from kvstore.client import Database, Transaction
 from kvstore.errors import Conflict, KVError
 from kvstore.testing.cluster import LocalCluster
 
 KEYS = 100_000
+HOT = b"03/hot"
 WARM_UP_S = 0.5
 
 Call = Callable[[int, int], Awaitable[None]]  # (caller, turn)
 
 
 class Row(NamedTuple):
-    """One line of the table. Latencies in milliseconds; `target` is what the project wants of this row."""
+    """One line of the table. Latencies in milliseconds; `least`: calls of the caller that came to fewest; `target` is what
+    the project wants of this row.
+    """
 
     name: str
     callers: int
     per_second: float
     p50_ms: float
     p99_ms: float
+    least: int
     errors: int
     target: str
 
@@ -53,6 +57,7 @@ def key_of(number: int, ranges: int) -> bytes:
 async def measure(name: str, callers: int, seconds: float, call: Call, target: str) -> Row:
     """`callers` tasks that each wait for one call before the next."""
     latencies: list[float] = []
+    counts = [0] * callers
     errors = 0
     begin_s = time.perf_counter() + WARM_UP_S
     end_s = begin_s + seconds
@@ -71,12 +76,13 @@ async def measure(name: str, callers: int, seconds: float, call: Call, target: s
             now = clock()
             if began >= begin_s and now <= end_s:
                 latencies.append(now - began)
+                counts[number] += 1
 
     await asyncio.gather(*[caller(number) for number in range(callers)])
     latencies.sort()
     count = len(latencies)
     p50, p99 = (latencies[int(count * share)] * 1e3 if count else 0.0 for share in (0.5, 0.99))
-    return Row(name, callers, count / seconds, p50, p99, errors, target)
+    return Row(name, callers, count / seconds, p50, p99, min(counts), errors, target)
 
 
 class Workloads:
@@ -120,6 +126,22 @@ class Workloads:
                 return
             except Conflict:
                 continue
+
+    async def hot(self, _caller: int, _turn: int) -> None:
+        """Read one counter and write it, in a transaction that is tried again: what everybody wants at once."""
+
+        async def body(tx: Transaction) -> None:
+            tx.put(HOT, b"%d" % (int(await tx.get(HOT) or 0) + 1))
+
+        await self._db.run(body)
+
+    async def hot_locked(self, _caller: int, _turn: int) -> None:
+        """The same with a lock on the counter."""
+
+        async def body(tx: Transaction) -> None:
+            tx.put(HOT, b"%d" % (int(await tx.get_for_update(HOT) or 0) + 1))
+
+        await self._db.run(body)
 
     async def load(self) -> None:
         """Every key once, so that gets find something and puts overwrite."""
@@ -165,6 +187,16 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
                 ("ro64", "read-only transaction, 2 ranges", 64, loads.read_only, ""),
                 ("txn1", "transfer, 2 ranges, sequential", 1, loads.transfer, ""),
                 ("txn64", "transfer, 2 ranges", 64, loads.transfer, ">= 2,000/s"),
+                ("hot1", "one counter, read and written", 1, loads.hot, ""),
+                ("hotlock1", "one counter, locked", 1, loads.hot_locked, ""),
+                ("hot64", "one counter, contended", 64, loads.hot, ""),
+                (
+                    "hotlock64",
+                    "one counter, contended, locked",
+                    64,
+                    loads.hot_locked,
+                    ">= hot1 / 2",
+                ),
             ]
             names = [each[0] for each in plan]
             wanted = arguments.rows.split(",") if arguments.rows else names
@@ -181,7 +213,16 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
 
 def show(rows: list[Row], console: Console) -> None:
     table = Table(title="Kvorum, three nodes and a client on this machine")
-    for column in ("workload", "callers", "per second", "p50 ms", "p99 ms", "errors", "target"):
+    for column in (
+        "workload",
+        "callers",
+        "per second",
+        "p50 ms",
+        "p99 ms",
+        "least",
+        "errors",
+        "target",
+    ):
         table.add_column(column, justify="left" if column in ("workload", "target") else "right")
     for row in rows:
         table.add_row(
@@ -190,6 +231,7 @@ def show(rows: list[Row], console: Console) -> None:
             f"{row.per_second:,.0f}",
             f"{row.p50_ms:.2f}",
             f"{row.p99_ms:.2f}",
+            str(row.least),
             str(row.errors),
             row.target,
         )

@@ -111,6 +111,7 @@ class Coordinator:
     """Drives one attempt. Call `start` once, then `on_...` for each answer; send what they return.
 
     Args: parts: the anchor's first. age: begin_ts of the transaction's first attempt (0: this is the first).
+    lock_owner: the id under which it holds locks (empty: it has none).
     `state` tells when it is decided; then `commit_ts`, `refusal` and `results` say more.
     """
 
@@ -121,6 +122,7 @@ class Coordinator:
         "anchor_key",
         "commit_ts",
         "forgotten",
+        "lock_owner",
         "parts",
         "priority",
         "refusal",
@@ -130,7 +132,13 @@ class Coordinator:
     )
 
     def __init__(
-        self, txn_id: bytes, parts: Sequence[Part], *, age: int = 0, priority: int = 0
+        self,
+        txn_id: bytes,
+        parts: Sequence[Part],
+        *,
+        age: int = 0,
+        priority: int = 0,
+        lock_owner: bytes = b"",
     ) -> None:
         assert parts
         self.txn_id = txn_id
@@ -138,6 +146,7 @@ class Coordinator:
         self.anchor_key = parts[0].participant.locus
         self.age = age or begin_ts_of(txn_id)
         self.priority = priority
+        self.lock_owner = lock_owner
         self.state = State.PREPARING
         self.commit_ts = 0
         self.refusal: PrepareReply | None = None  # the first part's refusal, if a part refused
@@ -172,6 +181,7 @@ class Coordinator:
                 one_range=self.one_range,
                 age=self.age,
                 priority=self.priority,
+                lock_owner=self.lock_owner,
             )
             for number, part in enumerate(self.parts)
         ]

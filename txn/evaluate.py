@@ -30,12 +30,16 @@ from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, R
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
 from txn.latches import LatchTable, Pending, Waiter
+from txn.locking import Locking
 from txn.messages import (
     Ack,
     Changes,
     Failure,
     Fence,
     Finalize,
+    KeepLocks,
+    LockRead,
+    LockWaits,
     Outcome,
     PartReply,
     Prepare,
@@ -50,6 +54,7 @@ from txn.messages import (
     Resolve,
     Scan,
     TxnReply,
+    Unlock,
     well_formed,
 )
 from txn.mvcc import find_txn, latest_ts
@@ -88,6 +93,9 @@ class Limits(msgspec.Struct, frozen=True):
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
     sweep_s: float = 10.0  # between two sweeps for garbage
     kept: int = 0  # rows of idempotency keys, in the same units; 0: for ever
+    lock_lease_s: float = 10.0  # of a transaction's locks, unless its client renews it
+    lock_wait_s: float = 0.5  # of a transaction of one range that writes what another has locked
+    locks_max: int = 20_000  # held and waited for
 
 
 class Evaluator:
@@ -125,6 +133,7 @@ class Evaluator:
         self.feed = Feed(self)
         self.collector = Collector(self)
         self.closing = Closing(self)
+        self.locking = Locking(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -137,6 +146,10 @@ class Evaluator:
             Outcome: self.recovery.outcome,
             QuerySettled: self.collector.query_settled,
             Changes: self.feed.ask,
+            LockRead: self.locking.lock_read,
+            KeepLocks: self.locking.keep,
+            Unlock: self.locking.unlock,
+            LockWaits: self.locking.waits,
         }
 
     # -- life
@@ -169,6 +182,7 @@ class Evaluator:
             *self.blocked.values(),
             list(self.untimed),
             self.runnable,
+            self.locking.waiters(),
             *self.recovery.waiters(),
             self.feed.waiters(),
         ):
@@ -187,6 +201,7 @@ class Evaluator:
             [],
         )
         self.blocked, self._timers, self.latches, self.untimed = {}, [], LatchTable(), {}
+        self.locking.stop()
         for loci in self.state.parts.values():
             for part in loci.values():
                 part.forget_volatile()
@@ -217,7 +232,7 @@ class Evaluator:
         request = waiter.request
         kind = type(request)
         if kind is Prepare:
-            self._prepare(request, waiter.origin, now, waiter.since)
+            self.prepare_again(waiter, now)
         elif kind is Read or kind is Scan:
             self.reader.again(waiter, now)
         elif kind is Changes:
@@ -237,7 +252,12 @@ class Evaluator:
     def deadline(self) -> float | None:
         due = self.recovery.deadline()
         first = self._timers[0][0] if self._timers else None
-        for other in (first, self.collector.due, self.feed.deadline()):
+        for other in (
+            first,
+            self.collector.due,
+            self.feed.deadline(),
+            self.locking.deadline(),
+        ):
             if due is None or (other is not None and other < due):
                 due = other
         return due
@@ -251,6 +271,7 @@ class Evaluator:
         self.recovery.tick(now)
         self.collector.tick(now)
         self.feed.tick(now)
+        self.locking.tick(now)
 
     # -- timestamps
 
@@ -321,9 +342,12 @@ class Evaluator:
         """An own entry of this term was applied; `answers` are the commands' in order."""
         self.now = now
         release, reply, counters = self.latches.release, self.out.reply, self.counters
+        locking = self.locking
         for pending, answer in zip(pendings, answers, strict=True):
             if pending.txn_id:
                 release(pending)
+            if locking.table.owners:
+                locking.applied(pending)
             if pending.waiters:
                 self.runnable += pending.waiters
             command = pending.command
@@ -395,6 +419,7 @@ class Evaluator:
             and not request.expects
             and not request.guards
             and latches.is_free(key)
+            and key not in self.locking.table.locks
             and txn_id not in latches.txns
             and key not in state.intents
             and not state.point_guards
@@ -445,6 +470,8 @@ class Evaluator:
         if wrong:
             self.out.reply(origin, Failure(request.id, *wrong), False)
             return
+        if self.locking.in_the_way(request, origin, now, since):
+            return
         blocker = self._latch_blocker(request)
         if blocker is not None:
             self.wait_for(blocker, request, origin, since)
@@ -455,7 +482,7 @@ class Evaluator:
         pending.since = since
         refusal = compute(request, pending, self.rows)
         if refusal is not None:
-            self._refuse(request, origin, refusal)
+            self.refuse(request, origin, refusal)
             return
         if pending.stamps:
             pending.stamp_spans = stamps.spans(pending.stamps, self.issued)
@@ -546,7 +573,7 @@ class Evaluator:
                 newer = guard.start, threshold, b""
             if newer is not None:
                 key, ts, other = newer
-                self._refuse(
+                self.refuse(
                     request,
                     origin,
                     Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts),
@@ -612,7 +639,7 @@ class Evaluator:
             self.at(until, lambda time: self._give_up_waiting(waiter, part, time))
             return
         self.recovery.blocked_by(part)
-        self._refuse(
+        self.refuse(
             request,
             origin,
             Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, part.txn_id, part.row.min_ts),
@@ -628,6 +655,10 @@ class Evaluator:
                 del self.blocked[part.txn_id]
         waiter.done = True
         reached("conflict_wait_over")
+        self.prepare_again(waiter, now)
+
+    def prepare_again(self, waiter: Waiter, now: float) -> None:
+        """A Prepare whose time to wait is over."""
         self._prepare(waiter.request, waiter.origin, now, waiter.since)
 
     def _newer_than(
@@ -645,7 +676,7 @@ class Evaluator:
                 return found[1:], latest_ts(row), row[8:24]
         return None
 
-    def _refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
+    def refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
         """(g) a negative answer is durable before it is given."""
         pending = Pending(request.txn_id, request, origin)
         pending.command = FencePart(

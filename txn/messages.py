@@ -77,6 +77,7 @@ class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     one_range: bool = True
     age: int = 0  # begin_ts of the first attempt: the older waits, the younger is refused
     priority: int = 0
+    lock_owner: bytes = b""  # the id under which its locks are held; b"": it has none
 
 
 class Finalize(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
@@ -204,6 +205,70 @@ class GetDirectory(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=Fals
     id: int
 
 
+class LockRead(msgspec.Struct, array_like=True, frozen=True, tag=40, gc=False):
+    """Lock a key in the leader's memory and read its newest version. Asked again, the place in the queue is kept.
+
+    -> ReadReply of the key once it is held, at a timestamp up to which it does not change any more; LockPending after
+    `wait_s` (at most LOCK_POLL_S) without it, and then to be asked again. Failure `deadlock`: the owner has to give way.
+    """
+
+    id: int
+    range_id: int
+    version: int
+    key: bytes
+    owner: bytes  # the transaction's id under which it locks
+    age: int  # begin_ts of its first attempt
+    shared: bool = False
+    wait_s: float = 0.0  # 0: not queued at all
+
+
+class KeepLocks(msgspec.Struct, array_like=True, frozen=True, tag=41, gc=False):
+    """The owners' clients live: their leases in the range of `key` begin anew. -> LockLeases"""
+
+    id: int
+    range_id: int
+    version: int
+    key: bytes
+    owners: list[bytes]
+
+
+class Unlock(msgspec.Struct, array_like=True, frozen=True, tag=42, gc=False):
+    """The owner has ended, and locks nothing more in the range of `key`; waits_only: it waits no more for `key`. -> Ack"""
+
+    id: int
+    range_id: int
+    version: int
+    key: bytes
+    owner: bytes
+    waits_only: bool = False
+
+
+class LockEdge(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """`waiter` cannot go on before all `blockers` have given way. `number` names the wait within its leader's term."""
+
+    number: int
+    waiter: bytes
+    age: int
+    committing: bool
+    blockers: list[bytes]
+
+
+class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
+    """To the deadlock detector (the leader of the range of `key`): all long waits in one range. -> Victims"""
+
+    id: int
+    range_id: int
+    version: int
+    key: bytes
+    source: int  # the range that reports
+    term: int  # of its leader
+    number: int  # of the report in that term, from 1 on
+    after: int  # the report whose answer had come when this one was made; 0: none
+    edges: list[LockEdge]
+
+
+LOCK_POLL_S = 0.5  # below the silence after which a client asks another replica
+
 Request = (
     Read
     | Scan
@@ -218,6 +283,10 @@ Request = (
     | Changes
     | GetTimestamps
     | GetDirectory
+    | LockRead
+    | KeepLocks
+    | Unlock
+    | LockWaits
 )
 
 
@@ -336,6 +405,33 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, tag=9):
     details: dict[str, Any] = {}
 
 
+class LockPending(msgspec.Struct, array_like=True, frozen=True, tag=40, gc=False):
+    """Not held yet. `holder`: who is in the way."""
+
+    id: int
+    holder: bytes
+
+
+class LockLeases(msgspec.Struct, array_like=True, frozen=True, tag=41, gc=False):
+    id: int
+    lease_s: float  # from now
+    lost: list[bytes]  # owners that hold nothing here (any more)
+
+
+class Victim(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """This wait has to end; `cycle` begins with its owner, each of whom waits for the next."""
+
+    number: int
+    cycle: list[bytes]
+
+
+class Victims(msgspec.Struct, array_like=True, frozen=True, tag=42, gc=False):
+    """Those of the reporting range."""
+
+    id: int
+    victims: list[Victim]
+
+
 Reply = (
     ReadReply
     | ScanReply
@@ -348,6 +444,9 @@ Reply = (
     | Timestamps
     | Directory
     | Failure
+    | LockPending
+    | LockLeases
+    | Victims
 )
 
 

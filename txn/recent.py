@@ -3,7 +3,7 @@
 A watch that keeps up is served from here, and so is one that goes on at another leader; one that has fallen behind is served
 from the stored versions (txn/changes.py). Bounded: the oldest go, and `low` rises.
 
-W3 every version above `low` that was applied here is in it. `low` begins at the largest version that was ever applied to the
+V1 every version above `low` that was applied here is in it. `low` begins at the largest version that was ever applied to the
    range, which the range's row keeps (`newest`).
 """
 

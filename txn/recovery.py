@@ -531,12 +531,12 @@ class Recovery:
     def _rerun(self, waiters: list[Waiter]) -> None:
         self.ev.runnable += waiters
 
-    def looked(self, waiter: Waiter, reply: Reply) -> None:
-        """A reader's question was answered by the participants."""
+    def looked(self, waiter: Waiter, reply: Reply, *, confirm: bool) -> None:
+        """A reader's question was answered by the participants. `confirm`: it rests on the record still being STAGED."""
         self._looking.pop(waiter, None)
         if not waiter.done:
             waiter.done = True
-            self.ev.out.reply(waiter.origin, reply, False)
+            self.ev.out.reply(waiter.origin, reply, confirm)
 
     def look_again(self, waiter: Waiter) -> None:
         """A participant does not remember any more: the record says what became of it."""

@@ -59,8 +59,11 @@ class Visibility:
         elif status in (PartStatus.FENCED, PartStatus.ABORTED):
             self._answer(TxnReply(request_id, TxnStatus.ABORTED))
         else:
-            self._answer(TxnReply(request_id, TxnStatus.INVISIBLE))
+            # ABSENT is a promise of the participant. EXPIRED is none: that it never was prepared there follows from the
+            # record, which a deposed leader takes for STAGED long after it was decided, and its parts forgotten.
+            invisible = TxnReply(request_id, TxnStatus.INVISIBLE)
+            self._answer(invisible, confirm=status == PartStatus.EXPIRED)
 
-    def _answer(self, reply: Reply) -> None:
+    def _answer(self, reply: Reply, *, confirm: bool = False) -> None:
         self.answered = True
-        self.recovery.looked(self.waiter, reply)
+        self.recovery.looked(self.waiter, reply, confirm=confirm)

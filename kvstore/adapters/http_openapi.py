@@ -81,6 +81,11 @@ def document() -> _Json:
             "/v1/admin/status": {"get": _plain("Everything the node knows of itself.")},
             "/v1/admin/ranges": {"get": _plain("The ranges of which the node holds a replica.")},
             "/v1/admin/nodes": {"get": _plain("The nodes that this one knows.")},
+            "/v1/admin/locks": {
+                "get": _plain(
+                    "Locks of transactions in ranges that are led here: holders and waiters."
+                )
+            },
             "/v1/openapi.json": {"get": _plain("This document.")},
             "/health/live": {"get": _health("The process works; restart it if this fails.")},
             "/health/ready": {
@@ -294,9 +299,10 @@ def _operation() -> _Json:
     maybe = {"anyOf": [_BASE64, {"type": "null"}]}
     yes_no, whole = {"type": "boolean"}, {"type": "integer"}
     form = {"enum": ["ascii", "int64"]}
+    lock = {"enum": ["exclusive", "shared", None]}
     return {
         "oneOf": [
-            shape("get", ["key"], key=_BASE64),
+            shape("get", ["key"], key=_BASE64, lock=lock),
             shape("put", ["key", "value"], key=_BASE64, value=_BASE64),
             shape("delete", ["key"], key=_BASE64),
             shape("delete_range", ["start", "end"], start=_BASE64, end=_BASE64),

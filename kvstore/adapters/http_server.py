@@ -77,6 +77,7 @@ class NodeSurface(Protocol):
     @property
     def registry(self) -> CollectorRegistry: ...
     def status(self) -> dict[str, Any]: ...
+    def locks(self) -> dict[str, Any]: ...
     def live(self) -> bool: ...
     def ready(self) -> tuple[bool, str]: ...
     async def initialize(self, request: InitRequest) -> None: ...
@@ -150,6 +151,7 @@ class _Gateway:
             ("GET", "/v1/admin/status", "", self._status),
             ("GET", "/v1/admin/ranges", "", self._ranges),
             ("GET", "/v1/admin/nodes", "", self._nodes),
+            ("GET", "/v1/admin/locks", "", self._locks),
             ("GET", "/v1/openapi.json", "", self._openapi),
             ("GET", "/health/live", "", self._live),
             ("GET", "/health/ready", "", self._ready),
@@ -292,6 +294,9 @@ class _Gateway:
                 "peers": status.get("peers", {}),
             }
         )
+
+    async def _locks(self, _request: web.Request) -> web.Response:
+        return _json(self._node.locks())
 
     # --- health, metrics, pages
 

@@ -147,7 +147,7 @@ class _Surface:
         self._node = node
         self.registry = registry
         self.status, self.live, self.ready = node.status, node.live, node.ready
-        self.initialize = node.initialize
+        self.initialize, self.locks = node.initialize, node.locks
 
     @property
     def database(self) -> Database | None:

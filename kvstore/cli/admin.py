@@ -17,8 +17,7 @@ import typer
 from rich.live import Live
 
 from kvstore import bootstrap
-from kvstore.adapters import http_client
-from kvstore.cli import data, health, views
+from kvstore.cli import data, health, locks, views
 from kvstore.cli.init import initialize
 from kvstore.cli.output import (
     EXIT_ERROR,
@@ -378,16 +377,26 @@ def txn(
 ) -> None:
     """Run statements in one transaction: all of them, or none.
 
-    get KEY | put KEY VALUE | delete KEY | delete_range START END | incr KEY [BY] | min KEY NUMBER | max KEY NUMBER |
-    append KEY VALUE [LIMIT] | clear KEY VALUE (if it has that value) | stamp PREFIX VALUE | scan PREFIX [LIMIT] |
+    get KEY | lock KEY (a get that keeps others from writing it) | put KEY VALUE | delete KEY | delete_range START END |
+    incr KEY [BY] | min KEY NUMBER | max KEY NUMBER | append KEY VALUE [LIMIT] | clear KEY VALUE (if it has that value) |
+    stamp PREFIX VALUE | scan PREFIX [LIMIT] |
     check KEY VALUE | absent KEY. A `check` or `absent` that does not hold stops it, and nothing is written.
+
+    `kvctl txn locks` lists the locks of all transactions: who holds them, who waits.
     """
+
+    def list_locks() -> None:
+        found = locks.collect(context.obj.addresses, context.obj.timeout_s)
+        if context.obj.format is Format.JSON:
+            print_json(found)
+        else:
+            console().print(views.locks(found, Notation.of(use_hex, use_base64)))
 
     def work() -> None:
         text = sys.stdin.read() if script in (None, "-") else script
         data.transact(context.obj.target, text or "", Notation.of(use_hex, use_base64))
 
-    guarded(work)
+    guarded(list_locks if script == "locks" else work)
 
 
 @app.command("export")
@@ -441,24 +450,7 @@ def _span(
 
 def _reports(given: Globals) -> dict[str, Any]:
     """The status of every node that the endpoints know, by address; None for one that does not answer."""
-    deadline = time.monotonic() + given.timeout_s
-    reports: dict[str, Any] = {}
-    todo = given.addresses
-    while todo:
-        left_s = max(0.1, min(STATUS_TIMEOUT_S, deadline - time.monotonic()))
-        answers = http_client.request_all(todo, "GET", "/v1/admin/status", timeout_s=left_s)
-        reports |= {
-            address: answer if isinstance(answer, dict) else None
-            for address, answer in zip(todo, answers, strict=True)
-        }
-        named = [
-            address
-            for report in reports.values()
-            if report
-            for address in health.addresses_of(report)
-        ]
-        todo = [address for address in dict.fromkeys(named) if address not in reports]
-    return reports
+    return locks.reports(given.addresses, given.timeout_s)
 
 
 def _some(reports: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.health import Health, NodeHealth, RangeHealth
-from kvstore.cli.output import table
+from kvstore.cli.locks import Locks
+from kvstore.cli.output import Notation, table
 from kvstore.keytext import escape
 
 KEY_CHARACTERS_MAX: Final = 40
@@ -56,6 +57,25 @@ def ranges(rows: Sequence[RangeHealth]) -> Table:
         for each in rows
     )
     return table(("range", "start", "end", "leader", "term", "nodes", "state"), cells)
+
+
+def locks(found: Locks, notation: Notation) -> Group:
+    """One line for each holder and waiter, the waiters in their order."""
+    rows = []
+    for lock in found.locks:
+        key = notation.write(lock.key)
+        for holder in lock.holders:
+            how = "exclusive" if holder.exclusive else "shared"
+            rows.append((key, "holds", how, holder.transaction, f"lease {holder.lease_s:.1f} s"))
+        for waiter in lock.waiters:
+            how = "commits" if waiter.committing else "exclusive" if waiter.exclusive else "shared"
+            rows.append((key, "waits", how, waiter.transaction, f"for {waiter.waits_s:.1f} s"))
+    notes = [Text(f"no answer from {address}", style="red") for address in found.silent]
+    if found.more:
+        notes.append(Text("there are more locks than are shown", style="yellow"))
+    if not rows:
+        return Group(Text("no locks"), *notes)
+    return Group(table(("key", "", "how", "transaction", "time"), rows), *notes)
 
 
 def key_text(key: bytes) -> str:

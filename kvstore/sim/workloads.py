@@ -36,6 +36,7 @@ WEIGHTS: Final[Mapping[str, int]] = {  # how often a seed has one
     "exactly-once": 2,
     "queue": 2,
     "watches": 2,
+    "locked": 2,
     "sessions": 1,
     "long-fork": 1,
     "causal-reverse": 1,

@@ -18,6 +18,10 @@ PROBED_SEEDS = 40
 
 RARE = [  # paths that a run must take now and then; see Checker.told
     "Fence: COMMITTED",
+    "LockRead: LockPending",
+    "LockRead: ReadReply",
+    "LockRead: deadlock",
+    "LockRead: transaction_closed",
     "Fence: FENCED",
     "Fence: PREPARED",
     "Outcome: COMMITTED",
@@ -32,6 +36,7 @@ RARE = [  # paths that a run must take now and then; see Checker.told
     "QueryTxn READ: INVISIBLE",
     "Raft refused a proposal",
     "a client crashed",
+    "a deadlock was there",
     "a client learned its outcome by asking",
     "a deposed leader's answer was not confirmed",
     "applied AbortUnstaged",

@@ -21,6 +21,7 @@ from txn.messages import (
     Failure,
     Fence,
     Finalize,
+    LockRead,
     Outcome,
     PartReply,
     Prepare,
@@ -37,6 +38,7 @@ from txn.messages import (
     ScanReply,
     Settled,
     TxnReply,
+    Unlock,
 )
 from txn.mvcc import decode_latest, read_at
 from txn.state import DecidedRow, PreparedRow, TerminalRow
@@ -355,8 +357,9 @@ class Checker:
         elif isinstance(reply, Settled):
             self._told_settled(group, reply)
         elif isinstance(reply, ReadReply):
-            assert isinstance(request, Read)
-            for key, version, value in zip(request.keys, reply.versions, reply.values, strict=True):
+            assert isinstance(request, (Read, LockRead))
+            keys = request.keys if isinstance(request, Read) else [request.key]
+            for key, version, value in zip(keys, reply.versions, reply.values, strict=True):
                 self._read_points[key] = max(self._read_points.get(key, 0), reply.at)
                 self._compare({key: (version, value)}, self.rows_at(key, point_end(key), reply.at))
         elif isinstance(reply, ScanReply):
@@ -366,8 +369,8 @@ class Checker:
             assert isinstance(request, Changes)
             self._told_changes(group, request, reply)
         elif isinstance(reply, Ack):
-            assert isinstance(request, Resolve)
-            if not self._over((request.txn_id, request.locus)):
+            assert isinstance(request, (Resolve, Unlock))
+            if isinstance(request, Resolve) and not self._over((request.txn_id, request.locus)):
                 raise Violation("I19: a Resolve was acknowledged, but not applied")
 
     def _count(self, request: Request, reply: Reply) -> None:
@@ -384,6 +387,8 @@ class Checker:
             self.world.probe(f"{name}: {TxnStatus(reply.status).name}")
         elif isinstance(reply, Failure):
             self.world.probe(f"{name}: {reply.code}")
+        elif isinstance(request, LockRead):
+            self.world.probe(f"{name}: {type(reply).__name__}")
         else:
             self.world.probe(f"{name}: answered")
 

@@ -7,11 +7,12 @@ a script that was written from the protocol alone: a second opinion.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tests.stateful.txn_history import Attempt, Peek, Snapshot, SpanRead
+from tests.stateful.txn_lockers import Call, Wait, locking, unlocking
 from tests.stateful.txn_ranges import VERSION, Group, Violation
 from txn.coordinator import Coordinator, Part, State
 from txn.messages import (
@@ -50,20 +51,6 @@ if TYPE_CHECKING:
 ATTEMPTS_MAX = 5
 REFUSED = (PartStatus.FENCED, PartStatus.ABORTED)
 FINAL = (TxnStatus.COMMITTED, TxnStatus.ABORTED)
-
-
-class Call(NamedTuple):
-    key: bytes
-    request: Request
-    tries: int
-
-
-class Wait(NamedTuple):
-    """For all answers, or for the first that decides. Without calls: for a while, or for the oracle's last timestamp."""
-
-    calls: list[Call]
-    first_decides: bool = False
-    pause_s: float = 0.0
 
 
 Script = Generator[Wait, Any, None]
@@ -164,6 +151,9 @@ class Client:
             if not isinstance(reply, Failure):
                 then(reply)
                 return
+            if reply.code in ("deadlock", "transaction_closed"):
+                then(reply)
+                return
             if reply.code == "invalid_argument":
                 raise Violation(f"{call.request} was refused: {reply.message}")
             tries -= 1
@@ -202,7 +192,13 @@ class Client:
             age = age or begin_ts_of(txn_id)
             expects = [] if plain else self._plan_expects(reads)
             attempt = Attempt(txn_id, begun, read_ts, reads, guarded, writes, expects)
+            if world.lock_rng.random() < world.profile.p_lock:
+                locked = yield from locking(self, attempt, age)
+                if not locked:
+                    continue
             reason = yield from self._commit(attempt, age)
+            if attempt.lock_owner and attempt.acked <= 0:
+                yield from unlocking(self, attempt)
             if attempt.acked != 0 or reason not in (FenceReason.CONFLICT, FenceReason.RECOVERY):
                 return
             world.probe("a client tried again under a new id")
@@ -378,6 +374,8 @@ class Client:
             share(write.key).writes.append(write)
         for expect in attempt.expects:
             share(expect.key).expects.append(expect)
+        for span, at in attempt.locked:
+            share(span.start).guards.append(Guard(span.start, span.end, at))
         if attempt.guarded:
             for span in attempt.reads:
                 group: Group = self.world.group_of(span.start)
@@ -394,7 +392,7 @@ class Client:
         ]
         self.world.history.attempts.append(attempt)
         self.world.anchors[attempt.txn_id] = parts[0].participant.locus
-        coordinator = Coordinator(attempt.txn_id, parts, age=age)
+        coordinator = Coordinator(attempt.txn_id, parts, age=age, lock_owner=attempt.lock_owner)
         calls = [
             Call(
                 prepare.locus,

@@ -24,6 +24,7 @@ import msgspec
 from tests.stateful.txn_checks import Checker
 from tests.stateful.txn_clients import Client
 from tests.stateful.txn_history import History
+from tests.stateful.txn_lockers import LockChecks
 from tests.stateful.txn_plants import PLANTS, planted
 from tests.stateful.txn_ranges import Group, Origin, Replica, Violation
 from tests.stateful.txn_watchers import Watcher
@@ -64,6 +65,12 @@ class Profile(msgspec.Struct):
     recent_rows: int
     search_rows: int  # in one slice
     backlog_rows: int
+    p_lock: float = 0.0  # of an attempt that takes locks
+
+    @property
+    def calm(self) -> bool:
+        """Nothing delays a message between leaders, or takes one away."""
+        return not (self.p_drop or self.p_slow or self.p_refused or self.leader_gap_s)
 
 
 def draw_profile(rng: random.Random) -> Profile:
@@ -103,6 +110,18 @@ class World:
     ) -> None:
         self.rng = random.Random(seed)
         self.profile = draw_profile(self.rng)
+        # Of locks alone: a seed without them is the same run as before there were any.
+        self.lock_rng = random.Random(f"locks/{seed}")
+        self.profile.p_lock = self.lock_rng.choice([0.0, 0.3, 0.9])
+        self.profile.limits = msgspec.structs.replace(
+            self.profile.limits, lock_lease_s=self.lock_rng.choice([0.3, 1.0])
+        )
+        if (
+            self.profile.p_lock and self.lock_rng.random() < 0.3
+        ):  # deadlocks are timed where nothing is late
+            self.profile.p_drop = self.profile.p_slow = self.profile.p_refused = 0.0
+            self.profile.leader_gap_s = 0.0
+        self.locks = LockChecks(self)
         self.switches = switches
         self.now = 0.0
         self.quiet = False
@@ -166,6 +185,7 @@ class World:
         self.after(QUIET_AT_S, self._fall_quiet)
         self._change_leaders()
         self._meddle()
+        self.locks.watch()
         count = 0
         while self._events:
             when, _, call = heapq.heappop(self._events)

@@ -37,6 +37,8 @@ class Attempt(msgspec.Struct):
     guarded: bool  # the reads are validated when it commits
     writes: list[Write]
     expects: list[Expect]
+    lock_owner: bytes = b""
+    locked: list[tuple[SpanRead, int]] = []  # what it read under locks, and at which timestamp
     results: list[bytes] | None = None  # of its increments, if it was told
     acked: int = -1  # commit_ts; 0: aborted; -1: not told
     acked_at: int = -1
@@ -97,11 +99,11 @@ class History:
         live: Live = {}
         chains: dict[bytes, list[tuple[int, bytes | None]]] = {}
         for ts, attempt in order:
-            if attempt.guarded:
-                for span in attempt.reads:
-                    now = {k: v for k, v in live.items() if span.start <= k < span.end}
-                    if now != span.rows:
-                        raise Violation(f"I23: {attempt} at {ts} read {span.rows}, there is {now}")
+            spans = [span for span, _ in attempt.locked]
+            for span in (*spans, *(attempt.reads if attempt.guarded else ())):
+                now = {k: v for k, v in live.items() if span.start <= k < span.end}
+                if now != span.rows:
+                    raise Violation(f"I23: {attempt} at {ts} read {span.rows}, there is {now}")
             for expect in attempt.expects:
                 if not _holds(expect, live):
                     raise Violation(f"I23: {attempt} at {ts}: {expect} does not hold")

@@ -13,8 +13,16 @@ from unittest.mock import patch
 
 from msgspec import structs
 
-from txn import apply, closed, decided, evaluate, keycode, recovery, stamps, values, visibility
-from txn.changes import Feed, Poll, Search
+from tests.stateful.txn_plants_features import FEATURES, Patches
+from txn import (
+    apply,
+    decided,
+    evaluate,
+    keycode,
+    recovery,
+    values,
+    visibility,
+)
 from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
@@ -23,12 +31,9 @@ from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.ports import Rows
 from txn.reads import Reader
-from txn.recent import Recent
 from txn.recovery import Recovery
 from txn.state import ABSENT, Answer, Outbox, Part, RangeState, Staged, TerminalRow, encode_row
-from txn.types import TIMESTAMP_MAX, Guard, PartStatus, TxnStatus
-
-Patches = list[tuple[Any, str, Any]]
+from txn.types import Guard, PartStatus, TxnStatus
 
 
 def _guards_not_held() -> Patches:
@@ -83,7 +88,7 @@ def _volatile_refusal() -> Patches:
     def refuse(self: Evaluator, request: Prepare, origin: Any, refusal: Answer) -> None:
         self.out.reply(origin, prepare_reply(request.id, refusal, None), False)
 
-    return [(Evaluator, "_refuse", refuse)]
+    return [(Evaluator, "refuse", refuse)]
 
 
 def _volatile_fence() -> Patches:
@@ -287,187 +292,6 @@ def _decided_forgotten_below_the_floor() -> Patches:
     return [(RecentlyDecided, "add", add)]
 
 
-def _stamp_is_the_parts() -> Patches:
-    """A stamp is the timestamp of its part, and not that of the commit."""
-    command_of = Evaluator._command
-
-    def command(self: Evaluator, pending: Pending, ts: int) -> Any:
-        made = command_of(self, pending, ts)
-        if isinstance(made, PreparePart):
-            rows = stamps.filled(made.keys, made.values, made.stamps, ts)
-            keys, stored = list(rows), list(rows.values())
-            return structs.replace(made, keys=keys, values=stored, stamps=[])
-        return made
-
-    return [(Evaluator, "_command", command)]
-
-
-def _stamped_intents_unseen() -> Patches:
-    """Nobody meets the intent of a stamped key."""
-    return [(RangeState, "stamped_in", lambda *_: iter(()))]
-
-
-def _stamped_keys_not_latched() -> Patches:
-    """Nobody waits for a stamped key whose entry is in flight."""
-    acquire = LatchTable.acquire
-
-    def without(self: LatchTable, pending: Pending) -> None:
-        pending.stamp_spans = []
-        acquire(self, pending)
-
-    return [(LatchTable, "acquire", without)]
-
-
-def _stamped_keys_pass_guards() -> Patches:
-    """A stamped key does not wait for whoever guards where it may come to stand."""
-    return [(LatchTable, "blocker_of_stamp", lambda *_: None)]
-
-
-def _closed_against(promised_of: Callable[[Evaluator], int]) -> Patches:
-    give = Evaluator.give_timestamps
-
-    def gave(self: Evaluator, *arguments: Any) -> None:
-        promised, self.closing.promised = self.closing.promised, promised_of(self)
-        give(self, *arguments)
-        self.closing.promised = promised
-
-    return [(Evaluator, "give_timestamps", gave)]
-
-
-def _closed_checked_against_applied() -> Patches:
-    """A timestamp is compared with what is closed in applied entries, not with what was promised in others, and in messages."""
-    return _closed_against(lambda evaluator: evaluator.state.row.closed_ts)
-
-
-def _closed_passed_by_fetch() -> Patches:
-    """A timestamp is not compared with what was closed while it was asked for."""
-    return _closed_against(lambda _: 0)
-
-
-def _closed_above_in_flight() -> Patches:
-    """What has its timestamp, and is not applied, does not hold back what is closed."""
-    return [(closed.Closing, "_lowest_in_flight", lambda _: TIMESTAMP_MAX)]
-
-
-def _safe_above_undecided() -> Patches:
-    """Replicas read at what is closed, whatever is undecided."""
-    return [(closed, "safe_ts", lambda _state, closed_ts: closed_ts)]
-
-
-def _heard_before_applied() -> Patches:
-    """A replica takes what its leader closed for its own, without having applied as much."""
-    return [(closed.Heard, "closed", lambda self, row: max(row.closed_ts, self._next_closed))]
-
-
-def _watch_passes_intents() -> Patches:
-    """A poll does not ask about undecided writes."""
-    look = Feed._look
-
-    def hasty(self: Feed, poll: Poll, now: float) -> None:
-        state = self._ev.state
-        intents, state.intents = state.intents, {}
-        try:
-            look(self, poll, now)
-        finally:
-            state.intents = intents
-
-    return [(Feed, "_look", hasty)]
-
-
-def _watch_passes_latches() -> Patches:
-    """A poll does not wait for writers that were there before."""
-    look = Feed._look
-
-    def hasty(self: Feed, poll: Poll, now: float) -> None:
-        poll.sequence = -1
-        look(self, poll, now)
-
-    return [(Feed, "_look", hasty)]
-
-
-def _watch_unconfirmed() -> Patches:
-    """A deposed leader's pages are believed."""
-    tell = Feed._tell
-
-    def at_once(self: Feed, poll: Poll, reply: Any, *, confirm: bool = False) -> None:
-        tell(self, poll, reply)
-
-    return [(Feed, "_tell", at_once)]
-
-
-def _page_cut_inside_a_version() -> Patches:
-    """A page ends where it is full."""
-    page = Feed._page
-
-    def cut(self: Feed, poll: Poll, upto: int, items: Iterator[Any]) -> None:
-        rows = list(items)
-        rows_max = poll.request.rows_max
-        if len(rows) > rows_max:
-            upto = rows[rows_max - 1][0]
-        page(self, poll, upto, iter(rows[:rows_max]))
-
-    return [(Feed, "_page", cut)]
-
-
-def _recent_forgets() -> Patches:
-    """What went from Recent is taken for never written."""
-    trim = Recent._trim
-
-    def quietly(self: Recent) -> None:
-        low = self.low
-        trim(self)
-        self.low = low
-
-    return [(Recent, "_trim", quietly)]
-
-
-def _recent_begins_at_nothing() -> Patches:
-    """A replica that has loaded its rows believes that there were none."""
-    begin = Recent.begin
-    return [(Recent, "begin", lambda self, _newest: begin(self, 0))]
-
-
-def _waiting_poll_misses_a_late_commit() -> Patches:
-    """A poll that has waited trusts Recent, although it was trimmed above what was written meanwhile."""
-
-    def trusting(self: Feed, poll: Poll) -> bool:
-        return poll.listens or self._ev.state.recent.low <= poll.request.since
-
-    return [(Feed, "_reaches_back", trusting)]
-
-
-def _search_of_latest_alone() -> Patches:
-    """A search does not look at versions that were overwritten."""
-    return [(Search, "_older", lambda *_: iter(()))]
-
-
-def _full_backlog_speaks_of_all() -> Patches:
-    """A search that found too much leaves the newest out, and says that it has all."""
-    add = Search._add
-
-    def silent(self: Search, version: int, key: bytes) -> None:
-        upto = self.upto
-        add(self, version, key)
-        self.upto = upto
-
-    return [(Search, "_add", silent)]
-
-
-def _watch_from_what_was_collected() -> Patches:
-    """A poll from below gc_threshold is answered with what is left."""
-    refusal = Feed._refusal
-
-    def blind(self: Feed, poll: Poll) -> Any:
-        row = self._ev.state.row
-        threshold, row.gc_threshold = row.gc_threshold, 0
-        try:
-            return refusal(self, poll)
-        finally:
-            row.gc_threshold = threshold
-
-    return [(Feed, "_refusal", blind)]
-
-
 def _switch() -> Patches:
     """The harness does it."""
     return []
@@ -482,7 +306,7 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "guards_not_held": (_guards_not_held, 120),
     "guards_not_validated": (_guards_not_validated, 30),
     "guards_until_prepared": (_guards_until_prepared, 60),
-    "conditions_not_held": (_conditions_not_held, 120),
+    "conditions_not_held": (_conditions_not_held, 240),
     "reads_pass_latches": (_reads_pass_latches, 15),
     "reads_pass_intents": (_reads_pass_intents, 10),
     "volatile_refusal": (_volatile_refusal, 10),
@@ -503,26 +327,8 @@ PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "record_collected_early": (_record_collected_early, 200),
     "decided_not_remembered": (_decided_not_remembered, 10),
     "decided_forgotten_below_the_floor": (_decided_forgotten_below_the_floor, 10),
-    "stamp_is_the_parts": (_stamp_is_the_parts, 10),
-    "stamped_intents_unseen": (_stamped_intents_unseen, 60),
-    "stamped_keys_not_latched": (_stamped_keys_not_latched, 40),
-    "stamped_keys_pass_guards": (_stamped_keys_pass_guards, 120),
     "deposed_leader_closes": (_switch, 150),
-    "closed_checked_against_applied": (_closed_checked_against_applied, 15),
-    "closed_passed_by_fetch": (_closed_passed_by_fetch, 15),
-    "closed_above_in_flight": (_closed_above_in_flight, 15),
-    "safe_above_undecided": (_safe_above_undecided, 10),
-    "heard_before_applied": (_heard_before_applied, 100),
-    "watch_passes_intents": (_watch_passes_intents, 10),
-    "watch_passes_latches": (_watch_passes_latches, 10),
-    "watch_unconfirmed": (_watch_unconfirmed, 120),
-    "page_cut_inside_a_version": (_page_cut_inside_a_version, 10),
-    "recent_forgets": (_recent_forgets, 40),
-    "recent_begins_at_nothing": (_recent_begins_at_nothing, 10),
-    "waiting_poll_misses_a_late_commit": (_waiting_poll_misses_a_late_commit, 40),
-    "search_of_latest_alone": (_search_of_latest_alone, 10),
-    "full_backlog_speaks_of_all": (_full_backlog_speaks_of_all, 120),
-    "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
+    **FEATURES,
 }
 
 SWITCHES: Final[dict[str, str]] = {

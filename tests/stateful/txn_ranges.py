@@ -163,6 +163,7 @@ class Replica:
         self._stands_at(len(self.group.log))
         for entry, told in zip(entries, answers, strict=True):
             evaluator.applied(entry.pendings, told, self.world.now)
+            self.world.locks.applied(evaluator, entry.pendings)
         self.turn()
 
     def restart(self) -> None:
@@ -242,6 +243,7 @@ class Replica:
     def step(self, request: Request, origin: Origin) -> None:
         assert self.evaluator is not None
         self.open[origin] = None
+        self.world.locks.asked(self.evaluator, request)
         self.evaluator.step(request, origin, self.world.now)
         self.turn()
 
@@ -263,6 +265,7 @@ class Replica:
             replies, output.replies = output.replies, []
             for origin, reply, confirm in replies:
                 self.open.pop(origin)
+                world.locks.answered(evaluator, origin.request, reply)
                 if confirm:
                     self._confirm(origin, reply)
                 else:
@@ -271,6 +274,8 @@ class Replica:
                 self._ask_oracle(evaluator)
             if not (output.calls or output.replies or evaluator.proposals):
                 break
+        if self.evaluator is not None:
+            self.evaluator.locking.table.check()
         self._set_timers()
 
     def _set_timers(self) -> None:
@@ -527,6 +532,8 @@ class Group:
             )
         if evaluator.latches.held():
             found.append(f"latched: {sorted(evaluator.latches.txns)}")
+        if evaluator.locking.table.owners:
+            found.append(f"locks: {sorted(evaluator.locking.table.owners)}")
         if evaluator.blocked or evaluator.await_fresh or evaluator.await_read or evaluator.runnable:
             found.append("somebody waits")
         return f"range {self.number}: " + "; ".join(found) if found else ""

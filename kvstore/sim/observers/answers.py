@@ -23,6 +23,7 @@ from txn.messages import (
     Changes,
     Fence,
     Finalize,
+    LockRead,
     Outcome,
     PartReply,
     Prepare,
@@ -64,6 +65,7 @@ class Answers:
             (Read, ReadReply): self._read,
             (Scan, ScanReply): self._scanned,
             (Changes, Changed): self._changed,
+            (LockRead, ReadReply): self._locked,
         }
 
     def told(self, node: str, group: int, end: bytes, request: Request, reply: Reply) -> None:
@@ -152,8 +154,15 @@ class Answers:
     # -- reads
 
     def _read(self, request: Read, reply: ReadReply, _end: bytes) -> None:
+        self._values(request.keys, reply)
+
+    def _locked(self, request: LockRead, reply: ReadReply, _end: bytes) -> None:
+        """The newest version at a timestamp that the leader chose: a read like any other."""
+        self._values([request.key], reply)
+
+    def _values(self, keys: list[bytes], reply: ReadReply) -> None:
         served, at = self._ghost.served, reply.at
-        for key, version, value in zip(request.keys, reply.versions, reply.values, strict=False):
+        for key, version, value in zip(keys, reply.versions, reply.values, strict=False):
             served.key(key, at)
             expected = self._newest(key, at)
             if expected != (version, value):

@@ -17,6 +17,7 @@ from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.observers.answers import Answers
 from kvstore.sim.observers.consensus import Consensus, NodeDisk
 from kvstore.sim.observers.contents import Contents, EntryRows
+from kvstore.sim.observers.locks import Locks
 from kvstore.sim.observers.oracle import Timestamps
 from kvstore.sim.observers.report import Report
 from kvstore.sim.observers.transactions import Kept, Place, Transactions
@@ -45,6 +46,7 @@ class Observers:
         self.oracle = Timestamps(self.report)
         self.transactions = Transactions(self.report, self.oracle)
         self.answers = Answers(self.report, self.transactions, lambda: self.oracle.handed_out)
+        self.locks = Locks(self.report)
         self.calm_since: float | None = None
         self.undecided_s = 0.0  # the longest that was seen since
         self._effects: dict[tuple[int, int], tuple[EntryRows, int, Kept]] = {}
@@ -100,8 +102,9 @@ class Observers:
             self.look()
 
     def look(self) -> None:
-        """Memory against rows (I17), ranges against each other (I16), what is undecided against the time (I22)."""
+        """Memory against rows (I17), ranges against each other (I16), locks (I21), what is undecided against the time (I22)."""
         rows = []
+        tables = []
         for server in self.cluster.running():
             node = server.node
             if node is None or node.store is None:
@@ -111,9 +114,14 @@ class Observers:
             for replica in node.store.replicas.values():
                 state = replica.state
                 rows.append(state.row)
+                if replica.evaluator is not None:
+                    tables.append(
+                        (server.name, state.row.range_id, replica.evaluator.locking.table)
+                    )
                 if not state.row.installing:
                     self.contents.compare_memory(server.name, state, server.machine.directory.rows)
         self.contents.compare_ranges(rows)
+        self.locks.look(tables, self._time(), self.calm_since is not None)
         if self.calm_since is not None:
             timers = self.cluster.config.txn
             bound_s = timers.orphan_timer_s + timers.anchor_timer_s + DECIDED_WITHIN_S

@@ -19,6 +19,7 @@ from kvstore.testing.workloads.base import Counts, Workload, places_of
 from kvstore.testing.workloads.causal_reverse import CausalReverse
 from kvstore.testing.workloads.counter import Counter
 from kvstore.testing.workloads.exactly_once import ExactlyOnce
+from kvstore.testing.workloads.locked import Locked
 from kvstore.testing.workloads.long_fork import LongFork
 from kvstore.testing.workloads.micro import ListAppend, RwRegister
 from kvstore.testing.workloads.mixed import Mixed
@@ -52,5 +53,6 @@ WORKLOADS: Final[Mapping[str, type[Workload]]] = {
         Queue,
         Sessions,
         Watching,
+        Locked,
     )
 }

@@ -131,7 +131,7 @@ def _after_a_read() -> Patches:
 
 def _after_a_failed_condition() -> Patches:
     """Who overwrites a key whose version was shown by a failed condition uses a timestamp from before."""
-    refuse = Evaluator._refuse
+    refuse = Evaluator.refuse
 
     def noting(self: Any, request: Any, origin: Any, refusal: Any) -> None:
         if refusal.reason == FenceReason.COMPARE_FAILED:
@@ -140,7 +140,7 @@ def _after_a_failed_condition() -> Patches:
 
     return stocked(
         lambda evaluator, pending: any(k in _remembered(evaluator, "shown") for k in pending.keys),
-        (Evaluator, "_refuse", noting),
+        (Evaluator, "refuse", noting),
     )
 
 

@@ -202,6 +202,7 @@ class DumbTransaction(DumbSnapshot):
         self.wishes: list[Wish] = []
         self.commit_version: int | None = None
         self._points: dict[bytes, None] = {}
+        self._locked: dict[bytes, int] = {}  # -> the version that was read under the lock
         self._spans: list[tuple[bytes, bytes]] = []
         self._ended = False
         self._token = f"{store.rng.getrandbits(64):x}"
@@ -223,6 +224,24 @@ class DumbTransaction(DumbSnapshot):
 
     async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
         return {key: value for key in keys if (value := await self.get(key)) is not None}
+
+    async def get_for_update(
+        self,
+        key: bytes,
+        *,
+        shared: bool = False,
+        timeout: float | None = None,
+    ) -> bytes | None:
+        """The newest value; what comes in between is a conflict, as if the lock had been lost."""
+        await self.store.wait()
+        value, version = self.store.at(key, self.store.version)
+        if self._locked.setdefault(key, version) != version:
+            raise Conflict
+        return self.overlay(key, value)
+
+    async def get_many_for_update(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        found = {key: await self.get_for_update(key) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
 
     def overlay(self, key: bytes, value: bytes | None) -> bytes | None:
         for wish in self.wishes:
@@ -298,6 +317,8 @@ class DumbTransaction(DumbSnapshot):
         for key, versions in store.rows.items():
             if store.fault == "write skew" and not store.calm and key not in written:
                 continue
+            if versions[-1][0] != self._locked.get(key, versions[-1][0]):
+                return True
             guarded = key in points or any(low <= key < high for low, high in spans)
             if guarded and versions[-1][0] > seen:
                 return True

@@ -29,6 +29,7 @@ class FakeDatabase:
         self.idempotency_keys: list[str | None] = []
         self.timeouts: list[float | None] = []
         self.bounds: list[float | None] = []  # of staleness
+        self.locked: list[tuple[bytes, bool]] = []
         self.connected: list[tuple[str, float]] = []
 
     async def __aenter__(self):
@@ -137,6 +138,10 @@ class FakeTransaction:
     async def get(self, key):
         return {**self._database.plain(), **self._writes}.get(key)
 
+    async def get_for_update(self, key, *, shared=False):
+        self._database.locked.append((key, shared))
+        return await self.get(key)
+
     def scan(self, start=b"", end=None, prefix=None, limit=None, reverse=False, keys_only=False):
         merged = {**self._database.plain(), **self._writes}
         rows = {key: value for key, value in sorted(merged.items()) if value is not None}
@@ -170,6 +175,9 @@ class FakeNode:
         self.is_ready = database is not None
         self.metrics = NodeMetrics(self.status, "0.1.0")
         self.registry = self.metrics.registry
+
+    def locks(self) -> dict[str, Any]:
+        return {"node": self.node_id, "more": False, "locks": []}
 
     def status(self) -> dict[str, Any]:
         state = "ready" if self.is_ready else "waiting"

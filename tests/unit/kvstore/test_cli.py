@@ -98,9 +98,12 @@ def test_a_malformed_notation_is_refused(notation, text):
 
 
 def test_a_script_is_statements_between_semicolons_and_lines():
-    script = "get a; put b 1 ;; delete c # no more\nincr n 5; scan p; absent x; check y 'a b;c'"
+    script = (
+        "get a; lock a; put b 1 ;; delete c # no more\nincr n 5; scan p; absent x; check y 'a b;c'"
+    )
     assert parse_script(script, unescape) == [
         Get(b"a"),
+        Get(b"a", "exclusive"),
         Put(b"b", b"1"),
         Delete(b"c"),
         Increment(b"n", 5),

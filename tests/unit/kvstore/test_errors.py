@@ -25,6 +25,7 @@ from kvstore.errors import (
     InvalidArgument,
     KeyTooLarge,
     KVError,
+    LockTimeout,
     NoQuorum,
     NotLeader,
     StorageError,
@@ -36,6 +37,7 @@ from kvstore.errors import (
 
 FILLED: dict[type[KVError], dict[str, Any]] = {
     Conflict: {"key": b"\x00k\xff", "other_txn": b"t" * 16, "their_version": 2**60},
+    LockTimeout: {"key": b"k", "holder": b"a" * 16},
     Deadlock: {"cycle": (b"a" * 16, b"b" * 16)},
     CompareFailed: {"version": 2**60},
     Compacted: {"oldest": 2**60},

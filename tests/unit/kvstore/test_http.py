@@ -565,6 +565,8 @@ async def test_status_ranges_and_nodes_tell_what_the_node_knows(http):
     assert (await (await http.get("/v1/admin/status")).json())["state"] == "ready"
     ranges = await (await http.get("/v1/admin/ranges")).json()
     assert [each["id"] for each in ranges["ranges"]] == [2]
+    locks = await (await http.get("/v1/admin/locks")).json()
+    assert locks == {"node": 1, "more": False, "locks": []}
     nodes = await (await http.get("/v1/admin/nodes")).json()
     assert nodes["nodes"] == [{"node_id": 1, "address": "127.0.0.1:7400"}]
 

@@ -4,6 +4,7 @@ means no, and whatever order answers come in, one history has one outcome."""
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def part(key: bytes) -> Part:
     return Part(Participant(key, key, point_end(key)), [write], [], [Guard(key, key + b"\xff", 3)])
 
 
-def coordinator(parts: int, **options: int) -> Coordinator:
+def coordinator(parts: int, **options: Any) -> Coordinator:
     return Coordinator(TXN, [part(b"k%d" % number) for number in range(parts)], **options)
 
 

@@ -265,6 +265,16 @@ def looked() -> tuple[Range, Asked]:
     return place, asked
 
 
+@pytest.mark.parametrize(
+    ("status", "confirm"), [(PartStatus.ABSENT, False), (PartStatus.EXPIRED, True)]
+)
+def test_invisible_because_a_participant_forgot_is_confirmed(status, confirm):
+    """A deposed leader has it STAGED long after it was decided and its parts were collected (harness, seed 1104)."""
+    place, asked = looked()
+    place.answer(PartReply(0, status), 1)
+    assert (asked.reply.status, asked.confirm) == (TxnStatus.INVISIBLE, confirm)
+
+
 def test_a_reader_is_told_committed_once_all_parts_are_prepared():
     place, asked = looked()
     for ts in (101, 140, 120):

@@ -1,0 +1,162 @@
+"""Claims of the deadlock detector (txn/deadlocks.py): a cycle is found within its bound whatever ranges it goes through, only
+one that existed at one instant is, and its victim is the youngest that is not committing."""
+
+from __future__ import annotations
+
+import random
+
+from txn.deadlocks import CYCLE_S, DETECTOR_KEY, REPORT_S, STALE_S, Detector, _cycle_in
+from txn.messages import LockEdge, LockWaits
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def edge(number: int, waiter: int, *blockers: int, age: int = 0, committing: bool = False):
+    return LockEdge(
+        number, name(waiter), age or waiter, committing, [name(each) for each in blockers]
+    )
+
+
+class Source:
+    """A range that reports its waits, one report at a time."""
+
+    def __init__(self, detector: Detector, range_id: int, term: int = 1) -> None:
+        self.detector, self.range_id, self.term = detector, range_id, term
+        self.number = 0
+        self.edges: list[LockEdge] = []
+
+    def report(self, now: float, *, after: int | None = None) -> dict[int, list[bytes]]:
+        before, self.number = self.number, self.number + 1
+        after = before if after is None else after
+        waits = LockWaits(
+            0, 0, 0, DETECTOR_KEY, self.range_id, self.term, self.number, after, self.edges
+        )
+        return {each.number: each.cycle for each in self.detector.report(waits, now)}
+
+
+def test_a_cycle_within_one_range_is_told_to_the_youngest():
+    source = Source(Detector(), 1)
+    source.edges = [edge(1, 10, 11), edge(2, 11, 10)]
+    assert source.report(0.0) == {}
+    assert source.report(REPORT_S) == {2: [name(11), name(10)]}
+
+
+def test_a_cycle_through_three_ranges_is_found_within_its_bound():
+    detector = Detector()
+    sources = [Source(detector, number) for number in (1, 2, 3)]
+    for number, source in enumerate(sources):
+        source.edges = [edge(7, 10 + number, 10 + (number + 1) % 3)]
+    told: dict[tuple[int, int], list[bytes]] = {}
+    now = 0.0
+    while not told:
+        for place, source in enumerate(sources):
+            told |= {(place, number): cycle for number, cycle in source.report(now).items()}
+            now += REPORT_S / 3
+    assert told == {(2, 7): [name(12), name(10), name(11)]}
+    assert now < CYCLE_S
+
+
+def test_waits_that_never_were_at_one_time_are_no_cycle():
+    """10 waits for 11 and is served; only then 11 waits for 10's other lock. A report of each is not enough."""
+    detector = Detector()
+    one, two = Source(detector, 1), Source(detector, 2)
+    one.edges = [edge(1, 10, 11)]
+    one.report(0.0)
+    two.edges = [edge(1, 11, 10)]
+    two.report(0.01)
+    two.report(0.02)
+    one.edges = []
+    assert one.report(0.03) == {}
+    assert two.report(0.04) == {}
+    assert detector.cycles == 0
+
+
+def test_a_report_that_says_not_when_it_was_made_confirms_nothing():
+    """Its answer was not waited for, so it may be as old as the one before."""
+    source = Source(Detector(), 1)
+    source.edges = [edge(1, 10, 11), edge(2, 11, 10)]
+    source.report(0.0)
+    assert source.report(0.01, after=0) == {}
+    assert source.report(0.02, after=0) == {}
+    assert 2 in source.report(0.03)
+
+
+def test_a_deposed_leader_and_an_overtaken_report_say_nothing():
+    detector = Detector()
+    old, new = Source(detector, 1, term=1), Source(detector, 1, term=2)
+    new.edges = []
+    new.report(0.0)
+    new.edges = [edge(1, 10, 12)]
+    new.report(0.01)
+    old.edges = [edge(1, 10, 11), edge(2, 11, 10)]
+    for now in (0.02, 0.03, 0.04):
+        assert old.report(now) == {}
+    new.number -= 1
+    assert new.report(0.05) == {}
+
+
+def test_who_commits_is_no_victim():
+    source = Source(Detector(), 1)
+    source.edges = [edge(1, 10, 11), edge(2, 11, 10, committing=True)]
+    source.report(0.0)
+    assert list(source.report(0.01)) == [1]
+    source.edges = [edge(3, 20, 21, committing=True), edge(4, 21, 20, committing=True)]
+    source.report(0.02)
+    assert source.report(0.03) == {}
+
+
+def test_of_one_age_the_larger_id_gives_way_and_everybody_agrees():
+    source = Source(Detector(), 1)
+    source.edges = [edge(1, 10, 11, age=5), edge(2, 11, 10, age=5)]
+    source.report(0.0)
+    assert list(source.report(0.01)) == [2]
+
+
+def test_two_cycles_have_two_victims_and_one_may_break_two():
+    source = Source(Detector(), 1)
+    source.edges = [edge(1, 10, 11), edge(2, 11, 10), edge(3, 20, 21), edge(4, 21, 20)]
+    source.report(0.0)
+    assert list(source.report(0.01)) == [2, 4]
+    source.edges = [edge(5, 30, 32), edge(6, 31, 32), edge(7, 32, 30, 31)]
+    source.report(0.02)
+    assert list(source.report(0.03)) == [7]
+
+
+def test_a_range_that_reports_no_more_is_forgotten():
+    detector = Detector()
+    one, two = Source(detector, 1), Source(detector, 2)
+    one.edges, two.edges = [edge(1, 10, 11)], [edge(1, 11, 10)]
+    one.report(0.0)
+    for step in range(1, 6):
+        two.report(STALE_S + step * REPORT_S)
+    assert detector.cycles == 0
+
+
+def test_a_search_finds_a_cycle_exactly_when_there_is_one():
+    """Against a dumb oracle: remove whoever waits for nobody that waits, until nothing changes."""
+    rng = random.Random(5)
+    found = 0
+    for _ in range(3_000):
+        count = rng.randint(1, 7)
+        waits: dict[bytes, list[tuple[int, LockEdge]]] = {}
+        for number in range(rng.randint(1, 9)):
+            waiter = rng.randrange(count)
+            blockers = rng.sample(range(count), rng.randint(0, min(count, 2)))
+            one = edge(number, waiter, *[each for each in blockers if each != waiter])
+            waits.setdefault(name(waiter), []).append((0, one))
+        left = {
+            waiter: [to for _, each in edges for to in each.blockers]
+            for waiter, edges in waits.items()
+        }
+        while gone := [
+            waiter for waiter, to in left.items() if not any(each in left for each in to)
+        ]:
+            left = {waiter: to for waiter, to in left.items() if waiter not in gone}
+        cycle = _cycle_in(waits)
+        assert bool(cycle) == bool(left)
+        for place, (_, each) in enumerate(cycle):
+            assert cycle[(place + 1) % len(cycle)][1].waiter in each.blockers
+        found += bool(cycle)
+    assert found > 300
