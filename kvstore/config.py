@@ -154,10 +154,18 @@ class LogSection(Section, frozen=True, kw_only=True):
 
 
 class StorageSection(Section, frozen=True, kw_only=True):
-    """RocksDB."""
+    """RocksDB, and the cache in front of it."""
 
     cache_bytes: Annotated[LargeSize, says("Block cache.")] = 128 * MIB
     write_buffer_bytes: Annotated[LargeSize, says("One memtable.")] = 64 * MIB
+    read_cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=SIZE_BYTES_MAX,
+            description="Newest versions of keys that are read again and again, kept in the node's memory; 0: none.",
+        ),
+    ] = 64 * MIB
 
 
 class NetworkSection(Section, frozen=True, kw_only=True):

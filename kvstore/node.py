@@ -23,6 +23,7 @@ from kvstore.link import Hello, LinkLimits, WrongNode
 from kvstore.measures import NodeMeasures
 from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
+from kvstore.read_cache import cached
 from kvstore.remote import RemoteRanges
 from kvstore.replica import ReplicaConfig
 from kvstore.roster import Roster
@@ -230,7 +231,7 @@ class Node:
         self.state = "starting"
         config, adapters = self.config, self.adapters
         self.cluster_id, self.node_id = found.cluster_id, found.node_id
-        engine = self.engine = adapters.open_engine()
+        engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
         files = self._log = adapters.open_log()
         wal, recovered = Wal.recover(files, segment_bytes=config.log.segment_bytes)
         store = self.store = Store(

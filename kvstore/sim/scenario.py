@@ -13,8 +13,9 @@ from typing import Final, TextIO
 import msgspec
 import structlog
 
-from kvstore.config import LimitsSection, LogSection, NodeConfig, TxnSection
+from kvstore.config import LimitsSection, LogSection, NodeConfig, StorageSection, TxnSection
 from kvstore.errors import KVError
+from kvstore.limits import KIB, MIB
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import Server, SimCluster, small_logs
 from kvstore.sim.faults import Fault, Nemesis
@@ -111,7 +112,7 @@ class _Scenario:
         self._points = points
         rng = self._rng = random.Random(f"{seed}/scenario")
         self._trace = Trace(loop, sink)
-        drawn = draw_config(rng)
+        drawn = draw_config(rng, seed)
         config = options.config or drawn
         self._cluster = cluster = SimCluster(
             str(seed), nodes=options.nodes, config=config, trace=self._trace
@@ -303,7 +304,7 @@ def rows_of(server: Server, row: RangeRow) -> list[tuple[bytes, bytes]]:
     return rows
 
 
-def draw_config(rng: random.Random) -> NodeConfig:
+def draw_config(rng: random.Random, seed: int) -> NodeConfig:
     config = small_logs(NodeConfig())
     log: LogSection = msgspec.structs.replace(
         config.log,
@@ -322,7 +323,11 @@ def draw_config(rng: random.Random) -> NodeConfig:
     limits: LimitsSection = msgspec.structs.replace(
         config.limits, watch_recent_rows=rng.choice((16, 64, 4_096))
     )
-    return msgspec.structs.replace(config, log=log, txn=txn, limits=limits)
+    of_cache = random.Random(f"{seed}/read cache")
+    storage: StorageSection = msgspec.structs.replace(
+        config.storage, read_cache_bytes=of_cache.choice((0, 4 * KIB, 16 * KIB, 64 * MIB))
+    )
+    return msgspec.structs.replace(config, log=log, txn=txn, limits=limits, storage=storage)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Claims of the Engine port, each made of both engines: the one on RocksDB and the one in memory.
+"""Claims of the Engine port, each made of both engines, on RocksDB and in memory, and of a cached one.
 
 What only one of them can show is in tests/unit/kvstore/test_rocks_engine.py and test_memory_engine.py.
 """
@@ -17,6 +17,7 @@ from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.errors import CorruptionError, DataDirectoryError, EngineClosed
 from kvstore.ports import Engine, EngineCursor, EngineView
+from kvstore.read_cache import CachedEngine
 
 # 00 and FF at every place, prefixes of each other, and the empty key
 KEYS = [
@@ -61,9 +62,18 @@ class MemoryPlace:
         self.directory.damage(key)
 
 
-@pytest.fixture(params=["rocks", "memory"])
+class CachedPlace(MemoryPlace):
+    """Keys of these tests are in no family: what is cached is claimed in tests/stateful/test_read_cache_machine.py."""
+
+    def open(self) -> Engine:
+        return CachedEngine(super().open(), 1 << 20)
+
+
+@pytest.fixture(params=["rocks", "memory", "cached"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return RocksPlace(tmp_path / "rocks") if request.param == "rocks" else MemoryPlace()
+    if request.param == "rocks":
+        return RocksPlace(tmp_path / "rocks")
+    return MemoryPlace() if request.param == "memory" else CachedPlace()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sortedcontainers import SortedDict
 
+from kvstore.read_cache import UNKNOWN
 from kvstore.sim.observers.consensus import Consensus, NodeDisk
 from kvstore.sim.observers.contents import Contents, EntryRows
 from kvstore.sim.observers.oracle import Timestamps
@@ -426,6 +427,18 @@ def test_i16_ranges_that_do_not_partition_the_keys(rows: list[RangeRow]) -> None
     assert told == []
     contents.compare_ranges(rows)
     assert set(told) == {"I16"}
+
+
+def test_rc1_a_cached_row_is_not_the_stored_one() -> None:
+    told = Told()
+    contents = Contents(told.report)
+    rows = SortedDict({b"La": b"1", b"Lb": b"2"})
+    contents.compare_cache("n1", {b"La": b"1", b"Lb": UNKNOWN, b"Lc": UNKNOWN}, rows)
+    assert told == []
+    for cached in ({b"La": b"2"}, {b"La": b"1", b"Lc": b"3"}, {b"Lb": b"unknown"}):
+        told.clear()
+        contents.compare_cache("n1", cached, rows)
+        assert told == ["RC1"]
 
 
 # ---------------------------------------------------------------- the oracle

@@ -7,7 +7,7 @@ what each replica does. What is broken becomes a problem of the cluster; the run
 | family | invariants |
 |---|---|
 | consensus.py | Raft's own: elections, logs, commits, votes and terms across restarts |
-| contents.py | I16, I17, I18: what replicas hold |
+| contents.py | I16, I17, I18, RC1: what replicas hold |
 | oracle.py | I9 |
 | transactions.py | I1 to I5, I7, I8, I10 to I15, I19, I20, I22: what the logs say |
 | locks.py | I21: the lock tables of leaders |

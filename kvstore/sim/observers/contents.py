@@ -1,10 +1,11 @@
-"""What replicas hold: I16, I17, I18.
+"""What replicas hold: I16, I17, I18, RC1.
 
 - I17: equal entries at equal index have equal effects, row by row, on every replica. A replica that begins, after a
   restart or with a snapshot, holds exactly the rows of its applied index: a sum over the rows' hashes is kept for each
   index. What is in memory is what the rows say.
 - I18: an entry writes rows of keys of its own range alone, and looks at no others: a neighbour's differ from node to node.
 - I16: ranges partition the key space; ranges of one id and version have one span.
+- RC1: a row of a node's read cache is the engine's row.
 
 The rows that the log stands for are kept once for the cluster, as the first replica to apply an entry wrote them.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, Final
 
+from kvstore.read_cache import UNKNOWN
 from kvstore.sim.observers.report import Report
 from kvstore.snapshots import spans_of
 from txn import keycode
@@ -190,6 +192,15 @@ class Contents:
             self._report.broken(
                 "I17", what, group=state.row.range_id, index=state.row.applied_index, node=node
             )
+
+    def compare_cache(self, node: str, cached: Mapping[bytes, bytes], rows: Any) -> None:
+        """RC1. rows: of the node's machine."""
+        for key, row in cached.items():
+            if row is not UNKNOWN and row != rows.get(key):
+                self._report.broken(
+                    "RC1", f"the cached row {key!r} is not the stored one", node=node
+                )
+                return
 
     def compare_ranges(self, rows: Iterable[RangeRow]) -> None:
         """I16, over all replicas that are there: each range's newest version."""

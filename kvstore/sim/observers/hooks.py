@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import kvstore.replica
 from kvstore.closing import decode_closed
+from kvstore.read_cache import CachedEngine
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.observers.answers import Answers
 from kvstore.sim.observers.consensus import Consensus, NodeDisk
@@ -30,6 +31,7 @@ from txn.messages import Timestamps as TimestampsReply
 from txn.state import Answer, RangeState
 
 LOOK_S: Final = 1.0
+CACHE_LOOK_TURNS: Final = 16  # a node's read cache is compared after so many turns that applied, and when a snapshot is in
 DECIDED_WITHIN_S: Final = 10.0  # beyond the timers: elections, restarts, what was queued
 
 
@@ -120,6 +122,7 @@ class Observers:
                     )
                 if not state.row.installing:
                     self.contents.compare_memory(server.name, state, server.machine.directory.rows)
+            self.compare_cache(server)
         self.contents.compare_ranges(rows)
         self.locks.look(tables, self._time(), self.calm_since is not None)
         if self.calm_since is not None:
@@ -128,6 +131,12 @@ class Observers:
             now, ghost = self._time(), self.transactions
             self.undecided_s = max(self.undecided_s, ghost.oldest_undecided(now, self.calm_since))
             ghost.undecided_too_long(now, self.calm_since, bound_s)
+
+    def compare_cache(self, server: Server) -> None:
+        engine = server.node.engine if server.node is not None else None
+        if isinstance(engine, CachedEngine):
+            rows = server.machine.directory.rows
+            self.contents.compare_cache(server.name, engine.cache.rows, rows)
 
 
 class _Node:
@@ -200,7 +209,8 @@ class _Node:
         store, host, name, observers = self._store, self._host, self._name, self._all
         trace = observers.cluster.trace
         apply, leadership, installed = store.apply, store.leadership, store.installed
-        rows = self._server.machine.directory.rows
+        finish, server, turns = store.finish, self._server, 0
+        rows = server.machine.directory.rows
 
         def checked_apply(group: int, entries: Sequence[Entry]) -> None:
             observers.entries += len(entries)
@@ -221,12 +231,17 @@ class _Node:
         def checked_installed(replica: Any) -> None:
             installed(replica)
             observers.contents.begins(name, replica.state, rows)
+            observers.compare_cache(server)
 
-        store.apply, store.leadership, store.installed = (
-            checked_apply,
-            checked_leadership,
-            checked_installed,
-        )
+        def checked_finish() -> None:
+            nonlocal turns
+            finish()
+            turns += 1
+            if turns % CACHE_LOOK_TURNS == 0:
+                observers.compare_cache(server)
+
+        store.apply, store.leadership = checked_apply, checked_leadership
+        store.installed, store.finish = checked_installed, checked_finish
 
     def _watch_evaluator(self, group: int, evaluator: Any) -> None:
         step, asked, transactions = evaluator.step, self._asked, self._all.transactions
