@@ -4,8 +4,9 @@ A lock keeps writers of others away from a key; it decides nothing. Its owner's 
 other read, so a lock that is lost (with its leader, or its lease) costs a conflict.
 
 X1 whoever holds a lock reads the newest version, and none comes while it holds: others' writers that were latched or prepared
-before are waited for, later ones wait for the lock. So the read needs no timestamp of the oracle: it is served at any
-timestamp that was issued when nobody wrote the key, and every later writer's is above that (E2).
+before (also of stamped keys that may become this one) are waited for, later ones wait for the lock. So the read needs no
+timestamp of the oracle: it is served at any timestamp that was issued when nobody wrote the key, and every later writer's is
+above that (E2).
 X2 a Prepare that writes a key which another has locked waits in the same queue, for a bounded time; once its turn has come
 it holds the key like any owner, until it is evaluated to its end.
 X3 a lock goes when its owner's Prepare is applied here, whatever came of it: from then on a version, an intent, a guard, or
@@ -20,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
+from txn import stamps
 from txn.deadlocks import DETECTOR_KEY, EDGES_MAX, REPORT_S, WAITED_S, Detector
 from txn.latches import Pending, Waiter
 from txn.locks import LockTable, Verdict, Wait
@@ -211,6 +213,8 @@ class Locking:
                 ev.wait_for(blocker, request, origin, now)
                 return
         part = state.intents.get(key)
+        if part is None and state.stamped:
+            part = next(state.stamped_in(key, point_end(key)), None)
         if part is None and not request.shared and (state.point_guards or state.span_guards):
             part = state.foreign_guard(key, b"")
         if part is not None:
@@ -261,8 +265,13 @@ class Locking:
             return False
         owner_id = request.lock_owner or request.txn_id
         for write in request.writes:
+            span: tuple[bytes, bytes] | None = None
             if write.kind == WriteKind.DELETE_RANGE:
-                found = table.foreign_in(write.key, write.value, owner_id)
+                span = write.key, write.value
+            elif write.kind == WriteKind.STAMPED_KEY:
+                span = stamps.span(write.key, self.ev.issued)
+            if span is not None:
+                found = table.foreign_in(*span, owner_id)
                 key, holder = found if found is not None else (b"", None)
             else:
                 key, holder = write.key, table.foreign(write.key, owner_id)

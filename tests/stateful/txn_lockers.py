@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.stateful.txn_history import Attempt, SpanRead
 from tests.stateful.txn_ranges import Violation
+from txn import stamps
 from txn.deadlocks import CYCLE_S
 from txn.evaluate import Evaluator
 from txn.latches import Pending
@@ -27,11 +28,13 @@ from txn.messages import (
     Request,
     Unlock,
 )
-from txn.types import WriteKind, make_txn_id, point_end
+from txn.types import Write, WriteKind, make_txn_id, point_end
 
 if TYPE_CHECKING:
     from tests.stateful.txn_clients import Client
     from tests.stateful.txn_harness import World
+    from tests.stateful.txn_ranges import Group
+    from txn.state import Part
 
 PATIENCE_S = 1.5
 LOOK_S = 0.05
@@ -55,7 +58,11 @@ class Wait(NamedTuple):
 def locking(client: Client, attempt: Attempt, age: int) -> Generator[Wait, Any, bool]:
     """Take locks. False: the attempt is given up, its locks are given back."""
     world, rng = client.world, client.world.lock_rng
-    written = [w.key for w in attempt.writes if w.kind != WriteKind.DELETE_RANGE]
+    written = [
+        _locked_for(world, write)
+        for write in attempt.writes
+        if write.kind != WriteKind.DELETE_RANGE
+    ]
     others = [key for keys in world.keys_of.values() for key in keys]
     keys = list(dict.fromkeys([*written, *rng.sample(others, rng.randint(0, 2))]))
     rng.shuffle(keys)
@@ -87,6 +94,27 @@ def locking(client: Client, attempt: Attempt, age: int) -> Generator[Wait, Any, 
     if rng.random() < 0.1:
         yield Wait([Call(key, KeepLocks(0, 0, 0, key, [attempt.lock_owner]), 2)])
     return True
+
+
+def _locked_for(world: World, write: Write) -> bytes:
+    """A key to lock for a write. For a stamped one: a key that it, or another's that is under way, may become."""
+    if write.kind != WriteKind.STAMPED_KEY:
+        return write.key
+    rng, parts = world.lock_rng, [part for group in world.groups for part in _stamping(group)]
+    if parts and rng.random() < 0.7:
+        part = rng.choice(parts)
+        each = rng.choice([each for each in part.row.stamps if each.in_key])
+        return each.key + stamps.stamp(part.row.min_ts + rng.choice([0, 0, 1]), each.number)
+    number = int.from_bytes(write.value[: stamps.NUMBER_BYTES], "big")
+    return write.key + stamps.stamp(world.oracle_last + rng.randint(0, 4), number)
+
+
+def _stamping(group: Group) -> list[Part]:
+    """Parts that will put a key with a version that is not known yet."""
+    leader = group.leader
+    if leader is None or leader.evaluator is None:
+        return []
+    return [part for spans in leader.evaluator.state.stamped.values() for *_, part in spans]
 
 
 def unlocking(
@@ -126,6 +154,8 @@ class LockChecks:
                 holders.pop(owner, None)
 
     def answered(self, evaluator: Evaluator, request: Request, reply: Reply) -> None:
+        if isinstance(request, Unlock) and not request.waits_only:
+            self._ended(evaluator, request.owner)  # a read that was held back may have come between
         if not isinstance(request, LockRead) or not isinstance(reply, ReadReply):
             return
         now, lease_s = self.world.now, self.world.profile.limits.lock_lease_s

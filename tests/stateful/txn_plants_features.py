@@ -234,6 +234,17 @@ def _lock_passes_intents() -> Patches:
     return [(Locking, "_look", hasty)]
 
 
+def _lock_passes_stamps() -> Patches:
+    """A lock is granted where an undecided transaction may yet put a stamped key."""
+    look = Locking._look
+
+    def hasty(self: Locking, *rest: Any) -> None:
+        with patch.object(self.ev.state, "stamped", {}):
+            look(self, *rest)
+
+    return [(Locking, "_look", hasty)]
+
+
 def _lock_passes_latches() -> Patches:
     """A lock's read does not wait for writers that were evaluated before."""
     look = Locking._look
@@ -294,6 +305,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
     "locks_trusted": (_locks_trusted, 10),
     "lock_passes_intents": (_lock_passes_intents, 10),
+    "lock_passes_stamps": (_lock_passes_stamps, 400),
     "lock_passes_latches": (_lock_passes_latches, 60),
     "writers_pass_locks": (_writers_pass_locks, 10),
     "lock_left_to_nobody": (_lock_left_to_nobody, 10),

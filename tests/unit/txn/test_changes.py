@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
+from txn import stamps
 from txn.changes import PAGE_ROWS_MAX, Polls
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
@@ -153,6 +154,20 @@ def test_an_undecided_write_is_asked_about():
     place.answer(TxnReply(0, TxnStatus.COMMITTED, min_ts))
     settled(place, asked)
     assert events(asked) == [(min_ts, b"k", b"v")]
+
+
+@pytest.mark.parametrize("of_one_key", [False, True])
+def test_an_undecided_stamped_key_is_asked_about(of_one_key):
+    place = Range()
+    push = Write(WriteKind.STAMPED_KEY, b"q/", stamps.stamped(0, b"v"))
+    min_ts = settled(place, place.part(1, push, locus=b"q/")).reply.ts
+    key = b"q/" + stamps.stamp(min_ts, 0)
+    start, end = (key, point_end(key)) if of_one_key else (b"q", b"r")
+    asked = settled(place, poll(place, 0, start, end, at=min_ts))
+    assert asked.open
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, min_ts))
+    settled(place, asked)
+    assert events(asked) == [(min_ts, key, b"v")]
 
 
 def test_a_write_that_commits_later_is_not_in_the_page_and_comes_afterwards():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored, txn_id
+from txn import stamps
 from txn.deadlocks import DETECTOR_KEY, REPORT_S, WAITED_S
 from txn.evaluate import Limits
 from txn.messages import (
@@ -29,6 +30,11 @@ from txn.messages import (
 from txn.types import FenceReason, Guard, PartStatus, Write, WriteKind, point_end
 
 LEASE_S = Limits().lock_lease_s
+QUEUE = b"q/"
+
+
+def push() -> Write:
+    return Write(WriteKind.STAMPED_KEY, QUEUE, stamps.stamped(0, b"v"))
 
 
 def owner(number: int) -> bytes:
@@ -130,6 +136,34 @@ def test_a_part_that_was_prepared_before_is_waited_for(shared):
     place.resolve(5, b"k", place.clock)
     place.settle()
     assert held(asked).values == [b"theirs"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lock_where_an_undecided_stamped_key_may_come_waits_for_it(shared):
+    place = Range()
+    part = settled(place, place.part(5, push(), locus=QUEUE)).reply
+    key = QUEUE + stamps.stamp(part.ts, 0)
+    stored(place, b"other")  # newer timestamps are issued than the part may get
+    asked = lock(place, 1, key, shared=shared)
+    assert asked.open
+    place.resolve(5, QUEUE, part.ts)
+    place.settle()
+    reply = held(asked)
+    assert (reply.versions, reply.values) == ([part.ts], [b"v"])
+
+
+def test_a_stamped_key_waits_for_a_lock_of_what_it_may_become_and_passes_others():
+    place = Range()
+    older = settled(place, place.prepare(5, push())).reply.ts
+    held(lock(place, 1, QUEUE + stamps.stamp(older, 0)))
+    held(lock(place, 1, QUEUE))
+    assert settled(place, place.prepare(6, push())).reply.status == PartStatus.COMMITTED
+    held(lock(place, 1, QUEUE + stamps.stamp(place.clock + 1, 0)))
+    writer = place.prepare(7, push())
+    place.settle()
+    assert writer.open
+    unlock(place, 1, QUEUE)
+    assert settled(place, writer).reply.status == PartStatus.COMMITTED
 
 
 def test_a_guard_that_was_prepared_before_keeps_a_writers_lock_waiting_and_no_readers():
