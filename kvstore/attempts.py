@@ -9,19 +9,21 @@ from typing import Any, Final
 import msgspec
 
 from kvstore.errors import CorruptionError, DeadlineExceeded, InvalidArgument, KVError, Throttled
-from kvstore.transactions import Transaction, TransactionOptions
+from kvstore.transactions import Contested, Transaction, TransactionOptions
 from txn.types import KEPT_PREFIX
 
 RUN_TIMEOUT_S: Final = 30.0  # `run` without a timeout begins no other attempt after this
 BACKOFF_S: Final = 0.002
 BACKOFF_S_MAX: Final = 0.25
 KEPT_BYTES_MAX: Final = 1_024
+CONTESTED_MAX: Final = 16  # keys that the next attempt locks first
 
 Begin = Callable[[TransactionOptions, int], Transaction]
 
 
 class Attempts:
-    """The attempts of one `run`: each begins a new transaction, which inherits the age of the first.
+    """The attempts of one `run`: each begins a new transaction, which inherits the age of the first, and locks first what the
+    earlier ones lost to others: so of many that want one key nobody tries in vain for long.
 
     Args: timeout_s: for all of them (None: each call has the client's, and the last begins within RUN_TIMEOUT_S).
     """
@@ -44,10 +46,12 @@ class Attempts:
         self._deadline = monotonic() + (RUN_TIMEOUT_S if timeout_s is None else timeout_s)
         self._age = 0
         self._failures = 0
+        self._contested: dict[bytes, Contested] = {}
 
     def begin(self) -> Transaction:
         left_s = max(self._deadline - self._monotonic(), 0.001) if self._hard else None
-        options = TransactionOptions(self._read_only, left_s, self._priority)
+        contested = tuple(self._contested.values())
+        options = TransactionOptions(self._read_only, left_s, self._priority, contested)
         return self._begin(options, self._age)
 
     def pause(self, tx: Transaction, error: KVError) -> float:
@@ -56,6 +60,11 @@ class Attempts:
             raise error
         self._age = tx.age
         self._failures += 1
+        found = tx.contested_by(error)
+        if found is not None and (found.written or found.key not in self._contested):
+            self._contested[found.key] = found
+            while len(self._contested) > CONTESTED_MAX:
+                del self._contested[next(iter(self._contested))]
         longest = min(BACKOFF_S_MAX, BACKOFF_S * (1 << min(self._failures, 10)))
         wait_s = longest * (0.5 + 0.5 * self._draw())
         if isinstance(error, Throttled):

@@ -204,6 +204,9 @@ class WriteBuffer:
         at = bisect_right(self.clears, key, key=_start) - 1
         return at >= 0 and key < self.clears[at][1]
 
+    def writes_key(self, key: bytes) -> bool:
+        return key in self.points or self.cleared(key)
+
     def overlays(self, start: bytes, end: bytes) -> bool:
         """Is there anything of ours in [start, end)?"""
         if self._between(start, end):
@@ -300,6 +303,9 @@ class ReadSpans:
                     for i, one in enumerate(spans[::2])
                 ]
                 self._spans = dict.fromkeys(pairs)
+
+    def covers(self, key: bytes) -> bool:
+        return any(start <= key < end for start, end in self._spans)
 
     def guards(self, read_ts: int) -> list[Guard]:
         return [Guard(start, end, read_ts) for start, end in self._merged()]

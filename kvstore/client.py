@@ -398,7 +398,8 @@ class Database(DatabaseReads, AtomicCalls):
     ) -> R:
         """`await fn(tx)` and commit; again, with a new transaction, while errors say that this may help.
 
-        `fn` may thus run several times: let it have no effects of its own. Its own exceptions end it at once.
+        `fn` may thus run several times: let it have no effects of its own. Its own exceptions end it at once. After a
+        Conflict the next attempt first locks the key, for a second at most; its reads are of one snapshot as ever.
         Args: timeout: seconds for all attempts together. idempotency_key: `fn` takes effect at most once for a key, and a
         second run returns the first one's result, which must be what msgpack holds, within 1 KiB. The key is remembered
         for 24 h.

@@ -12,7 +12,7 @@ cancelled leaves its queue. A message of these that gets lost is made good by th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from kvstore import limits
@@ -57,14 +57,15 @@ def lock_until(now: float, timeout_s: float, wanted_s: float | None, deadline: f
 
 
 class TransactionLocks:
-    """Of one transaction. `owner`: the id under which it locks; empty before the first."""
+    """Of one transaction, until `deadline`. `owner`: the id under which it locks; empty before the first."""
 
-    def __init__(self, keeper: LockKeeper) -> None:
+    def __init__(self, keeper: LockKeeper, deadline: float) -> None:
         self.owner = b""
         self.age = 0
         self.found: dict[bytes, Locked] = {}
         self._asked: dict[bytes, None] = {}  # keys of which an answer is missing, or never came
         self._keeper = keeper
+        self._deadline = deadline
         self._router = keeper.router
         self.begun_at = self._router.monotonic()
         self._ended = False
@@ -98,15 +99,26 @@ class TransactionLocks:
         self._asked.pop(key, None)
         return locked
 
-    async def _wait(self, key: bytes, shared: bool, until: float) -> ReadReply:
+    async def reserve(self, key: bytes, *, shared: bool, until: float) -> ReadReply:
+        """Lock a key for FRESH_LEASE_S, not longer, and read it at a fresh timestamp; nothing is noted to be validated. `end`
+        gives it back if the commit did not.
+
+        Raises: as `lock`.
+        """
+        self._asked[key] = None
+        return await self._wait(key, shared, until, fresh=True)
+
+    async def _wait(
+        self, key: bytes, shared: bool, until: float, *, fresh: bool = False
+    ) -> ReadReply:
         router = self._router
         waiting = False
         try:
             while True:
                 left_s = max(0.0, until - router.monotonic())
                 wait_s = min(left_s, LOCK_POLL_S)
-                request = LockRead(0, 0, 0, key, self.owner, self.age, shared, wait_s)
-                deadline = router.monotonic() + left_s + GRACE_S
+                request = LockRead(0, 0, 0, key, self.owner, self.age, shared, wait_s, fresh)
+                deadline = min(router.monotonic() + left_s + GRACE_S, self._deadline)
                 waiting = True
                 reply = await router.ask(request, key, b"", deadline)
                 if isinstance(reply, ReadReply):
@@ -133,13 +145,19 @@ class TransactionLocks:
         yield from self.found
         yield from self._asked
 
-    def end(self, *, committed: bool = False) -> None:
-        """The transaction is over. After a commit the ranges have let go by themselves of what it validated."""
+    def end(
+        self, *, committed: bool = False, touched: Callable[[bytes], bool] = lambda _: False
+    ) -> None:
+        """The transaction is over. After a commit the ranges have let go by themselves of what it validated, read or wrote.
+
+        Args: touched: whether a key was among what it read or wrote.
+        """
         if self._ended or not self.owner:
             return
         self._ended = True
         self._keeper.remove(self)
-        for _, key in self._keeper.by_range(self._asked if committed else self.keys()):
+        left = [key for key in self._asked if not touched(key)] if committed else self.keys()
+        for _, key in self._keeper.by_range(left):
             self._give_back(Unlock(0, 0, 0, key, self.owner))
 
     def _give_back(self, request: Unlock) -> None:

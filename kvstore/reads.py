@@ -68,6 +68,7 @@ class View:
     __slots__ = (
         "_checked",
         "_first",
+        "_given",
         "_joined",
         "at",
         "deadline",
@@ -90,6 +91,13 @@ class View:
         self._checked = at == 0
         self._first: Bell[None] | None = None  # of the read that finds out `at`
         self._joined = False  # others wait for that one
+        self._given: dict[bytes, Found] = {}
+
+    def begin_with(self, key: bytes, reply: ReadReply) -> None:
+        """The view is to be as of this answer, which was given at a fresh timestamp; nothing was read before."""
+        assert not self.at, "the view has begun"
+        self.at = reply.at
+        self._given[key] = Found(reply.values[0], reply.versions[0])
 
     def _until(self) -> float:
         now = self.used_at = self.router.monotonic()
@@ -122,6 +130,9 @@ class View:
         until = until or self._until()
         left = list(dict.fromkeys(keys))
         found: dict[bytes, Found] = {}
+        if self._given:
+            found = {key: self._given[key] for key in left if key in self._given}
+            left = [key for key in left if key not in found]
         if not left:
             return found
         if not self._checked:

@@ -12,14 +12,16 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self, overload
+from typing import Final, NamedTuple, Self, overload
 
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.commits import Committer, WriteSet
 from kvstore.errors import (
+    Conflict,
     Deadlock,
     InvalidArgument,
+    KVError,
     LockTimeout,
     SnapshotTooOld,
     TransactionClosed,
@@ -32,8 +34,10 @@ from kvstore.reads import Entry, Found, Pages, View
 from kvstore.router import Router
 from kvstore.scans import OwnPages, RowScan, scan_bounds
 from kvstore.writes import BufferedWrites
+from replication.probes import reached
 from txn.types import TXN_ID_BYTES, WriteKind, point_end
 
+RESERVE_S: Final = 2.0  # to wait for what an earlier attempt lost; then it is tried without a lock
 ID_AGE_S_MAX: Final = 60.0  # a transaction's id may rest on a timestamp seen so long ago
 
 
@@ -125,11 +129,19 @@ class Stage(enum.Enum):
     ENDED = "ended"  # rolled back, or failed
 
 
+class Contested(NamedTuple):
+    """A key over which an attempt met a conflict, and whether it wrote it."""
+
+    key: bytes
+    written: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TransactionOptions:
     read_only: bool = False
     timeout_s: float | None = None  # of the whole transaction; None: each call has the client's
     priority: int = 0
+    contested: tuple[Contested, ...] = ()  # what earlier attempts lost to others
 
 
 class Transaction(BufferedWrites):
@@ -161,7 +173,7 @@ class Transaction(BufferedWrites):
         self._view.views = views
         self._buffer = WriteBuffer()
         self._spans = ReadSpans()
-        self._locks = TransactionLocks(committer.keeper)
+        self._locks = TransactionLocks(committer.keeper, self._deadline)
         self._txn_id = b""
         self._id_told = False
         self._commit_version: int | None = None
@@ -238,8 +250,7 @@ class Transaction(BufferedWrites):
         wanted = validate_keys(keys)
         until = lock_until(self._router.monotonic(), self._timeout_s, timeout, self._deadline)
         if not self._locks.owner:
-            begin_ts = await self._committer.begin_ts(self._until())
-            self._locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
+            self._begin_locks(await self._committer.begin_ts(self._until()))
         try:
             for key in sorted(wanted):
                 await self._locks.lock(key, shared, until)
@@ -326,7 +337,7 @@ class Transaction(BufferedWrites):
             self._end()
             raise
         self._stage = Stage.COMMITTED
-        self._locks.end(committed=True)
+        self._locks.end(committed=True, touched=self._touched)
         self._txn_id = committed
         return self._commit_version
 
@@ -364,8 +375,26 @@ class Transaction(BufferedWrites):
     async def __aenter__(self) -> Self:
         if self._view.views is not None:
             self._view.views.add(self._view, kept=True)
-        await self._committer.begin_ts(self._until(), ID_AGE_S_MAX)
+        begin_ts = await self._committer.begin_ts(self._until(), ID_AGE_S_MAX)
+        if self._options.contested:
+            await self._reserve(begin_ts)
         return self
+
+    async def _reserve(self, begin_ts: int) -> None:
+        """Keep others from writing what earlier attempts lost, before the snapshot is chosen: so this one sees the newest,
+        and nothing newer comes. The keys are read like any other; where there is no lock to be had, it goes on without.
+        """
+        self._begin_locks(begin_ts)
+        reached("contested_key_locked")
+        until = lock_until(self._router.monotonic(), RESERVE_S, None, self._deadline)
+        try:
+            for key, written in sorted(self._options.contested):
+                reply = await self._locks.reserve(key, shared=not written, until=until)
+            self._view.begin_with(key, reply)
+        except KVError:  # what is wrong besides, the reads and the commit will tell
+            reached("contested_key_not_locked")
+            self._locks.end()
+            self._locks = TransactionLocks(self._committer.keeper, self._deadline)
 
     async def __aexit__(
         self,
@@ -383,6 +412,18 @@ class Transaction(BufferedWrites):
                 self._view.views.remove(self._view)
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _touched(self, key: bytes) -> bool:
+        return self._buffer.writes_key(key) or self._spans.covers(key)
+
+    def contested_by(self, error: KVError) -> Contested | None:
+        """For `run`: what the next attempt should lock first."""
+        if not isinstance(error, Conflict) or not b"" < error.key < limits.USER_KEY_END:
+            return None
+        return Contested(error.key, self._buffer.writes_key(error.key))
+
+    def _begin_locks(self, begin_ts: int) -> None:
+        self._locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
 
     def _until(self) -> float:
         return min(self._deadline, self._router.monotonic() + self._timeout_s)

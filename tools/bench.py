@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -153,6 +154,27 @@ class Workloads:
         await asyncio.gather(*[part(offset) for offset in range(256)])
 
 
+PLAN: Final[
+    tuple[tuple[str, str, int, Callable[[Workloads, int, int], Awaitable[None]], str], ...]
+] = (
+    ("put1", "put, sequential", 1, Workloads.put, "p50 <= 2 ms"),
+    ("put64", "put", 64, Workloads.put, ">= 8,000/s"),
+    ("put512", "put", 512, Workloads.put, ">= 25,000/s"),
+    ("get1", "get, sequential", 1, Workloads.get, ""),
+    ("get64", "get, linearizable", 64, Workloads.get, ">= 10,000/s"),
+    ("get512", "get, linearizable", 512, Workloads.get, ""),
+    ("stale1", "get, max_staleness 3 s, sequential", 1, Workloads.stale_get, ""),
+    ("stale64", "get, max_staleness 3 s", 64, Workloads.stale_get, ""),
+    ("ro64", "read-only transaction, 2 ranges", 64, Workloads.read_only, ""),
+    ("txn1", "transfer, 2 ranges, sequential", 1, Workloads.transfer, ""),
+    ("txn64", "transfer, 2 ranges", 64, Workloads.transfer, ">= 2,000/s"),
+    ("hot1", "one counter, read and written", 1, Workloads.hot, ""),
+    ("hotlock1", "one counter, locked", 1, Workloads.hot_locked, ""),
+    ("hot64", "one counter, contended", 64, Workloads.hot, ""),
+    ("hotlock64", "one counter, contended, locked", 64, Workloads.hot_locked, ">= hot1 / 2"),
+)
+
+
 async def spread(db: Database, nodes: int) -> None:
     """Wait (bounded) until the leaders are spread over the nodes: what a cluster looks like a few seconds after its start."""
     for _ in range(40):
@@ -175,36 +197,13 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
             await spread(db, arguments.nodes)
             console.print(f"loading {KEYS} rows ...", style="dim")
             await loads.load()
-            plan: list[tuple[str, str, int, Call, str]] = [
-                ("put1", "put, sequential", 1, loads.put, "p50 <= 2 ms"),
-                ("put64", "put", 64, loads.put, ">= 8,000/s"),
-                ("put512", "put", 512, loads.put, ">= 25,000/s"),
-                ("get1", "get, sequential", 1, loads.get, ""),
-                ("get64", "get, linearizable", 64, loads.get, ">= 10,000/s"),
-                ("get512", "get, linearizable", 512, loads.get, ""),
-                ("stale1", "get, max_staleness 3 s, sequential", 1, loads.stale_get, ""),
-                ("stale64", "get, max_staleness 3 s", 64, loads.stale_get, ""),
-                ("ro64", "read-only transaction, 2 ranges", 64, loads.read_only, ""),
-                ("txn1", "transfer, 2 ranges, sequential", 1, loads.transfer, ""),
-                ("txn64", "transfer, 2 ranges", 64, loads.transfer, ">= 2,000/s"),
-                ("hot1", "one counter, read and written", 1, loads.hot, ""),
-                ("hotlock1", "one counter, locked", 1, loads.hot_locked, ""),
-                ("hot64", "one counter, contended", 64, loads.hot, ""),
-                (
-                    "hotlock64",
-                    "one counter, contended, locked",
-                    64,
-                    loads.hot_locked,
-                    ">= hot1 / 2",
-                ),
-            ]
-            names = [each[0] for each in plan]
-            wanted = arguments.rows.split(",") if arguments.rows else names
-            if unknown := [name for name in wanted if name not in names]:
-                raise SystemExit(f"no row {unknown[0]!r}; there are {', '.join(names)}")
-            for short, name, callers, call, target in plan:
-                if short in wanted:
-                    rows.append(await measure(name, callers, arguments.seconds, call, target))
+            for short, name, callers, call, target in PLAN:
+                if short in arguments.rows:
+                    rows.append(
+                        await measure(
+                            name, callers, arguments.seconds, partial(call, loads), target
+                        )
+                    )
                     console.print(
                         f"{name}, {callers} callers: {rows[-1].per_second:,.0f}/s", style="dim"
                     )
@@ -251,7 +250,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--dir", default=None, help="where the data goes; default: the temporary directory"
     )
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    names = [each[0] for each in PLAN]
+    given.rows = given.rows.split(",") if given.rows else names
+    if unknown := [name for name in given.rows if name not in names]:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(names)}")
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -566,20 +566,22 @@ class Evaluator:
             if found is not None:
                 self._wait_or_refuse(request, origin, now, since, *found)
                 return True
-        threshold = state.row.gc_threshold
+        refusal = self.outdated(request)
+        if refusal is not None:
+            self.refuse(request, origin, refusal)
+        return refusal is not None
+
+    def outdated(self, request: Prepare) -> Answer | None:
+        """The refusal of a transaction of which a read is no longer the newest."""
+        threshold = self.state.row.gc_threshold
         for guard in request.guards:
             newer = self._newer_than(guard.start, guard.end, guard.read_ts)
             if newer is None and guard.read_ts < threshold:  # a tombstone may be gone
                 newer = guard.start, threshold, b""
             if newer is not None:
                 key, ts, other = newer
-                self.refuse(
-                    request,
-                    origin,
-                    Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts),
-                )
-                return True
-        return False
+                return Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts)
+        return None
 
     def _foreign_part(self, request: Prepare) -> tuple[Part, bytes] | None:
         state, txn_id = self.state, request.txn_id

@@ -6,7 +6,7 @@ other read, so a lock that is lost (with its leader, or its lease) costs a confl
 X1 whoever holds a lock reads the newest version, and none comes while it holds: others' writers that were latched or prepared
 before (also of stamped keys that may become this one) are waited for, later ones wait for the lock. So the read needs no
 timestamp of the oracle: it is served at any timestamp that was issued when nobody wrote the key, and every later writer's is
-above that (E2).
+above that (E2). A snapshot that is to begin with it does need one (`fresh`): it has to show all that was committed before.
 X2 a Prepare that writes a key which another has locked waits in the same queue, for a bounded time; once its turn has come
 it holds the key like any owner, until it is evaluated to its end.
 X3 a lock goes when its owner's Prepare is applied here, whatever came of it: from then on a version, an intent, a guard, or
@@ -26,6 +26,7 @@ from txn.deadlocks import DETECTOR_KEY, EDGES_MAX, REPORT_S, WAITED_S, Detector
 from txn.latches import Pending, Waiter
 from txn.locks import LockTable, Verdict, Wait
 from txn.messages import (
+    FRESH_LEASE_S,
     LOCK_POLL_S,
     Ack,
     Failure,
@@ -36,6 +37,7 @@ from txn.messages import (
     LockRead,
     LockWaits,
     Prepare,
+    Read,
     ReadReply,
     Reply,
     Unlock,
@@ -113,7 +115,8 @@ class Locking:
         if chance("lock_lost"):
             table.release(request.owner, now, ended=False)
         found = table.acquire(
-            request.owner, request.age, request.key, not request.shared, now, queue=request.wait_s > 0
+            request.owner, request.age, request.key, not request.shared, now,
+            queue=request.wait_s > 0, lease_s=FRESH_LEASE_S if request.fresh else 0.0,
         )  # fmt: skip
         if isinstance(found, Wait):
             self._attach(
@@ -220,6 +223,9 @@ class Locking:
         if part is not None:
             self._wait_for_part(part, request, origin, now)
             return
+        if request.fresh:
+            ev.reader.read(Read(request.id, 0, request.version, 0, [key]), origin, now)
+            return
         row = ev.rows.get(b"L" + key)
         version = decode_latest(row) if row is not None else None
         at = max(ev.issued, state.row.gc_threshold, version.commit_ts if version is not None else 0)
@@ -276,7 +282,11 @@ class Locking:
             else:
                 key, holder = write.key, table.foreign(write.key, owner_id)
             if holder is not None:
-                self._wait_to_write(request, origin, now, since, key, holder.id)
+                outdated = self.ev.outdated(request)
+                if outdated is not None:  # it would wait in vain
+                    self.ev.refuse(request, origin, outdated)
+                else:
+                    self._wait_to_write(request, origin, now, since, key, holder.id)
                 return True
         return False
 

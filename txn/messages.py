@@ -220,6 +220,7 @@ class LockRead(msgspec.Struct, array_like=True, frozen=True, tag=40, gc=False):
     age: int  # begin_ts of its first attempt
     shared: bool = False
     wait_s: float = 0.0  # 0: not queued at all
+    fresh: bool = False  # read at a timestamp that is taken now, and held for FRESH_LEASE_S
 
 
 class KeepLocks(msgspec.Struct, array_like=True, frozen=True, tag=41, gc=False):
@@ -267,6 +268,7 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
     edges: list[LockEdge]
 
 
+FRESH_LEASE_S = 1.0  # of a lock that no user asked for: who is slow lets the others pass
 LOCK_POLL_S = 0.5  # below the silence after which a client asks another replica
 
 Request = (

@@ -75,6 +75,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "chance:write_batch_cut",
     "closed_without_a_lease",
     "conflict_truncated",
+    "contested_key_locked",
     "conflict_wait_over",
     "conflict_waited_for",
     "deadlock_broken",
@@ -127,7 +128,9 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "write_waits_for_lock",
 )
 RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
+    "append_while_installing",
     "chance:conflict_not_waited_for",
+    "contested_key_not_locked",
     "closed_by_an_earlier_leader",
     "hold_ended",
     "chance:search_slice_small",
@@ -148,7 +151,6 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "watch_goes_on",
 )
 UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tests/sim/README.md
-    "append_while_installing",
     "deposed_before_it_proposed",
     "holds_are_full",
     "joint_left",

@@ -82,6 +82,30 @@ async def test_many_who_lock_one_counter_conflict_with_nobody(
     assert held(cluster) == 0
 
 
+@simulate(seeds=2, faults=False)
+async def test_many_who_want_one_counter_need_few_attempts_each(
+    cluster: SimCluster, db: Database
+) -> None:
+    """Without a word of locks: `run` takes one after the first conflict, so the second attempt succeeds."""
+    await balanced()
+    attempts: dict[int, int] = {}
+
+    async def one(number: int) -> int:
+        async def body(tx: Transaction) -> int:
+            attempts[number] = attempts.get(number, 0) + 1
+            counter = int(await tx.get(K) or b"0") + 1
+            tx.put(K, b"%d" % counter)
+            return counter
+
+        return await db.run(body)
+
+    numbers = await asyncio.gather(*[one(number) for number in range(40)])
+    assert sorted(numbers) == list(range(1, 41))
+    assert max(attempts.values()) <= 3
+    await settled(cluster)
+    assert held(cluster) == 0
+
+
 @simulate(seeds=1, faults=False)
 async def test_it_reads_the_newest_value_and_not_the_snapshots(db: Database) -> None:
     await db.put(A, b"old")

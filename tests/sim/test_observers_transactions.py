@@ -292,6 +292,16 @@ def test_i7_two_transactions_with_one_timestamp(ghost: Ghost) -> None:
     assert ghost.told == ["I7"]
 
 
+def test_i7_a_begin_just_below_what_was_issued_may_come_from_a_replica(ghost: Ghost) -> None:
+    ghost.oracle.bound = 400
+    ghost.oracle.issued("n1", 300, 5)
+    ghost.oracle.handed_out = 304
+    ghost.apply(version(b"a", 301, make_txn_id(299, 1)))
+    assert ghost.told == []
+    ghost.apply(version(b"b", 302, make_txn_id(298, 1)))
+    assert ghost.told == ["I7"]
+
+
 @pytest.mark.parametrize("begin", [7, 150])
 def test_i7_a_begin_that_was_not_issued_or_is_not_below(ghost: Ghost, begin: int) -> None:
     ghost.apply(version(b"a", 120, make_txn_id(begin, 1)))

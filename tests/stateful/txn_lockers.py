@@ -71,10 +71,11 @@ def locking(client: Client, attempt: Attempt, age: int) -> Generator[Wait, Any, 
     attempt.lock_owner = make_txn_id(world.oracle_last, rng.getrandbits(64))
     for key in keys[: rng.randint(1, 3)]:
         shared = rng.random() < 0.3
+        fresh = rng.random() < 0.2
         until = world.now + PATIENCE_S
         while True:
             wait_s = rng.choice([0.0, 0.05, 0.2, 0.2])
-            request = LockRead(0, 0, 0, key, attempt.lock_owner, age, shared, wait_s)
+            request = LockRead(0, 0, 0, key, attempt.lock_owner, age, shared, wait_s, fresh)
             (reply,) = yield Wait([Call(key, request, 6)])
             if isinstance(reply, LockPending) and world.now < until:
                 if not wait_s:
@@ -156,8 +157,8 @@ class LockChecks:
     def answered(self, evaluator: Evaluator, request: Request, reply: Reply) -> None:
         if isinstance(request, Unlock) and not request.waits_only:
             self._ended(evaluator, request.owner)  # a read that was held back may have come between
-        if not isinstance(request, LockRead) or not isinstance(reply, ReadReply):
-            return
+        if not isinstance(request, LockRead) or not isinstance(reply, ReadReply) or request.fresh:
+            return  # a fresh one is answered after it was granted: the lock may be over by then
         now, lease_s = self.world.now, self.world.profile.limits.lock_lease_s
         holders = self._told.setdefault((evaluator, request.key), {})
         for owner, (exclusive, at) in holders.items():

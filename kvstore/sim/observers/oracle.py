@@ -57,8 +57,10 @@ class Timestamps:
         return place >= 0 and self._issued[place][0] <= ts <= self._issued[place][1]
 
     def is_known(self, ts: int) -> bool:
-        """Issued, or an old bound: what a reader may have been given."""
-        return self.is_issued(ts) or ts in self.bounds
+        """What a reader may have been given: issued, or an old bound, or the last one below an undecided write, where what is
+        safe at a replica ends.
+        """
+        return self.is_issued(ts) or ts in self.bounds or self.is_issued(ts + 1)
 
     def handed(self, node: str, reply: Any, asked_at: int) -> None:
         """An answer of the oracle leaves. asked_at: what had been handed out when it was asked for."""

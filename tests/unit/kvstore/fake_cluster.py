@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from kvstore.client import Database
-from kvstore.errors import PipeClosed
 from kvstore.link import Hello
 from kvstore.ports import Clock
 from kvstore.ranges import META_END, META_KEY
 from kvstore.sim import loop as sim
 from kvstore.streams import Stream, accept
+from tests.unit.kvstore.fake_pipes import OnPipe, Pipe, QueueNetwork
 from txn import atomics, stamps
 from txn.messages import (
     Ack,
@@ -30,6 +29,7 @@ from txn.messages import (
     Finalize,
     GetDirectory,
     GetTimestamps,
+    LockRead,
     Outcome,
     Prepare,
     PrepareReply,
@@ -43,6 +43,7 @@ from txn.messages import (
     ScanReply,
     Timestamps,
     TxnReply,
+    Unlock,
 )
 from txn.types import (
     ExpectKind,
@@ -64,91 +65,6 @@ ORPHAN_S = 1.0
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[Request])
-
-
-class Pipe:
-    """One end of a connection that is two queues."""
-
-    def __init__(self) -> None:
-        self.other: Pipe
-        self.inbox: deque[bytes] = deque()
-        self.closed = False
-        self.frames_sent = 0
-        self._waiter: asyncio.Future[None] | None = None
-
-    def try_send(self, frame: bytes) -> bool:
-        if self.closed:
-            raise PipeClosed
-        self.frames_sent += 1
-        self.other.inbox.append(frame)
-        self.other.wake()
-        return True
-
-    async def send(self, frame: bytes) -> None:
-        self.try_send(frame)
-
-    async def receive(self) -> bytes:
-        while not self.inbox:
-            if self.closed:
-                raise PipeClosed
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self.inbox.popleft()
-
-    def buffered_bytes(self) -> int:
-        return 0
-
-    def abort(self) -> None:
-        for end in (self, self.other):
-            end.closed = True
-            end.wake()
-
-    async def close(self, timeout_s: float) -> None:
-        self.abort()
-
-    def wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-
-OnPipe = Callable[[str, Pipe], Awaitable[None]]
-
-
-class QueueNetwork:
-    """The Network port, inside one loop."""
-
-    def __init__(self) -> None:
-        self.listeners: dict[str, OnPipe] = {}
-        self.pipes: list[Pipe] = []
-        self.dials: list[str] = []
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def dial(self, address: str, path: str, timeout_s: float) -> Pipe:
-        self.dials.append(address)
-        await asyncio.sleep(0)
-        on_pipe = self.listeners.get(address)
-        if on_pipe is None:
-            raise PipeClosed(f"nobody listens at {address}")
-        here, there = Pipe(), Pipe()
-        here.other, there.other = there, here
-        self.pipes.append(here)
-
-        async def attend() -> None:
-            await on_pipe(path, there)
-
-        self._tasks.append(asyncio.get_running_loop().create_task(attend()))
-        return here
-
-    async def serve(self, address: str, on_pipe: OnPipe) -> str:
-        self.listeners[address] = on_pipe
-        return address
-
-    def cut(self) -> None:
-        """Every connection ends."""
-        for pipe in self.pipes:
-            pipe.abort()
-        self.pipes.clear()
 
 
 class Version(NamedTuple):
@@ -351,6 +267,10 @@ class FakeCluster:
             return self._read(request)
         if isinstance(request, Scan):
             return self._scan(request)
+        if isinstance(request, LockRead):  # nobody else locks here
+            return self._read(Read(request.id, 0, 0, 0, [request.key]))
+        if isinstance(request, Unlock):
+            return Ack(request.id)
         if isinstance(request, Prepare):
             return self._prepare(request)
         if isinstance(request, Finalize):
@@ -571,14 +491,14 @@ def _span(request: Any) -> tuple[bytes, bytes]:
         lows = [write.key for write in request.writes] + [guard.start for guard in request.guards]
         lows += [request.locus] + [expect.key for expect in request.expects]
         highs = [guard.end for guard in request.guards] + [point_end(key) for key in lows]
-        highs += [each.value for each in request.writes if each.kind == WriteKind.DELETE_RANGE]
-        highs += [
-            stamps.span(each.key)[1]
-            for each in request.writes
-            if each.kind == WriteKind.STAMPED_KEY
-        ]
+        for each in request.writes:
+            if each.kind == WriteKind.DELETE_RANGE:
+                highs.append(each.value)
+            elif each.kind == WriteKind.STAMPED_KEY:
+                highs.append(stamps.span(each.key)[1])
         return min(lows), max(highs)
-    return request.anchor_key, point_end(request.anchor_key)
+    key = request.key if isinstance(request, LockRead | Unlock) else request.anchor_key
+    return key, point_end(key)
 
 
 def simulate(

@@ -27,7 +27,8 @@ from kvstore.sim import loop as sim
 from kvstore.sim.loop import EPOCH_S
 from kvstore.streams import Stream
 from replication.errors import FrameError
-from tests.unit.kvstore.fake_cluster import FakeCluster, Pipe, simulate
+from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from tests.unit.kvstore.fake_pipes import Pipe
 from txn.messages import (
     GetDirectory,
     GetTimestamps,

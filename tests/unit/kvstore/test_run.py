@@ -20,7 +20,7 @@ from kvstore.errors import (
 )
 from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import Outcome, Prepare
+from txn.messages import LockPending, LockRead, Outcome, Prepare, Read, Unlock
 from txn.types import KEPT_PREFIX, FenceReason, Guard, begin_ts_of, point_end
 
 
@@ -48,6 +48,78 @@ def test_run_tries_again_after_a_conflict_and_keeps_its_age():
         ours = [each for each in cluster.of(Prepare) if each.guards]
         assert len({each.txn_id for each in ours}) == 4
         assert {each.age for each in ours} == {begin_ts_of(ours[0].txn_id)}
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_after_a_conflict_the_key_is_locked_first_and_read_with_the_lock(written: bool):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        attempts = 0
+
+        async def fn(tx: Transaction) -> bytes | None:
+            nonlocal attempts
+            attempts += 1
+            found = await tx.get(b"n")
+            if attempts == 1:
+                await db.put(b"n", b"theirs")
+            tx.put(b"n" if written else b"other", b"ours")
+            return found
+
+        assert await db.run(fn) == b"theirs"
+        (lock,) = cluster.of(LockRead)
+        assert (lock.key, lock.fresh, lock.shared) == (b"n", True, not written)
+        assert attempts == 2
+        assert len(cluster.of(Read)) == 1, "the answer to the lock is the second attempt's read"
+        last = cluster.of(Prepare)[-1]
+        assert last.lock_owner == lock.owner
+        assert [guard.start for guard in last.guards] == [b"n"]
+        assert not cluster.of(Unlock), "the commit gives it back"
+
+    simulate(test)
+
+
+def test_what_was_locked_and_then_not_used_is_given_back():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        attempts = 0
+
+        async def fn(tx: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            if attempts == 1:
+                await tx.get(b"n")
+                await db.put(b"n", b"theirs")
+            tx.put(b"k", b"ours")
+
+        await db.run(fn)
+        await asyncio.sleep(0.1)
+        assert [each.key for each in cluster.of(Unlock)] == [b"n"]
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("how", ["busy", "silent", "failing"])
+def test_where_there_is_no_lock_to_be_had_the_attempt_goes_on_without(how: str):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        attempts = 0
+
+        async def fn(tx: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            value = await tx.get(b"n")
+            if attempts == 1:
+                await db.put(b"n", b"theirs")
+            tx.put(b"n", (value or b"") + b"+ours")
+
+        if how == "busy":
+            cluster.fault(LockRead, lambda _, request: LockPending(request.id, b"x"), times=100)
+        elif how == "silent":
+            cluster.ignore(LockRead, times=100)
+        else:
+            cluster.fail(LockRead, "throttled", times=100)
+        await db.run(fn)
+        assert attempts == 2
+        assert cluster.value(b"n") == b"theirs+ours"
 
     simulate(test)
 

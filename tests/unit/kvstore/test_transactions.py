@@ -25,7 +25,7 @@ from kvstore.errors import (
 )
 from kvstore.transactions import Aborted, Committed, Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import Outcome, Prepare, Read, Scan
+from txn.messages import LockRead, Outcome, Prepare, Read, Scan
 from txn.types import FenceReason, Write, WriteKind
 
 
@@ -387,6 +387,18 @@ def test_its_timeout_is_for_the_whole_transaction():
             async with db.transaction(timeout=1.0) as tx:
                 await asyncio.sleep(0.6)
                 await tx.get(b"a")
+        assert now() - began == pytest.approx(1.0, abs=0.02)
+
+    simulate(test)
+
+
+def test_a_lock_of_a_silent_leader_is_not_waited_for_beyond_its_timeout():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(LockRead, times=100)
+        began = now()
+        with pytest.raises(DeadlineExceeded):
+            async with db.transaction(timeout=1.0) as tx:
+                await tx.get_for_update(b"a")
         assert now() - began == pytest.approx(1.0, abs=0.02)
 
     simulate(test)

@@ -12,6 +12,7 @@ from txn import stamps
 from txn.deadlocks import DETECTOR_KEY, REPORT_S, WAITED_S
 from txn.evaluate import Limits
 from txn.messages import (
+    FRESH_LEASE_S,
     LOCK_POLL_S,
     Ack,
     Failure,
@@ -318,14 +319,43 @@ def test_a_lock_goes_when_its_owners_attempt_is_refused():
     asked = commit(place, 1, b"k", first.at, expects=[])
     place.settle()
     second = held(lock(place, 2))
-    stale = commit(place, 3, b"k", first.at)  # an owner that lost its lock
-    place.pass_time(0.1)
-    third = lock(place, 4)
-    assert stale.open
+    third = lock(place, 3)
     assert asked.reply.status == PartStatus.COMMITTED
-    settled(place, commit(place, 2, b"k", second.at))
-    assert stale.reply.reason == FenceReason.CONFLICT  # it is validated all the same
-    held(third)
+    refused = settled(place, commit(place, 2, b"k", first.at)).reply
+    assert refused.reason == FenceReason.CONFLICT  # it is validated all the same
+    assert second.versions == held(third).versions
+
+
+def test_who_has_read_what_is_no_longer_the_newest_is_refused_instead_of_waiting_for_a_lock():
+    place = Range()
+    first = held(lock(place, 1))
+    settled(place, commit(place, 1, b"k", first.at))
+    second = held(lock(place, 2))
+    stale = settled(place, commit(place, 3, b"k", first.at)).reply
+    assert (stale.status, stale.reason) == (PartStatus.FENCED, FenceReason.CONFLICT)
+    assert settled(place, commit(place, 2, b"k", second.at)).reply.status == PartStatus.COMMITTED
+
+
+def test_a_fresh_one_is_read_at_a_new_timestamp_after_what_was_there_and_is_held_for_a_short_lease():
+    place = Range()
+    stored(place, b"k", b"old")
+    place.part(5, put(b"k", b"theirs"))
+    place.settle()
+    asked = lock(place, 1, fresh=True)
+    assert asked.open
+    place.resolve(5, b"k", place.clock)
+    before = place.clock
+    place.settle()
+    reply = held(asked)
+    assert reply.values == [b"theirs"]
+    assert reply.at >= before, "whatever was committed before shows"
+    waiting = lock(place, 2)
+    place.pass_time(FRESH_LEASE_S - 0.1)
+    place.ask(waiting.request)
+    place.settle()
+    assert place.evaluator.locking.table.foreign(b"k", owner(2)) is not None
+    place.pass_time(0.2)
+    assert place.evaluator.locking.table.foreign(b"k", owner(2)) is None
 
 
 def test_a_lock_that_was_lost_with_its_leader_costs_a_conflict_and_no_update():
