@@ -143,7 +143,11 @@ async def run(arguments: argparse.Namespace, say: Say) -> tuple[list[Workload], 
             nodes=arguments.nodes, directory=directory, splits=SPLITS
         ) as cluster:
             playing = Run(cluster, workloads, arguments.seed, say)
-            await playing.play(arguments.seconds, arguments.kill_every, arguments.clients)
+            # a long run is a slow one: the operations are to last until its end
+            pause_s = max(PAUSE_S, arguments.seconds * arguments.clients / OPS_MAX)
+            await playing.play(
+                arguments.seconds, arguments.kill_every, arguments.clients, pause_s=pause_s
+            )
             problems = await playing.finish()
     return workloads, {
         "seconds": arguments.seconds,
@@ -207,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in arguments.names if name not in WORKLOADS]
     if unknown:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if arguments.history is not None and not arguments.history.parent.is_dir():
+        parser.error(f"no directory for {arguments.history}")
     write = None if arguments.history is None else history_writer()
     console = Console(stderr=arguments.output == "json")
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
