@@ -49,6 +49,7 @@ def node_status(node: Node) -> dict[str, Any]:
         },
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
+        "channel": {"oldest_s": _channel_age(node)},
         "outcomes": dict(store.transaction_counters),
         "heard": list(node.roster.heard) if node.roster is not None else [],
         "watches": {"waiting": store.polls.open, **store.polls.counters},
@@ -78,6 +79,16 @@ def _transactions(node: Node) -> dict[str, int]:
         "locks_held": sum(table.held for table in tables),
         "lock_waiters": sum(len(table.waiting) for table in tables),
     }
+
+
+def _channel_age(node: Node) -> float:
+    """Of the oldest outcome that a range led here has not got through to its participant."""
+    assert node.store is not None
+    now = node.adapters.clock.monotonic()
+    evaluators = [replica.evaluator for replica in node.store.replicas.values()]
+    return max(
+        (each.recovery.outbox_age(now) for each in evaluators if each is not None), default=0.0
+    )
 
 
 def node_locks(node: Node) -> dict[str, Any]:

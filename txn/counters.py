@@ -18,6 +18,7 @@ COUNTERS = (
     "lock_leases_ended_total",
     "lock_waits_total",
     "parts_prepared_total",
+    "redeliveries_total",
     "rows_collected_total",
     "waits_for_parts_total",
 )

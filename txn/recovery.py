@@ -61,6 +61,7 @@ class Recovery:
         self._outbox_due: deque[tuple[float, tuple[bytes, bytes]]] = deque()
         self._outbox_again: deque[tuple[float, tuple[bytes, bytes]]] = deque()
         self._outbox_out: dict[tuple[bytes, bytes], None] = {}  # sent, not acknowledged
+        self._outbox_since: dict[tuple[bytes, bytes], float] = {}  # not acknowledged; oldest first
         self._recovering: dict[
             bytes, dict[bytes, tuple[int, int]]
         ] = {}  # txn_id -> locus -> (PartStatus, ts)
@@ -93,6 +94,11 @@ class Recovery:
                     self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
         for key in state.outbox:
             self._outbox_due.append((now, key))
+            self._outbox_since[key] = now
+
+    def outbox_age(self, now: float) -> float:
+        """For how many seconds the oldest outcome waits for its participant, as far as this leader knows."""
+        return now - next(iter(self._outbox_since.values()), now)
 
     def waiters(self) -> Iterable[list[Waiter]]:
         yield from self._outcome_waiting.values()
@@ -111,7 +117,7 @@ class Recovery:
             self._orphan_due.popleft()
         for queue in (self._outbox_due, self._outbox_again):
             while queue and queue[0][1] not in state.outbox:
-                queue.popleft()
+                self._outbox_since.pop(queue.popleft()[1], None)
         if self._anchor_due:
             due = self._anchor_due[0][0]
         if self._orphan_due and (due is None or self._orphan_due[0][0] < due):
@@ -141,7 +147,9 @@ class Recovery:
             while queue and queue[0][0] <= now and len(self._outbox_out) < OUTBOX_IN_FLIGHT_MAX:
                 key = queue.popleft()[1]
                 row = state.outbox.get(key)
-                if row is not None and key not in self._outbox_out:
+                if row is None:
+                    self._outbox_since.pop(key, None)
+                elif key not in self._outbox_out:
                     self._send_outbox(key, row)
 
     def prepared(self, command: PreparePart, now: float) -> None:
@@ -309,6 +317,7 @@ class Recovery:
         for participant in participants:
             if (txn_id, participant.locus) in self.ev.state.outbox:
                 self._outbox_due.append((due, (txn_id, participant.locus)))
+                self._outbox_since[txn_id, participant.locus] = self.ev.now
 
     # -- the anchor: recovery of a staged transaction
 
@@ -383,11 +392,14 @@ class Recovery:
         def on_reply(reply: Reply) -> None:
             self._outbox_out.pop(key, None)
             if key not in self.ev.state.outbox:
+                self._outbox_since.pop(key, None)
                 return
             if isinstance(reply, Ack):
+                self._outbox_since.pop(key, None)
                 self._outbox_done((row.txn_id, row.anchor_key, part.locus))
             else:
                 reached("outbox_sent_again")
+                self.ev.counters["redeliveries_total"] += 1
             self._outbox_again.append((self.ev.now + self.ev.limits.outbox_retry_s, key))
 
         self.call(part.locus, request, on_reply)

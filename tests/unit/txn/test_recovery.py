@@ -451,6 +451,22 @@ def test_without_an_acknowledgement_it_is_sent_again():
     assert not any(isinstance(command, OutboxDone) for command in place.log)
 
 
+def test_the_age_of_the_channel_is_that_of_the_oldest_outcome_that_nobody_acknowledged():
+    place = decided()
+    recovery, begun = place.evaluator.recovery, place.now
+    assert recovery.outbox_age(place.now + 3.0) == pytest.approx(3.0, abs=0.2)
+    place.answer(LOST)
+    place.answer(Ack(0))
+    place.settle()
+    place.pass_time(2.0)
+    assert recovery.outbox_age(place.now) >= place.now - begun
+    assert place.evaluator.counters["redeliveries_total"] == 1
+    place.answer(Ack(0))
+    place.settle()
+    assert recovery.outbox_age(place.now) == 0
+    assert not recovery._outbox_since
+
+
 def test_while_no_answer_came_it_is_not_sent_twice():
     place = decided()
     place.pass_time(5.0)
