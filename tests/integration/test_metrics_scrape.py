@@ -1,9 +1,12 @@
-"""Every family that the metrics promise has samples on real nodes after some traffic, and none is driven by nobody."""
+"""Every family that the metrics promise has samples on real nodes after some traffic, and none is driven by nobody; alert
+rules ask for what there is."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from kvstore.testing.cluster import LocalCluster
 pytestmark = pytest.mark.slow
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+ALERTS = DOCUMENT.with_name("alerts.yml")
 FAST = {"KVORUM_RAFT__ELECTION_TIMEOUT": "500ms", "KVORUM_RAFT__HEARTBEAT": "100ms"}
 NOTED = (
     'kvorum_commit_seconds_count{kind="single_range"}',
@@ -43,9 +47,23 @@ NOTED = (
 )
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_the_alert_rules_are_rules_of_prometheus():
+    done = subprocess.run(
+        ["promtool", "check", "rules", ALERTS], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def documented():
     """The families of docs/metrics.md."""
     return re.findall(r"`(kvorum_[a-z_]+[a-z])`", DOCUMENT.read_text())
+
+
+def alerted():
+    """What the rules of docs/alerts.yml look at."""
+    rules = re.findall(r"^ *expr: (.*)$", ALERTS.read_text(), re.MULTILINE)
+    return sorted(set(re.findall(r"kvorum_[a-z_]+[a-z]", " ".join(rules))))
 
 
 def scrape(cluster):
@@ -89,6 +107,9 @@ def test_every_promised_family_has_samples_after_traffic():
             time.sleep(0.2)
         families = {re.sub(r"\{.*|_count\b.*", "", name) for name in found}
         assert [name for name in documented() if name not in families] == []
+        samples = {name.partition("{")[0] for name in found}
+        assert len(alerted()) >= 9
+        assert [name for name in alerted() if name not in samples] == []
         assert found['kvorum_commit_seconds_count{kind="single_range"}'] >= 60
         assert found['kvorum_commit_seconds_count{kind="cross_range"}'] >= 10
         assert found["kvorum_raft_commit_seconds_sum"] > 0.0
