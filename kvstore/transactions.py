@@ -375,9 +375,15 @@ class Transaction(BufferedWrites):
     async def __aenter__(self) -> Self:
         if self._view.views is not None:
             self._view.views.add(self._view, kept=True)
-        begin_ts = await self._committer.begin_ts(self._until(), ID_AGE_S_MAX)
-        if self._options.contested:
-            await self._reserve(begin_ts)
+        try:
+            begin_ts = await self._committer.begin_ts(self._until(), ID_AGE_S_MAX)
+            if self._options.contested:
+                await self._reserve(begin_ts)
+        except BaseException:  # `async with` does not call __aexit__ then
+            self._end()
+            if self._view.views is not None:
+                self._view.views.remove(self._view)
+            raise
         return self
 
     async def _reserve(self, begin_ts: int) -> None:

@@ -124,6 +124,28 @@ def test_where_there_is_no_lock_to_be_had_the_attempt_goes_on_without(how: str):
     simulate(test)
 
 
+def test_a_task_that_is_cancelled_while_it_waits_for_that_lock_leaves_nothing():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def fn(tx: Transaction) -> None:
+            await tx.get(b"n")
+            await db.put(b"n", b"theirs")
+            tx.put(b"n", b"ours")
+
+        cluster.ignore(LockRead, times=100)
+        task = asyncio.create_task(db.run(fn))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.1)
+        (lock,) = cluster.of(LockRead)
+        assert {each.owner for each in cluster.of(Unlock)} == {lock.owner}
+        assert db._views is not None
+        assert len(db._views) == 0
+
+    simulate(test)
+
+
 def test_user_exceptions_are_never_retried():
     async def test(cluster: FakeCluster, db: Database) -> None:
         runs = 0

@@ -25,7 +25,7 @@ from kvstore.errors import (
 )
 from kvstore.transactions import Aborted, Committed, Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import LockRead, Outcome, Prepare, Read, Scan
+from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, Scan
 from txn.types import FenceReason, Write, WriteKind
 
 
@@ -400,6 +400,18 @@ def test_a_lock_of_a_silent_leader_is_not_waited_for_beyond_its_timeout():
             async with db.transaction(timeout=1.0) as tx:
                 await tx.get_for_update(b"a")
         assert now() - began == pytest.approx(1.0, abs=0.02)
+
+    simulate(test)
+
+
+def test_a_transaction_that_could_not_begin_is_not_kept_for_an_open_one():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(GetTimestamps, times=100)
+        with pytest.raises(DeadlineExceeded):
+            async with db.transaction(timeout=1.0):
+                pass
+        assert db._views is not None
+        assert len(db._views) == 0
 
     simulate(test)
 
