@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from kvstore.client import Database, Transaction
 from kvstore.errors import KVError, OutcomeExpired
 from kvstore.testing.history import TxnOp
-from kvstore.testing.workloads.base import FINISH_TIMEOUT_S, Workload, each
+from kvstore.testing.workloads.base import Workload, each
 from kvstore.transactions import Aborted
 
 TALLIES: Final = 3
@@ -147,13 +147,14 @@ class ExactlyOnce(Workload):
                     pass  # then its row alone tells
 
         async def read(task: Task) -> None:
-            entry = await db.get_entry(task.row, timeout=FINISH_TIMEOUT_S)
+            entry = await view.get_entry(task.row)
             if entry is not None:
                 self.rows_found[task.row] = entry.value, entry.version
 
         await each(settle, self.tasks)
+        view = db.snapshot()  # what is still under way is in all of it, or in nothing
         await each(read, self.tasks)
-        found = await db.get_many(self.tallies, timeout=FINISH_TIMEOUT_S)
+        found = await view.get_many(self.tallies)
         self.tallies_found = {key: int(found.get(key, b"0")) for key in self.tallies}
 
     def inspect(self) -> Iterable[str]:

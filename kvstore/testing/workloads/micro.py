@@ -16,6 +16,7 @@ from kvstore.errors import KVError
 from kvstore.testing.history import MicroTxn, Outcome
 from kvstore.testing.workloads import judges
 from kvstore.testing.workloads.traced import Traced
+from kvstore.transactions import Snapshot
 
 KEYS: Final = 6
 STEPS_MAX: Final = 4
@@ -101,12 +102,11 @@ class Micro(Traced):
             reader = MicroTxn(txn.client, txn.begin, reads, version, now, Outcome.OK)
             self._keep(reader)
 
-    async def finish(self, db: Database) -> None:
-        await super().finish(db)
+    async def read_final(self, view: Snapshot) -> None:
+        await super().read_final(view)
         txn = MicroTxn("end", self.history.tick())
-        snapshot = db.snapshot()
-        found = await snapshot.get_many(self.keys)
-        txn.version = await snapshot.version()
+        found = await view.get_many(self.keys)
+        txn.version = await view.version()
         txn.steps = [("r", key, self.decode(found.get(key))) for key in self.keys]
         self._keep(txn)
         self.settle(txn, None, f"{txn.steps!r}")

@@ -27,7 +27,7 @@ from kvstore.testing.workloads.base import (
     patiently,
 )
 from kvstore.testing.workloads.staleness import Staleness, StaleRead
-from kvstore.transactions import Committed
+from kvstore.transactions import Committed, Snapshot
 
 TOKEN_SHARE: Final = 0.3
 PAST_SHARE: Final = 0.1  # of the reads that are of an earlier version
@@ -262,16 +262,19 @@ class Traced(Workload):
     # -- the end
 
     async def finish(self, db: Database) -> None:
-        await each(lambda trail: self._follow(db, trail), self.trails)
-        found = await db.get_many(self.watched, timeout=FINISH_TIMEOUT_S) if self.watched else {}
+        """Asking for an outcome decides it. A marker that is not there decides nothing: what it belongs to may still be under
+        way. So markers, and all that is compared with them, are read at one version, after the outcomes.
+        """
+        await each(lambda trail: self._ask(db, trail), [one for one in self.trails if one.token])
+        async with db.snapshot() as view:
+            await each(lambda trail: _follow(view, trail), [one for one in self.trails if one.row])
+            await self.read_final(view)
+
+    async def read_final(self, view: Snapshot) -> None:
+        found = await view.get_many(self.watched) if self.watched else {}
         self.final = {key: found.get(key) for key in self.watched}
 
-    async def _follow(self, db: Database, trail: Trail) -> None:
-        if trail.row:
-            entry = await db.get_entry(trail.row, timeout=FINISH_TIMEOUT_S)
-            happened = entry is not None and entry.value == trail.value
-            trail.version = entry.version if entry is not None and happened else 0
-            return
+    async def _ask(self, db: Database, trail: Trail) -> None:
         try:
             outcome = await db.outcome(trail.token, timeout=FINISH_TIMEOUT_S)
         except OutcomeExpired:
@@ -304,3 +307,9 @@ class Traced(Workload):
     def inspect(self) -> Iterable[str]:
         """Nothing more than the replay."""
         return ()
+
+
+async def _follow(view: Snapshot, trail: Trail) -> None:
+    entry = await view.get_entry(trail.row)
+    happened = entry is not None and entry.value == trail.value
+    trail.version = entry.version if entry is not None and happened else 0

@@ -142,6 +142,12 @@ class DumbSnapshot:
     async def version(self) -> int:
         return self._version()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
     async def get_entry(self, key: bytes) -> Entry | None:
         await self.store.wait()
         value, version = self.store.at(key, self._version())
