@@ -191,6 +191,8 @@ class ReplicaReads:
         self._closer.busy(now)
         row = replica.state.row
         if row.installing or replica.receiving or self._store.is_refused(replica.range_id):
+            if stale.last:  # its client takes this node for the leader, and has to hear better
+                return self._store.not_leader(request.id, replica)
             return Failure(request.id, REPLICA_BEHIND, "the replica has no state to read from")
         safe, floor = self._safe(replica, stale.ranges), request.at
         if not floor:

@@ -1,5 +1,6 @@
 """Claims of the samples of issued timestamps: what was asked for after an acknowledgement covers it; what was asked for long
-enough ago had been issued by then; they are bounded. And of messages of peers: what is none ends the stream."""
+enough ago had been issued by then; they are bounded. Of messages of peers: what is none ends the stream. Of a replica that has
+no state to read from: whoever takes it for the leader is told that it is not."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from kvstore import closing
-from kvstore.closing import Closer, Samples
+from kvstore.closing import Closer, ReplicaReads, Samples
 from replication.errors import FrameError
+from txn.messages import Failure, Read, Stale
 
 
 def test_since_is_the_first_question_that_was_asked_then_or_later():
@@ -53,3 +55,22 @@ def test_what_is_no_message_is_a_malformed_frame(payload: bytes):
     store: Any = SimpleNamespace(replicas={})
     with pytest.raises(FrameError):
         Closer(store, 1.0).hear(payload)
+
+
+@pytest.mark.parametrize(("last", "code"), [(False, "replica_behind"), (True, "not_leader")])
+@pytest.mark.parametrize("why", ["installing", "receiving", "refused"])
+def test_a_replica_without_state_sends_on_whoever_takes_it_for_the_leader(
+    why: str, last: bool, code: str
+):
+    store: Any = SimpleNamespace(
+        is_refused=lambda _number: why == "refused",
+        not_leader=lambda number, _replica: Failure(number, "not_leader"),
+    )
+    row = SimpleNamespace(installing=why == "installing")
+    replica: Any = SimpleNamespace(
+        range_id=7, state=SimpleNamespace(row=row), receiving=why == "receiving"
+    )
+    request = Read(5, 7, 0, 0, [b"k"], Stale(1000, last=last))
+    reply = ReplicaReads(store, Closer(store, 1.0)).read(replica, request, 10.0)
+    assert isinstance(reply, Failure)
+    assert (reply.id, reply.code) == (5, code)
