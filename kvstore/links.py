@@ -106,8 +106,14 @@ class Call(msgspec.Struct, eq=False):
         """The timestamp of its answer is the newest that there was, not one that the request named (a snapshot's)."""
         request = self.request
         if isinstance(request, Read | Scan):
-            return not request.at
+            return not request.at and request.stale is None
         return isinstance(request, GetTimestamps)
+
+    @property
+    def is_stale(self) -> bool:
+        """The timestamp of its answer may be as old as the reader allowed."""
+        request = self.request
+        return isinstance(request, Read | Scan) and request.stale is not None
 
     def refused(self, failure: Failure) -> None:
         """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""
