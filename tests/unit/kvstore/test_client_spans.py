@@ -30,6 +30,7 @@ from txn.messages import (
     Read,
     Resolve,
     Scan,
+    ScanReply,
     TxnReply,
 )
 from txn.types import FenceReason, TxnStatus, WriteKind, begin_ts_of
@@ -143,6 +144,27 @@ def test_a_limit_is_told_to_the_range():
         assert await db.scan(limit=2).to_list() == [(b"a", b"1"), (b"b", b"2")]
         assert [scan.rows_max for scan in cluster.of(Scan)] == [2]
         assert await db.scan(prefix=b"b").to_list() == [(b"b", b"2")]
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_goes_on_after_an_empty_page(reverse: bool):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        at = cluster.seed(a=b"1", y=b"2")
+
+        def empty(_node: int, request: Scan) -> ScanReply:
+            return ScanReply(request.id, at, [], [], [], False, b"m")
+
+        cluster.fault(Scan, empty)
+        left = [(b"a", b"1")] if reverse else [(b"y", b"2")]
+        assert await db.scan(reverse=reverse, limit=1).to_list() == left
+        first, second = cluster.of(Scan)
+        assert second.at == at
+        if reverse:
+            assert (second.start, second.end) == (first.start, b"m")
+        else:
+            assert (second.start, second.end) == (b"m", first.end)
 
     simulate(test)
 
