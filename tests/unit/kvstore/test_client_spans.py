@@ -70,6 +70,33 @@ def test_a_short_answer_to_many_keys_is_continued():
     simulate(test)
 
 
+@pytest.mark.parametrize("staleness", [None, 60.0])
+def test_reads_of_many_long_keys_are_cut_into_messages(staleness: float | None):
+    """One message of them all would be refused by the connection, and stand in the way of all that follows."""
+    keys = [b"%04d" % number + bytes(3_000) for number in range(4_000)]
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.seed(k=b"v")
+        assert await db.get_many([*keys, b"k"], max_staleness=staleness) == {b"k": b"v"}
+        sizes = [
+            sum(
+                len(key)
+                for request in requests
+                if isinstance(request, Read)
+                for key in request.keys
+            )
+            for _node, requests in cluster.messages
+        ]
+        assert 500_000 < max(sizes) < limits.MESSAGE_BYTES_MAX / 2
+        scans = (
+            db.scan(key, key + b"z", max_staleness=staleness).to_list() for key in keys[:2_000]
+        )
+        assert await asyncio.gather(*scans) == [[]] * 2_000
+        assert max(len(requests) for _node, requests in cluster.messages) < 500
+
+    simulate(test)
+
+
 def test_reads_go_on_when_ranges_split_under_them():
     async def test(cluster: FakeCluster, db: Database) -> None:
         keys = [b"%02d" % number for number in range(40)]
