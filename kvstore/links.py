@@ -274,7 +274,8 @@ class Links:
         if route is None or link is None or link.channel is None or link.ready_bytes:
             return None
         link.outgoing.append(_replace(request, range_id=route.range_id, version=route.version))
-        link.outgoing_bytes += REQUEST_OVERHEAD_BYTES
+        keys = request.anchor_key, request.locus, request.start, request.end
+        link.outgoing_bytes += sum(map(len, keys)) + REQUEST_OVERHEAD_BYTES
         return link
 
     def overdue(self, now: float) -> tuple[list[Call], float]:

@@ -246,7 +246,7 @@ class Router:
         call = self.open(key, end, self.monotonic(), deadline, on_reply, silent=silent)
         if request.__class__ is GetDirectory:
             call.link = None  # any node may be asked, not only the leader of the first range
-        self.submit(call, addressed(request, call), size_bytes)
+        self.submit(call, addressed(request, call), size_bytes or len(key) + len(end))
         return call
 
     def hint(self, request: Resolve) -> None:

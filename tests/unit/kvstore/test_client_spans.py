@@ -97,6 +97,26 @@ def test_reads_of_many_long_keys_are_cut_into_messages(staleness: float | None):
     simulate(test)
 
 
+@pytest.mark.parametrize("hints", [False, True])
+def test_what_is_asked_and_told_of_transactions_with_long_keys_is_cut_too(hints: bool):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.get(b"a")  # there is a connection
+        key, until = b"k" * 4_000, asyncio.get_running_loop().time() + 5.0
+        ids = [b"%016d" % number for number in range(3_000)]
+        if hints:
+            for txn_id in ids:
+                db.router.hint(Resolve(0, 0, 0, txn_id, key, key, key, key, 0))
+        else:
+            questions = [Outcome(0, 0, 0, txn_id, key) for txn_id in ids]
+            await asyncio.gather(*(db.router.ask(each, key, b"", until) for each in questions))
+        assert await db.get(b"a") is None
+        told = len(cluster.of(Resolve if hints else Outcome))
+        assert told > 50 if hints else told == 3_000  # hints need not arrive
+        assert max(len(requests) for _node, requests in cluster.messages) < 300
+
+    simulate(test)
+
+
 def test_reads_go_on_when_ranges_split_under_them():
     async def test(cluster: FakeCluster, db: Database) -> None:
         keys = [b"%02d" % number for number in range(40)]
