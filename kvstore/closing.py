@@ -12,6 +12,7 @@ anybody's wall clock: everything that was acknowledged before the question has a
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -31,7 +32,8 @@ IDLE_FACTOR: Final = 4  # of the interval, when nothing has happened for IDLE_AF
 IDLE_AFTER_S: Final = 5.0
 ADVANCE_S: Final = 2.5  # two rounds at least: the oracle's bound first, then its time
 REPEAT_S: Final = 5.0  # what a follower was told already is told again, once in so long
-SAMPLES_MAX: Final = 512
+SAMPLES_MAX: Final = 512  # more than enough for a week
+AGE_SHARE: Final = 32
 
 _replace = msgspec.structs.replace
 
@@ -64,7 +66,20 @@ class Samples:
         times.append(asked_at)
         self._issued.append(issued)
         if len(times) > SAMPLES_MAX:
-            del times[: SAMPLES_MAX // 2], self._issued[: SAMPLES_MAX // 2]
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        """The older, the fewer: a bound or a lag of hours needs no more than about one in AGE_SHARE of it."""
+        every = list(zip(self._asked_at, self._issued, strict=True))
+        newest, kept = every[-1][0], every[:1]
+        for sample, (following, _) in pairwise(every[1:]):
+            if following - kept[-1][0] > (newest - sample[0]) / AGE_SHARE:
+                kept.append(sample)
+        kept = [*kept, every[-1]][-(SAMPLES_MAX * 7 // 8) :]
+        self._asked_at, self._issued = [at for at, _ in kept], [issued for _, issued in kept]
+
+    def __len__(self) -> int:
+        return len(self._asked_at)
 
     @property
     def last_asked_at(self) -> float:
@@ -191,10 +206,13 @@ class ReplicaReads:
         self._closer.busy(now)
         row = replica.state.row
         if row.installing or replica.receiving or self._store.is_refused(replica.range_id):
+            if stale.last:  # its client takes this node for the leader, and has to hear better
+                return self._store.not_leader(request.id, replica)
             return Failure(request.id, REPLICA_BEHIND, "the replica has no state to read from")
-        safe, floor = self._safe(replica, stale.ranges), request.at
+        (safe, kept), floor = self._safe(replica, stale.ranges), request.at
         if not floor:
-            floor = max(stale.at_least, self._closer.samples.since(now - stale.ms / 1000))
+            asked_for = self._closer.samples.since(now - stale.ms / 1000)
+            floor = max(stale.at_least, asked_for, kept)
             known = self._closer.samples.last_asked_at >= now - stale.ms / 1000
             if not known or safe < floor:
                 return self._elsewhere(replica, request, safe, floor if known else 0)
@@ -204,13 +222,15 @@ class ReplicaReads:
         self.counters["served"] += 1
         return reply
 
-    def _safe(self, replica: Replica, others: list[int]) -> int:
-        safe = replica.safe_ts
+    def _safe(self, replica: Replica, others: list[int]) -> tuple[int, int]:
+        """What they are all safe up to; and from where on they have all that was there."""
+        safe, kept = replica.safe_ts, replica.state.row.gc_threshold
         for number in others:
             other = self._store.replicas.get(number)
             if other is not None and not other.state.row.installing:
                 safe = min(safe, other.safe_ts)
-        return safe
+                kept = max(kept, other.state.row.gc_threshold)
+        return safe, kept
 
     def _elsewhere(
         self, replica: Replica, request: Read | Scan, safe: int, floor: int

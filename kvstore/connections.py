@@ -13,13 +13,14 @@ import msgspec
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
-from txn.messages import Changed, Failure, ReadReply, Reply, Request, ScanReply
+from txn.messages import Changed, Failure, PrepareReply, ReadReply, Reply, Request, ScanReply
 
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
 REQUESTS_MAX: Final = 10_000  # in flight, of one connection
 RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
+ROW_OVERHEAD_BYTES: Final = 20  # of a row in an answer: its version, and three lengths
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Request])
@@ -109,11 +110,22 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
     part: list[Reply] = []
     size = 0
     for reply in replies:
-        if isinstance(reply, (ReadReply, ScanReply, Changed)):
-            size += sum(len(value) for value in reply.values if value is not None)
-            if part and size > MESSAGE_BYTES:
-                parts.append(part)
-                part, size = [], 0
+        taken = _size_of(reply)
+        if part and size + taken > MESSAGE_BYTES:
+            parts.append(part)
+            part, size = [], 0
         part.append(reply)
+        size += taken
     parts.append(part)
     return parts
+
+
+def _size_of(reply: Reply) -> int:
+    """About the bytes of what may be long in it: a message that the stream refuses ends the node."""
+    if isinstance(reply, PrepareReply):
+        return len(reply.key) + (sum(map(len, reply.results)) if reply.results else 0)
+    if not isinstance(reply, (ReadReply, ScanReply, Changed)):
+        return 0
+    size = ROW_OVERHEAD_BYTES * len(reply.versions)
+    size += sum(len(value) for value in reply.values if value is not None)
+    return size if isinstance(reply, ReadReply) else size + sum(map(len, reply.keys))

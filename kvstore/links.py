@@ -106,8 +106,14 @@ class Call(msgspec.Struct, eq=False):
         """The timestamp of its answer is the newest that there was, not one that the request named (a snapshot's)."""
         request = self.request
         if isinstance(request, Read | Scan):
-            return not request.at
+            return not request.at and request.stale is None
         return isinstance(request, GetTimestamps)
+
+    @property
+    def is_stale(self) -> bool:
+        """The timestamp of its answer may be as old as the reader allowed."""
+        request = self.request
+        return isinstance(request, Read | Scan) and request.stale is not None
 
     def refused(self, failure: Failure) -> None:
         """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""
@@ -268,7 +274,8 @@ class Links:
         if route is None or link is None or link.channel is None or link.ready_bytes:
             return None
         link.outgoing.append(_replace(request, range_id=route.range_id, version=route.version))
-        link.outgoing_bytes += REQUEST_OVERHEAD_BYTES
+        keys = request.anchor_key, request.locus, request.start, request.end
+        link.outgoing_bytes += sum(map(len, keys)) + REQUEST_OVERHEAD_BYTES
         return link
 
     def overdue(self, now: float) -> tuple[list[Call], float]:

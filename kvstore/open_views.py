@@ -38,7 +38,10 @@ class OpenViews:
 
     def add(self, view: View, *, kept: bool) -> None:
         """kept: until `remove`; else while it is used."""
-        if id(view) not in self._views and len(self._views) < VIEWS_MAX:
+        noted = self._views.get(id(view))
+        if noted is not None:
+            self._views[id(view)] = view, kept or noted[1]
+        elif len(self._views) < VIEWS_MAX:
             self._views[id(view)] = view, kept
             if self._timer is None:
                 self._arm(HOLD_AFTER_S)

@@ -190,7 +190,7 @@ class View:
         return (await self.router.timestamps(until)).read_ts
 
     def _send(self, request: Read | Scan, key: bytes, end: bytes, until: float) -> Call:
-        return self.router.send(request, key, end, until)
+        return self.router.send(request, key, end, until, size_bytes=size_of(request))
 
     async def _answer(self, call: Call) -> Reply:
         return await self.router.answer(call)
@@ -279,6 +279,13 @@ class View:
         if route is None:
             return None
         return Piece(max(start, route.start), end, route)
+
+
+def size_of(request: Read | Scan) -> int:
+    """Bytes that it takes in a message, beside what every request does: messages have to be cut by it."""
+    if isinstance(request, Read):
+        return sum(map(len, request.keys))
+    return len(request.start) + len(request.end)
 
 
 class SpanPages:

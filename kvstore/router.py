@@ -103,7 +103,7 @@ class Router:
     ) -> None:
         self.ranges = RangeCache()
         self.cluster = ""
-        self.seen_ts = 0  # the largest timestamp in any answer; it was new at `seen_at`
+        self.seen_ts = 0  # the largest timestamp in any answer; it was new at `seen_at`, or later
         self.seen_at = float("-inf")
         self.messages_sent = 0
         self.calls_retried = 0
@@ -246,7 +246,7 @@ class Router:
         call = self.open(key, end, self.monotonic(), deadline, on_reply, silent=silent)
         if request.__class__ is GetDirectory:
             call.link = None  # any node may be asked, not only the leader of the first range
-        self.submit(call, addressed(request, call), size_bytes)
+        self.submit(call, addressed(request, call), size_bytes or len(key) + len(end))
         return call
 
     def hint(self, request: Resolve) -> None:
@@ -456,7 +456,8 @@ class Router:
             newest = self.seen_ts
             if ts > newest or (ts == newest and self.seen_at < now and call.asks_for_now):
                 self.seen_ts = ts
-                self.seen_at = now
+                if not call.is_stale:
+                    self.seen_at = now
             self._calls -= 1
             future = call.future
             if future is not None:

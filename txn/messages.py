@@ -302,7 +302,10 @@ class ReadReply(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
 
 
 class ScanReply(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
-    """`done`: the span was read to its end (within the range: `covered_to` is where it ends or began, if reversed)."""
+    """`done`: the span was read to its end (within the range: `covered_to` is where it ends or began, if reversed).
+
+    A page that is not done may be empty: it looked at so many keys without a value.
+    """
 
     id: int
     at: int

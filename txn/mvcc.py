@@ -85,10 +85,14 @@ def find_txn(rows: Rows, key: bytes, txn_id: bytes, latest: bytes | None, above:
 
 
 def scan_at(
-    rows: Rows, start: bytes, end: bytes, at: int, *, reverse: bool = False
-) -> Iterator[tuple[bytes, Version]]:
-    """(key, version) of [start, end) at `at` in order; tombstones are left out. end b"": the end of all keys."""
+    rows: Rows, start: bytes, end: bytes, at: int, *, reverse: bool = False, hidden_max: int = 0
+) -> Iterator[tuple[bytes, Version | None]]:
+    """(key, version) of [start, end) at `at` in order; tombstones are left out. end b"": the end of all keys.
+
+    hidden_max: after so many keys that have no value at `at` it ends with the last of them, and None (0: it goes on).
+    """
     low, high = keycode.family_span(keycode.LATEST, start, end)
+    hidden = 0
     for found, row in rows.scan(low, high, reverse=reverse):
         version: Version | None
         if int.from_bytes(row[:8], "big") <= at:
@@ -97,3 +101,8 @@ def scan_at(
             version = older_at(rows, found[1:], at)
         if version is not None and version.value is not None:
             yield found[1:], version
+            continue
+        hidden += 1
+        if hidden == hidden_max:
+            yield found[1:], None
+            return

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
 SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
+SCAN_HIDDEN_MAX = 2_000  # keys without a value at its timestamp, that one page looks at
 
 
 class Reader:
@@ -155,16 +156,21 @@ def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
 
 
 def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> ScanReply:
-    """What [start, end) holds at `at`, whatever is undecided; at most one page."""
+    """What [start, end) holds at `at`, whatever is undecided; at most one page, which may be empty and not the last."""
     keys: list[bytes] = []
     values: list[bytes] = []
     versions: list[int] = []
     size, done = 0, True
+    seen = b""  # the last key of a page that is not the last
     rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
     bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
-    for key, version in scan_at(rows, start, end, at, reverse=request.reverse):
+    found = scan_at(rows, start, end, at, reverse=request.reverse, hidden_max=SCAN_HIDDEN_MAX)
+    for key, version in found:
         if len(keys) >= rows_max or (keys and size >= bytes_max):
-            done = False
+            done, seen = False, keys[-1]
+            break
+        if version is None:  # the node has others to serve: deleted rows may be millions
+            done, seen = False, key
             break
         assert version.value is not None
         keys.append(key)
@@ -176,5 +182,5 @@ def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> S
     if done:
         covered_to = start if request.reverse else end
     else:
-        covered_to = keys[-1] if request.reverse else point_end(keys[-1])
+        covered_to = seen if request.reverse else point_end(seen)
     return ScanReply(request.id, at, keys, values, versions, done, covered_to)

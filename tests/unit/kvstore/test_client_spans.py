@@ -30,6 +30,7 @@ from txn.messages import (
     Read,
     Resolve,
     Scan,
+    ScanReply,
     TxnReply,
 )
 from txn.types import FenceReason, TxnStatus, WriteKind, begin_ts_of
@@ -65,6 +66,53 @@ def test_a_short_answer_to_many_keys_is_continued():
         cluster.read_values_max = 50
         assert await db.get_many(keys) == {key: key for key in keys}
         assert max(len(read.keys) for read in cluster.of(Read)) <= 256
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("staleness", [None, 60.0])
+def test_reads_of_many_long_keys_are_cut_into_messages(staleness: float | None):
+    """One message of them all would be refused by the connection, and stand in the way of all that follows."""
+    keys = [b"%04d" % number + bytes(3_000) for number in range(4_000)]
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.seed(k=b"v")
+        assert await db.get_many([*keys, b"k"], max_staleness=staleness) == {b"k": b"v"}
+        sizes = [
+            sum(
+                len(key)
+                for request in requests
+                if isinstance(request, Read)
+                for key in request.keys
+            )
+            for _node, requests in cluster.messages
+        ]
+        assert 500_000 < max(sizes) < limits.MESSAGE_BYTES_MAX / 2
+        scans = (
+            db.scan(key, key + b"z", max_staleness=staleness).to_list() for key in keys[:2_000]
+        )
+        assert await asyncio.gather(*scans) == [[]] * 2_000
+        assert max(len(requests) for _node, requests in cluster.messages) < 500
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("hints", [False, True])
+def test_what_is_asked_and_told_of_transactions_with_long_keys_is_cut_too(hints: bool):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.get(b"a")  # there is a connection
+        key, until = b"k" * 4_000, asyncio.get_running_loop().time() + 5.0
+        ids = [b"%016d" % number for number in range(3_000)]
+        if hints:
+            for txn_id in ids:
+                db.router.hint(Resolve(0, 0, 0, txn_id, key, key, key, key, 0))
+        else:
+            questions = [Outcome(0, 0, 0, txn_id, key) for txn_id in ids]
+            await asyncio.gather(*(db.router.ask(each, key, b"", until) for each in questions))
+        assert await db.get(b"a") is None
+        told = len(cluster.of(Resolve if hints else Outcome))
+        assert told > 50 if hints else told == 3_000  # hints need not arrive
+        assert max(len(requests) for _node, requests in cluster.messages) < 300
 
     simulate(test)
 
@@ -143,6 +191,27 @@ def test_a_limit_is_told_to_the_range():
         assert await db.scan(limit=2).to_list() == [(b"a", b"1"), (b"b", b"2")]
         assert [scan.rows_max for scan in cluster.of(Scan)] == [2]
         assert await db.scan(prefix=b"b").to_list() == [(b"b", b"2")]
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_goes_on_after_an_empty_page(reverse: bool):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        at = cluster.seed(a=b"1", y=b"2")
+
+        def empty(_node: int, request: Scan) -> ScanReply:
+            return ScanReply(request.id, at, [], [], [], False, b"m")
+
+        cluster.fault(Scan, empty)
+        left = [(b"a", b"1")] if reverse else [(b"y", b"2")]
+        assert await db.scan(reverse=reverse, limit=1).to_list() == left
+        first, second = cluster.of(Scan)
+        assert second.at == at
+        if reverse:
+            assert (second.start, second.end) == (first.start, b"m")
+        else:
+            assert (second.start, second.end) == (b"m", first.end)
 
     simulate(test)
 

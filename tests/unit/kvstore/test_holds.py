@@ -1,12 +1,18 @@
 """Claims of holds: the floor is the oldest that any live client holds, as long as its lease lasts, and not beyond the bound; a
-new oracle knows nothing until everybody had time to tell it."""
+new oracle knows nothing until everybody had time to tell it. And of a client's open views: what is in use is held."""
 
 from __future__ import annotations
+
+import asyncio
 
 import pytest
 
 from kvstore import holds
+from kvstore.client import Database
 from kvstore.holds import LEASE_S, RECKON_S, Holds
+from kvstore.open_views import IDLE_S
+from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from txn.messages import GetTimestamps
 from txn.types import TIMESTAMP_SHIFT
 
 HOUR = 3_600_000 << TIMESTAMP_SHIFT
@@ -76,3 +82,22 @@ def test_sessions_are_bounded_and_those_that_are_known_go_on(monkeypatch: pytest
     assert found.floor(ISSUED, now) == ISSUED - 2
     found.hold(1, ISSUED - 7, now)
     assert found.floor(ISSUED, now) == ISSUED - 7
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_snapshot_is_held_until_its_end_even_if_it_was_read_before_its_beginning(
+    read_before: bool,
+):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        snapshot = db.snapshot(await db.put(b"k", b"v"))
+        if read_before:
+            await asyncio.sleep(2.0)
+            await snapshot.get(b"k")
+        async with snapshot:
+            at = await snapshot.version()
+            await asyncio.sleep(IDLE_S + 60.0)
+            assert cluster.of(GetTimestamps)[-1].oldest == at
+        await asyncio.sleep(10.0)
+        assert cluster.of(GetTimestamps)[-1].oldest == 0
+
+    simulate(test)

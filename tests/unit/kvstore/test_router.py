@@ -4,6 +4,7 @@ deadline, corrections that are learned, and nothing left behind by what nobody w
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import msgspec
 import pytest
@@ -37,6 +38,7 @@ from txn.messages import (
     PrepareReply,
     RangeInfo,
     Read,
+    ReadReply,
     Scan,
 )
 from txn.types import begin_ts_of
@@ -488,6 +490,31 @@ def test_reading_an_old_snapshot_does_not_make_its_timestamp_new():
             await asyncio.sleep(10.0)
             assert (await view.read((b"k",)))[b"k"].value == b"v"
         cluster.seed(other=b"v")  # others have gone on
+        await db.put(b"k", b"w")
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_stale_read_does_not_make_its_timestamp_new(step: int):
+    """Nor does one that shows more than the last: a replica without a leader may be ten minutes behind, and so would be the
+    begin of the next put."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        version = await db.put(b"k", b"v")
+        answers = itertools.count(version, step)
+        cluster.fault(
+            Read,
+            lambda _node, request: ReadReply(request.id, next(answers), [version], [b"v"]),
+            times=60,
+        )
+        for _ in range(60):
+            await asyncio.sleep(10.0)
+            assert await db.get(b"k", max_staleness=3600.0) == b"v"
+        old = next(answers)
+        while cluster.ts < old + 100:
+            cluster.seed(other=b"v")  # others have gone on
         await db.put(b"k", b"w")
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
 

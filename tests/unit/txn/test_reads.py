@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
+from txn import reads
 from txn.messages import Failure, QueryMode, TxnReply
-from txn.types import TxnStatus
+from txn.types import TxnStatus, Write, WriteKind
 
 
 def test_a_read_without_a_timestamp_gets_the_last_one_issued():
@@ -143,6 +146,31 @@ def test_a_scan_stops_at_its_limit_and_tells_how_far_it_came():
     assert (backward.keys, backward.done, backward.covered_to) == ([b"c", b"b"], False, b"b")
     whole = place.scan(b"", b"", 200, keys_only=True).reply
     assert (whole.keys, whole.values, whole.done) == ([b"a", b"b", b"c"], [], True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("why", ["deleted", "too new"])
+def test_a_page_looks_at_few_keys_without_a_value_and_the_next_goes_on(
+    why: str, reverse: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reads, "SCAN_HIDDEN_MAX", 3)
+    place = Range()
+    hidden = [b"d%d" % number for number in range(8)]
+    at = max(stored(place, key) for key in (b"a", b"e", b"z"))
+    for key in hidden:
+        stored(place, key)
+        if why == "deleted":
+            at = settled(place, place.prepare(50, Write(WriteKind.DELETE, key), begin_ts=place.clock)).reply.ts  # fmt: skip
+    low, high, keys, pages = b"", b"zz", [], 0
+    while True:
+        reply = place.scan(low, high, at, reverse=reverse).reply
+        keys += reply.keys
+        pages += 1
+        if reply.done:
+            break
+        low, high = (low, reply.covered_to) if reverse else (reply.covered_to, high)
+    assert keys == ([b"z", b"e", b"a"] if reverse else [b"a", b"e", b"z"])
+    assert pages == 3
 
 
 def test_a_scan_asks_about_undecided_keys_within_what_it_covered_only():
