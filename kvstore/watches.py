@@ -153,7 +153,7 @@ class Watch:
         self._stale = False  # the legs do not fit the ranges any more
         self._failure: KVError | None = None
         self._news = asyncio.Event()
-        self._rested_at = float("-inf")  # when a leg that rests is looked at again
+        self._rest: asyncio.TimerHandle | None = None  # until legs that rest are looked at again
         self._pulling = self._closed = False
 
     # --- what users call --------------------------------------------------------------------------
@@ -305,9 +305,14 @@ class Watch:
                 leg.call = None
             if now >= leg.not_before:
                 self._poll(leg, at, now)
-            if leg.call is None and not self._news.is_set() and self._rested_at <= now:
-                self._rested_at = max(now, leg.not_before) + PAUSE_S / 10
-                asyncio.get_running_loop().call_later(self._rested_at - now, self._news.set)
+            if leg.call is None and not self._news.is_set() and self._rest is None:
+                rest_s = max(0.0, leg.not_before - now) + PAUSE_S / 10
+                self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
+
+    def _rested(self) -> None:
+        """Whatever the clock says now: a timer may come a hair early, and there is no other."""
+        self._rest = None
+        self._news.set()
 
     def _poll(self, leg: Leg, at: int, now: float) -> None:
         router, wait_s = self._router, self._wait_s

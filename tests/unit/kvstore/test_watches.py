@@ -381,6 +381,27 @@ def test_a_client_with_too_many_calls_under_way_comes_back_to_it():
     simulate(test())
 
 
+def test_a_timer_that_comes_a_hair_early_does_not_end_the_asking():
+    class EarlyTimers(FakeRouter):
+        """Of its seconds a timer waits a little less, as one does that counts whole milliseconds."""
+
+        def monotonic(self) -> float:
+            return super().monotonic() * 0.99
+
+    async def test() -> None:
+        router = EarlyTimers()
+        router.refuse = 5
+        watch = watch_of(router, key=b"k")
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(1.0)
+        assert len(router.open_calls) == 1
+        version = router.write(k=b"v")
+        router.answer_all()
+        assert (await pulling)[0].version == version
+
+    simulate(test())
+
+
 def test_arguments_are_checked_before_anything_is_sent():
     router = FakeRouter()
     wrong: list[dict[str, Any]] = [
