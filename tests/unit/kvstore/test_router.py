@@ -8,6 +8,7 @@ import asyncio
 import msgspec
 import pytest
 
+from kvstore.batch import Batch
 from kvstore.client import Database
 from kvstore.errors import (
     ClientClosed,
@@ -310,6 +311,29 @@ def test_a_call_cancelled_as_its_answer_arrives_is_harmless():
         assert await db.put(b"k", b"w")
 
     simulate(test)
+
+
+async def _never(_address: str, _node: int) -> Stream:
+    """A node that takes no connection and refuses none."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
+
+
+def test_calls_of_one_commit_that_run_out_together_are_counted_once():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        db.router._dial = _never
+        cluster.network.cut()
+        await asyncio.sleep(0.5)
+        batch = Batch()
+        batch.put(b"a", b"v")
+        batch.put(b"z", b"v")
+        with pytest.raises(DeadlineExceeded):
+            await db.commit_batch(batch, timeout=0.4)
+        assert not any(link.pending for link in db.router.links)
+        assert db.router.calls == 0
+
+    simulate(test, FakeCluster(b"m"))
 
 
 def test_more_calls_than_the_limit_are_refused():
