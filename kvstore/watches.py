@@ -163,6 +163,10 @@ class Watch:
         """Where to go on from (`since`): everything at or below it has been handed out. 0: it has not begun."""
         return self._version
 
+    def move_on(self, every_s: float) -> None:
+        """How often `version` moves on while nothing happens, if not every 10 s: for who does not iterate for so long."""
+        self._wait_s = min(self._wait_s, every_s)
+
     def __aiter__(self) -> Self:
         return self
 

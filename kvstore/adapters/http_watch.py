@@ -35,6 +35,9 @@ class WatchPolls:
         watch = database.watch(
             key=query.bytes_of("key"), prefix=query.bytes_of("prefix"), since=since
         )
+        watch.move_on(
+            wait_s / 2
+        )  # or an idle one would be told its own `since` until that is compacted
         if self.open >= POLLS_MAX:
             await watch.close()
             raise Throttled(1.0, f"{POLLS_MAX} watches wait at this node: ask another, or fewer")

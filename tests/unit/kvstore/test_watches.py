@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import watches
+from kvstore.adapters.http_watch import WatchPolls
 from kvstore.errors import (
     ClientClosed,
     Compacted,
@@ -275,6 +276,43 @@ def test_a_watch_without_since_begins_at_now_and_an_idle_one_moves_on():
             version = router.write(k=b"new")
             router.answer_all()
             assert await pulling == [Event(EventType.PUT, b"k", b"new", version)]
+
+    simulate(test())
+
+
+@pytest.mark.parametrize("wait", ["500ms", "3s", "10s", "60s"])
+def test_http_polls_of_an_idle_span_move_on_too(wait):
+    async def leader(router: FakeRouter) -> None:
+        """Answers a poll when its wait is over."""
+        since: dict[int, float] = {}
+        while True:
+            for call_id, call in list(router.open_calls.items()):
+                assert isinstance(call.request, Changes)
+                begun = since.setdefault(call_id, router.monotonic())
+                if router.monotonic() >= begun + call.request.wait_ms / 1000:
+                    router.answer(call_id)
+            await asyncio.sleep(0.05)
+
+    class Idle:
+        def __init__(self, router: FakeRouter) -> None:
+            self._watches = Watches(lambda: router, random.Random(1), 5.0)  # type: ignore[arg-type,return-value]
+
+        def watch(self, *, key: bytes | None, prefix: bytes | None, since: int | None) -> Watch:
+            return self._watches.open(key, prefix, since, None)
+
+    async def test() -> None:
+        router = FakeRouter(b"m")
+        leading = asyncio.create_task(leader(router))
+        polls, database = WatchPolls(), Idle(router)
+        version = str(router.now_ts)
+        for _ in range(3):
+            router.now_ts += 1_000
+            query = f"prefix=&since={version}&wait={wait}"
+            answer = await polls.answer(database, query)  # type: ignore[arg-type]
+            assert answer == {"events": [], "version": str(router.now_ts)}
+            version = answer["version"]
+        leading.cancel()
+        assert not router.open_calls
 
     simulate(test())
 
