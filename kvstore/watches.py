@@ -84,7 +84,7 @@ class Watches:
 
     def __init__(self, router: Callable[[], Router], rng: random.Random, timeout_s: float) -> None:
         self._router, self._rng, self._timeout_s = router, rng, timeout_s
-        self._open: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._open: weakref.WeakKeyDictionary[Watch, None] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -106,9 +106,14 @@ class Watches:
                 1.0, f"{WATCHES_MAX} watches of this client are open: close some, or watch a prefix"
             )
         watch = Watch(router, self._rng, start, end, since, self._timeout_s, timeout_s)
-        self._open.add(watch)
-        watch.on_close = self._open.discard
+        self._open[watch] = None
+        watch.on_close = lambda closed: self._open.pop(closed, None)
         return watch
+
+    async def close(self) -> None:
+        """End those that are still open: the client goes."""
+        for watch in list(self._open):
+            await watch.close()
 
 
 def span_of(key: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvstore import watches
 from kvstore.adapters.http_watch import WatchPolls
+from kvstore.client import Database
 from kvstore.errors import (
     ClientClosed,
     Compacted,
@@ -29,6 +30,8 @@ from kvstore.links import Answer, Call, OnReply
 from kvstore.ranges import RangeCache
 from kvstore.sim import loop as sim
 from kvstore.watches import Event, EventType, Watch, Watches
+from tests.unit.kvstore.fake_cluster import FakeCluster
+from tests.unit.kvstore.fake_cluster import simulate as simulate_cluster
 from txn.messages import Changed, Changes, RangeInfo, Timestamps
 from txn.types import TIMESTAMP_MAX
 
@@ -513,6 +516,27 @@ def test_closing_tells_the_leaders_of_polls_that_wait():
         assert len(dict.fromkeys(names)) == 2
 
     simulate(test())
+
+
+def test_closing_the_client_ends_its_watches_and_tells_the_leaders():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(Changes, times=100)
+        waiting, left = db.watch(prefix=b""), db.watch(key=b"k")
+        pulling = asyncio.create_task(waiting.pull())
+        leaving = asyncio.create_task(left.pull())
+        await cluster.settled()
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        asked = cluster.of(Changes)
+        assert len(asked) == 2
+        await db.close()
+        with pytest.raises(ClientClosed):
+            await pulling
+        told = cluster.of(Changes)[2:]
+        assert [each.since for each in told] == [TIMESTAMP_MAX] * 2
+        assert {each.watch for each in told} == {each.watch for each in asked}
+
+    simulate_cluster(test)
 
 
 def test_a_poll_that_is_given_up_for_another_has_its_name():
