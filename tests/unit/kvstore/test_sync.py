@@ -17,7 +17,14 @@ import kvstore
 from kvstore.adapters.system import SystemClock
 from kvstore.api import parse_addresses
 from kvstore.client import Database
-from kvstore.errors import ClientClosed, CompareFailed, Conflict, InvalidArgument, Unavailable
+from kvstore.errors import (
+    ClientClosed,
+    CompareFailed,
+    Conflict,
+    InvalidArgument,
+    Throttled,
+    Unavailable,
+)
 from kvstore.sync import BlockingTransaction, Client
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
@@ -165,6 +172,37 @@ def test_it_connects_at_the_first_call_and_closes_twice(cluster: FakeCluster):
     with pytest.raises(ClientClosed):
         client.get(b"a")
     assert not any(thread.name == "kvstore-client" for thread in threading.enumerate())
+
+
+def test_what_other_threads_wait_for_ends_when_it_is_closed(cluster: FakeCluster):
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    client = Client.over(make)
+    client.start()
+    pausing = threading.Event()
+
+    def fn(_tx: BlockingTransaction) -> None:
+        pausing.set()
+        raise Throttled(20.0)
+
+    def run() -> None:
+        try:
+            client.run(fn)
+        except ClientClosed as error:
+            ended.append(error)
+
+    ended: list[ClientClosed] = []
+    other = threading.Thread(target=run, daemon=True)
+    other.start()
+    assert pausing.wait(10.0)
+    client.close()
+    other.join(10.0)
+    assert not other.is_alive()
+    assert len(ended) == 1
 
 
 def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
