@@ -170,7 +170,11 @@ class BlockingWatch:
         return self._watch.next_ready()
 
     def pull(self, rows_max: int = 0) -> list[Event]:
-        return self._thread.call(self._watch.pull(rows_max))
+        if (
+            not self._watch.has_ready
+        ):  # taken here, not there: an interrupt on the way would lose them
+            self._thread.call(self._watch.fill(rows_max))
+        return self._watch.all_ready()
 
     def start(self) -> None:
         self._thread.call(self._watch.start())

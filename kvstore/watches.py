@@ -188,10 +188,7 @@ class Watch:
         """
         if not self._ready:
             await self.fill(rows_max)
-        events = list(self._ready)
-        self._ready.clear()
-        self._version = self._frontier
-        return events
+        return self.all_ready()
 
     async def start(self) -> None:
         """Begin, unless it has begun: what is committed from here on is an event. Raises: KVError; InvalidArgument: `since`
@@ -269,6 +266,13 @@ class Watch:
         elif self._ready[0].version != event.version:
             self._version = event.version
         return event
+
+    def all_ready(self) -> list[Event]:
+        """After `fill`."""
+        events = list(self._ready)
+        self._ready.clear()
+        self._version = self._frontier
+        return events
 
     @property
     def has_ready(self) -> bool:

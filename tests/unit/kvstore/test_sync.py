@@ -8,8 +8,9 @@ import inspect
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,10 +26,10 @@ from kvstore.errors import (
     Throttled,
     Unavailable,
 )
-from kvstore.sync import BlockingTransaction, Client
+from kvstore.sync import BlockingTransaction, Client, LoopThread
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
-from txn.messages import Prepare
+from txn.messages import Changed, Changes, Prepare
 from txn.types import FenceReason
 
 ROOT = Path(__file__).parents[3]
@@ -203,6 +204,30 @@ def test_what_other_threads_wait_for_ends_when_it_is_closed(cluster: FakeCluster
     other.join(10.0)
     assert not other.is_alive()
     assert len(ended) == 1
+
+
+def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
+    db: Client, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    def act(_node: int, request: Changes) -> Changed:
+        version = cluster.ts + 1
+        return Changed(request.id, version, [version], [b"k"], [b"v"])
+
+    def interrupted(thread: LoopThread, work: Coroutine[Any, Any, Any]) -> None:
+        call(thread, work)
+        raise KeyboardInterrupt
+
+    cluster.fault(Changes, act)
+    call = LoopThread.call
+    with db.watch(key=b"k") as watch:
+        began = watch.version
+        with monkeypatch.context() as patch:
+            patch.setattr(LoopThread, "call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                watch.pull()
+        assert watch.version == began
+        assert [(event.key, event.version) for event in watch.pull()] == [(b"k", began + 1)]
+        assert watch.version == began + 1
 
 
 def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
