@@ -383,6 +383,22 @@ def test_questions_for_a_timestamp_of_one_turn_share_a_request_and_none_joins_on
     simulate(test)
 
 
+def test_who_shares_a_question_for_a_timestamp_keeps_the_own_deadline():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def timed_out(timeout_s: float) -> float:
+            began = now()
+            with pytest.raises(DeadlineExceeded):
+                await db.router.timestamps(began + timeout_s)
+            return now() - began
+
+        cluster.ignore(GetTimestamps, times=100)
+        for timeouts in ([0.1, 2.0, 2.001], [2.0, 0.1, 2.001]):
+            took = await asyncio.gather(*map(timed_out, timeouts))
+            assert list(took) == pytest.approx(timeouts, abs=0.011)
+
+    simulate(test)
+
+
 def test_starting_needs_only_one_node_of_the_list():
     cluster = FakeCluster()
 
