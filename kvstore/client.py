@@ -146,6 +146,7 @@ class Database(DatabaseReads, AtomicCalls):
         self._closed = True
         try:
             self._views.close()
+            await self._watches.close()
             self._committer.keeper.close()
             await self._committer.drain(CLOSE_TIMEOUT_S)
             await self._router.close(CLOSE_TIMEOUT_S)

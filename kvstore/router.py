@@ -585,8 +585,8 @@ class Router:
         """Look at every pending call: silent ones go to another replica, late ones end."""
         overdue, self._expiry = self.links.overdue(now)
         for call in overdue:
-            if call.link is not None:
-                call.link.pending.pop(call.id, None)
+            if call.link is None or call.link.pending.pop(call.id, None) is None:
+                continue  # whoever was told of another one has forgotten it
             call.silences += 1
             if now >= call.deadline:
                 self._finish(call, call.overdue())

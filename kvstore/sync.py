@@ -7,6 +7,7 @@ where a loop runs already (a notebook), and from several threads at once. A tran
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -39,6 +40,9 @@ class LoopThread:
         from kvstore.adapters.loop import new_event_loop
 
         self._loop = new_event_loop()
+        self._lock = threading.Lock()
+        self._waited_for: dict[concurrent.futures.Future[Any], None] = {}
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
@@ -48,18 +52,29 @@ class LoopThread:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it there and wait. An interrupt (Ctrl-C) cancels it."""
-        try:
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise ClientClosed
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:  # the loop has been closed
-            work.close()
-            raise ClientClosed from None
+            self._waited_for[future] = None
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise ClientClosed from None
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._waited_for.pop(future, None)
 
     def close(self) -> None:
+        """What other threads still wait for ends with ClientClosed."""
+        with self._lock:
+            self._closed = True
+            waited_for = list(self._waited_for)
+        for future in waited_for:
+            future.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN_TIMEOUT_S)
 
@@ -155,7 +170,11 @@ class BlockingWatch:
         return self._watch.next_ready()
 
     def pull(self, rows_max: int = 0) -> list[Event]:
-        return self._thread.call(self._watch.pull(rows_max))
+        if (
+            not self._watch.has_ready
+        ):  # taken here, not there: an interrupt on the way would lose them
+            self._thread.call(self._watch.fill(rows_max))
+        return self._watch.all_ready()
 
     def start(self) -> None:
         self._thread.call(self._watch.start())

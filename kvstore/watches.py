@@ -84,7 +84,7 @@ class Watches:
 
     def __init__(self, router: Callable[[], Router], rng: random.Random, timeout_s: float) -> None:
         self._router, self._rng, self._timeout_s = router, rng, timeout_s
-        self._open: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._open: weakref.WeakKeyDictionary[Watch, None] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -106,9 +106,14 @@ class Watches:
                 1.0, f"{WATCHES_MAX} watches of this client are open: close some, or watch a prefix"
             )
         watch = Watch(router, self._rng, start, end, since, self._timeout_s, timeout_s)
-        self._open.add(watch)
-        watch.on_close = self._open.discard
+        self._open[watch] = None
+        watch.on_close = lambda closed: self._open.pop(closed, None)
         return watch
+
+    async def close(self) -> None:
+        """End those that are still open: the client goes."""
+        for watch in list(self._open):
+            await watch.close()
 
 
 def span_of(key: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes]:
@@ -153,7 +158,7 @@ class Watch:
         self._stale = False  # the legs do not fit the ranges any more
         self._failure: KVError | None = None
         self._news = asyncio.Event()
-        self._rested_at = float("-inf")  # when a leg that rests is looked at again
+        self._rest: asyncio.TimerHandle | None = None  # until legs that rest are looked at again
         self._pulling = self._closed = False
 
     # --- what users call --------------------------------------------------------------------------
@@ -162,6 +167,10 @@ class Watch:
     def version(self) -> int:
         """Where to go on from (`since`): everything at or below it has been handed out. 0: it has not begun."""
         return self._version
+
+    def move_on(self, every_s: float) -> None:
+        """How often `version` moves on while nothing happens, if not every 10 s: for who does not iterate for so long."""
+        self._wait_s = min(self._wait_s, every_s)
 
     def __aiter__(self) -> Self:
         return self
@@ -179,10 +188,7 @@ class Watch:
         """
         if not self._ready:
             await self.fill(rows_max)
-        events = list(self._ready)
-        self._ready.clear()
-        self._version = self._frontier
-        return events
+        return self.all_ready()
 
     async def start(self) -> None:
         """Begin, unless it has begun: what is committed from here on is an event. Raises: KVError; InvalidArgument: `since`
@@ -261,6 +267,13 @@ class Watch:
             self._version = event.version
         return event
 
+    def all_ready(self) -> list[Event]:
+        """After `fill`."""
+        events = list(self._ready)
+        self._ready.clear()
+        self._version = self._frontier
+        return events
+
     @property
     def has_ready(self) -> bool:
         return bool(self._ready)
@@ -305,9 +318,14 @@ class Watch:
                 leg.call = None
             if now >= leg.not_before:
                 self._poll(leg, at, now)
-            if leg.call is None and not self._news.is_set() and self._rested_at <= now:
-                self._rested_at = max(now, leg.not_before) + PAUSE_S / 10
-                asyncio.get_running_loop().call_later(self._rested_at - now, self._news.set)
+            if leg.call is None and not self._news.is_set() and self._rest is None:
+                rest_s = max(0.0, leg.not_before - now) + PAUSE_S / 10
+                self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
+
+    def _rested(self) -> None:
+        """Whatever the clock says now: a timer may come a hair early, and there is no other."""
+        self._rest = None
+        self._news.set()
 
     def _poll(self, leg: Leg, at: int, now: float) -> None:
         router, wait_s = self._router, self._wait_s

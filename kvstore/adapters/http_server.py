@@ -254,7 +254,10 @@ class _Gateway:
 
     async def _watch(self, request: web.Request) -> web.Response:
         raw_query = request.rel_url.raw_query_string
-        return _json(await self._watch_polls.answer(self._database(), raw_query))
+        answer = await self._watch_polls.answer(
+            self._database(), raw_query, lambda: request.transport is None
+        )
+        return _json(answer)
 
     # --- administration
 

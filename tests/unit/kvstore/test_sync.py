@@ -8,8 +8,9 @@ import inspect
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,18 @@ import kvstore
 from kvstore.adapters.system import SystemClock
 from kvstore.api import parse_addresses
 from kvstore.client import Database
-from kvstore.errors import ClientClosed, CompareFailed, Conflict, InvalidArgument, Unavailable
-from kvstore.sync import BlockingTransaction, Client
+from kvstore.errors import (
+    ClientClosed,
+    CompareFailed,
+    Conflict,
+    InvalidArgument,
+    Throttled,
+    Unavailable,
+)
+from kvstore.sync import BlockingTransaction, Client, LoopThread
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
-from txn.messages import Prepare
+from txn.messages import Changed, Changes, Prepare
 from txn.types import FenceReason
 
 ROOT = Path(__file__).parents[3]
@@ -165,6 +173,61 @@ def test_it_connects_at_the_first_call_and_closes_twice(cluster: FakeCluster):
     with pytest.raises(ClientClosed):
         client.get(b"a")
     assert not any(thread.name == "kvstore-client" for thread in threading.enumerate())
+
+
+def test_what_other_threads_wait_for_ends_when_it_is_closed(cluster: FakeCluster):
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    client = Client.over(make)
+    client.start()
+    pausing = threading.Event()
+
+    def fn(_tx: BlockingTransaction) -> None:
+        pausing.set()
+        raise Throttled(20.0)
+
+    def run() -> None:
+        try:
+            client.run(fn)
+        except ClientClosed as error:
+            ended.append(error)
+
+    ended: list[ClientClosed] = []
+    other = threading.Thread(target=run, daemon=True)
+    other.start()
+    assert pausing.wait(10.0)
+    client.close()
+    other.join(10.0)
+    assert not other.is_alive()
+    assert len(ended) == 1
+
+
+def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
+    db: Client, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    def act(_node: int, request: Changes) -> Changed:
+        version = cluster.ts + 1
+        return Changed(request.id, version, [version], [b"k"], [b"v"])
+
+    def interrupted(thread: LoopThread, work: Coroutine[Any, Any, Any]) -> None:
+        call(thread, work)
+        raise KeyboardInterrupt
+
+    cluster.fault(Changes, act)
+    call = LoopThread.call
+    with db.watch(key=b"k") as watch:
+        began = watch.version
+        with monkeypatch.context() as patch:
+            patch.setattr(LoopThread, "call", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                watch.pull()
+        assert watch.version == began
+        assert [(event.key, event.version) for event in watch.pull()] == [(b"k", began + 1)]
+        assert watch.version == began + 1
 
 
 def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
