@@ -170,7 +170,8 @@ def transact(target: Target, script: str, notation: Notation) -> None:
         last[:] = [tx]
         return await operations.run_operations(tx, wanted)
 
-    results = run(target, lambda database: database.run(attempt))
+    # `run` tries for half a minute of its own accord, whatever the time of the client's other calls
+    results = run(target, lambda database: database.run(attempt, timeout=target.timeout_s))
     version = last[0].commit_version if last else None
     if target.format is Format.JSON:
         print_json({"version": str(version) if version else None, "results": results})

@@ -308,6 +308,11 @@ def test_txn_from_standard_input_as_json(kvctl):
     assert answer == {"version": None, "results": [{"value": "MQ=="}, {"value": None}]}
 
 
+def test_a_txn_has_the_time_that_was_given_and_not_that_of_run(kvctl, database):
+    kvctl("txn", "get a", "--timeout", "2s")
+    assert database.timeouts == [2.0]
+
+
 def test_an_export_is_imported_again(kvctl, database, tmp_path):
     file = tmp_path / "rows.jsonl"
     before = database.plain()
