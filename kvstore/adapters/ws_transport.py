@@ -299,8 +299,10 @@ class WsNetwork:
         )
         try:
             await socket.prepare(request)
-        except ConnectionError:  # gone before it was answered
-            return socket
+        except (
+            ConnectionError
+        ):  # gone before it was answered; aiohttp cannot finish a socket that was not begun
+            return web.Response()
         transport = request.transport
         if transport is None or self._closed:
             return socket

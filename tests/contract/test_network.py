@@ -357,6 +357,32 @@ async def test_an_application_that_someone_else_runs_closes_its_streams_at_shutd
         await pipe.receive()
 
 
+async def test_a_stream_whose_client_is_gone_before_the_answer_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    left = asyncio.Event()
+
+    @web.middleware
+    async def gone(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        left.set()
+        return await handler(request)
+
+    far = WsNetwork()
+    world = World(WsNetwork(), far, "127.0.0.1")
+    address = await far.serve("127.0.0.1:0", world.on_pipe, web.Application(middlewares=[gone]))
+    with pytest.raises(PipeClosed):
+        await world.near.dial(address, PATH, 5.0)
+    await left.wait()
+    await world.near.close()
+    await far.close()
+    assert world.served.empty()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @websockets
 async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World) -> None:
     with socket.socket() as taken:  # bound, and nobody listens
