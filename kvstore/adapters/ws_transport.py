@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import os
 from collections.abc import Awaitable, Callable
+from socket import gaierror
 from typing import Final
 
 import aiohttp
@@ -325,6 +326,9 @@ class WsNetwork:
 
 def _reason(error: Exception) -> str:
     """In the system's words where there are any: aiohttp's say the address twice and speak of TLS."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
+    if isinstance(cause, gaierror):  # its numbers are not those of errno
+        return str(cause.strerror).lower()
     number = error.errno if isinstance(error, OSError) else None
     return os.strerror(number).lower() if number else str(error)
 

@@ -393,6 +393,20 @@ async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World)
     assert caught.value.message == f"no connection to {address}: connection refused"
 
 
+async def test_a_name_that_nobody_knows_is_said_in_the_systems_words_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+    near = WsNetwork()
+    with pytest.raises(PipeClosed) as caught:
+        await near.dial("no.such.host:7400", PATH, 5.0)
+    await near.close()
+    assert caught.value.message == "no connection to no.such.host:7400: name or service not known"
+
+
 @websockets
 async def test_web_pages_are_refused(world: World) -> None:
     async with aiohttp.ClientSession() as session:
