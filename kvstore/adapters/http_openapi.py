@@ -102,7 +102,8 @@ def document() -> _Json:
 
 _DESCRIPTION: Final = (
     "A strictly serializable key-value store. Any node answers for any key. Keys are percent-encoded in paths and "
-    "queries, values are raw bodies; in JSON, bytes are base64 and versions are strings. Every error is an Error."
+    "queries, values are raw bodies; in JSON, bytes are base64 and versions are strings. Every error is an Error, "
+    "but for what is not well-formed HTTP: that is 400 with plain text."
 )
 
 

@@ -28,11 +28,14 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from kvstore.errors import KVError, PipeClosed
+from kvstore.limits import BOUND_BYTES_MAX
 from kvstore.link import WIRE_BYTES_MAX, MalformedFrame
 from kvstore.ports import FramePipe
 from replication.errors import FrameError
 
 STREAM_PATHS: Final = ("/v1/stream", "/v1/peer", "/v1/snapshot")
+# Two bounds of a scan, each of its bytes as %NN, and whatever stands around them.
+REQUEST_LINE_BYTES_MAX: Final = 2 * 3 * BOUND_BYTES_MAX + 1024
 HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport's buffer: from there on `try_send` refuses
 # What `try_send` alone cannot reach, so that only `send` ever meets a paused transport, and waits.
 PAUSE_BYTES: Final = HIGH_WATER_BYTES + WIRE_BYTES_MAX + 64
@@ -227,6 +230,7 @@ class WsNetwork:
             access_log=None,
             shutdown_timeout=shutdown_timeout_s,
             handle_signals=False,
+            max_line_size=REQUEST_LINE_BYTES_MAX,
         )
         await runner.setup()
         self._runners.append(runner)

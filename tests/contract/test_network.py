@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import uvloop
 from aiohttp import web
+from yarl import URL
 
 from kvstore.adapters.ws_transport import (
     HIGH_WATER_BYTES,
@@ -21,6 +22,7 @@ from kvstore.adapters.ws_transport import (
     split_address,
 )
 from kvstore.errors import PipeClosed
+from kvstore.limits import BOUND_BYTES_MAX
 from kvstore.link import WIRE_BYTES_MAX, Hello, LinkCore, LinkLimits, MalformedFrame
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as sim
@@ -336,6 +338,24 @@ async def test_http_routes_share_the_port_with_streams(world: World) -> None:
         async with session.get(f"http://{address}{PATH}") as response:
             assert response.status == 400
     pipe.abort()
+
+
+@websockets
+async def test_a_request_may_hold_two_of_the_longest_keys_with_every_byte_escaped(
+    world: World,
+) -> None:
+    async def length(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(request.rel_url.raw_query_string)))
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/kv", length)])
+    assert isinstance(world.far, WsNetwork)
+    address = await world.far.serve("127.0.0.1:0", world.on_pipe, app)
+    bound = "%FE" * BOUND_BYTES_MAX
+    query = f"start={bound}&end={bound}"
+    url = URL(f"http://{address}/v1/kv?{query}", encoded=True)
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        assert await response.text() == str(len(query))
 
 
 @websockets
