@@ -7,7 +7,7 @@ import base64
 import binascii
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -279,10 +279,26 @@ def _batches(file: IO[bytes]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _writing(path: Path | None) -> IO[bytes]:
+@contextmanager
+def _writing(path: Path | None) -> Iterator[IO[bytes]]:
+    """A file gets its name when it is whole: an export that fails leaves an earlier one of that name as it was."""
     if path is None or str(path) == "-":
-        return open(sys.stdout.fileno(), "wb", closefd=False)
-    return path.open("wb")
+        with open(sys.stdout.fileno(), "wb", closefd=False) as file:
+            yield file
+        return
+    if path.exists() and not path.is_file():  # a pipe or a device is written as it is
+        with path.open("wb") as file:
+            yield file
+        return
+    target = path.resolve()  # a link stays a link
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _reading(path: Path | None) -> IO[bytes]:

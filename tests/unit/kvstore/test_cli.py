@@ -327,6 +327,19 @@ def test_an_export_is_imported_again(kvctl, database, tmp_path):
     assert database.plain() == before
 
 
+def test_an_export_that_fails_leaves_the_earlier_one_alone(kvctl, monkeypatch, tmp_path):
+    def failing(*_, **__):
+        raise NoQuorum("no leader")
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("earlier")
+    monkeypatch.setattr(data, "_rows", failing)
+    assert kvctl("export", str(file)).exit_code == 1
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [
+        (file.name, "earlier")
+    ]
+
+
 def test_a_reader_that_went_away_is_no_news(tmp_path):
     """As with `kvctl export | head -1`."""
     program = (
