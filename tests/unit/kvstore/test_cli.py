@@ -450,6 +450,7 @@ def test_our_packages_are_recognized(monkeypatch):
         (LogFormatError("format 9"), "log_format_error", "newer version"),
         (errors.DataDirectoryError("in use"), "data_directory_error", "--dir"),
         (errors.DiskFull("no space"), "disk_full", "make room"),
+        (OSError(errno.EADDRNOTAVAIL, "no such address"), "io_error", "no such address"),
         (RuntimeError("boom"), "runtime_error", "boom"),
     ],
 )
