@@ -215,7 +215,7 @@ def _scan() -> _Json:
         more={"type": "boolean"},
         next={
             "anyOf": [_BASE64, {"type": "null"}],
-            "description": "The next page's start (end, if reverse).",
+            "description": "The next page's start (end, if reverse), beside the other bound; not beside a prefix.",
         },
         version=_VERSION,
     )
@@ -237,7 +237,7 @@ def _txn() -> _Json:
     result = _object(
         version={
             "anyOf": [_VERSION, {"type": "null"}],
-            "description": "null if nothing was written.",
+            "description": "null if nothing was written, or by an earlier run with this idempotency_key.",
         },
         results={"type": "array", "items": {"type": "object"}},
     )
