@@ -102,7 +102,8 @@ def document() -> _Json:
 
 _DESCRIPTION: Final = (
     "A strictly serializable key-value store. Any node answers for any key. Keys are percent-encoded in paths and "
-    "queries, values are raw bodies; in JSON, bytes are base64 and versions are strings. Every error is an Error."
+    "queries, values are raw bodies; in JSON, bytes are base64 and versions are strings. Every error is an Error, "
+    "but for what is not well-formed HTTP: that is 400 with plain text."
 )
 
 
@@ -214,7 +215,7 @@ def _scan() -> _Json:
         more={"type": "boolean"},
         next={
             "anyOf": [_BASE64, {"type": "null"}],
-            "description": "The next page's start (end, if reverse).",
+            "description": "The next page's start (end, if reverse), beside the other bound; not beside a prefix.",
         },
         version=_VERSION,
     )
@@ -236,7 +237,7 @@ def _txn() -> _Json:
     result = _object(
         version={
             "anyOf": [_VERSION, {"type": "null"}],
-            "description": "null if nothing was written.",
+            "description": "null if nothing was written, or by an earlier run with this idempotency_key.",
         },
         results={"type": "array", "items": {"type": "object"}},
     )

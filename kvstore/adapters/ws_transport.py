@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import os
 from collections.abc import Awaitable, Callable
+from socket import gaierror
 from typing import Final
 
 import aiohttp
@@ -27,11 +28,14 @@ from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from kvstore.errors import KVError, PipeClosed
+from kvstore.limits import BOUND_BYTES_MAX
 from kvstore.link import WIRE_BYTES_MAX, MalformedFrame
 from kvstore.ports import FramePipe
 from replication.errors import FrameError
 
 STREAM_PATHS: Final = ("/v1/stream", "/v1/peer", "/v1/snapshot")
+# Two bounds of a scan, each of its bytes as %NN, and whatever stands around them.
+REQUEST_LINE_BYTES_MAX: Final = 2 * 3 * BOUND_BYTES_MAX + 1024
 HIGH_WATER_BYTES: Final = 256 * 1024  # in the transport's buffer: from there on `try_send` refuses
 # What `try_send` alone cannot reach, so that only `send` ever meets a paused transport, and waits.
 PAUSE_BYTES: Final = HIGH_WATER_BYTES + WIRE_BYTES_MAX + 64
@@ -226,6 +230,7 @@ class WsNetwork:
             access_log=None,
             shutdown_timeout=shutdown_timeout_s,
             handle_signals=False,
+            max_line_size=REQUEST_LINE_BYTES_MAX,
         )
         await runner.setup()
         self._runners.append(runner)
@@ -299,8 +304,10 @@ class WsNetwork:
         )
         try:
             await socket.prepare(request)
-        except ConnectionError:  # gone before it was answered
-            return socket
+        except (
+            ConnectionError
+        ):  # gone before it was answered; aiohttp cannot finish a socket that was not begun
+            return web.Response()
         transport = request.transport
         if transport is None or self._closed:
             return socket
@@ -323,6 +330,9 @@ class WsNetwork:
 
 def _reason(error: Exception) -> str:
     """In the system's words where there are any: aiohttp's say the address twice and speak of TLS."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
+    if isinstance(cause, gaierror):  # its numbers are not those of errno
+        return str(cause.strerror).lower()
     number = error.errno if isinstance(error, OSError) else None
     return os.strerror(number).lower() if number else str(error)
 

@@ -105,7 +105,7 @@ def _options(
         Format, typer.Option("-o", "--output", help="For people, or for programs.")
     ] = Format.TABLE,
     timeout: Annotated[
-        str, typer.Option("--timeout", help="Time for the whole command, such as 500ms.")
+        str, typer.Option("--timeout", help="Time for one request (init: for all), such as 500ms.")
     ] = "30s",
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a change.")] = False,
 ) -> None:

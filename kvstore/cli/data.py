@@ -7,7 +7,7 @@ import base64
 import binascii
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -170,7 +170,8 @@ def transact(target: Target, script: str, notation: Notation) -> None:
         last[:] = [tx]
         return await operations.run_operations(tx, wanted)
 
-    results = run(target, lambda database: database.run(attempt))
+    # `run` tries for half a minute of its own accord, whatever the time of the client's other calls
+    results = run(target, lambda database: database.run(attempt, timeout=target.timeout_s))
     version = last[0].commit_version if last else None
     if target.format is Format.JSON:
         print_json({"version": str(version) if version else None, "results": results})
@@ -278,10 +279,26 @@ def _batches(file: IO[bytes]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _writing(path: Path | None) -> IO[bytes]:
+@contextmanager
+def _writing(path: Path | None) -> Iterator[IO[bytes]]:
+    """A file gets its name when it is whole: an export that fails leaves an earlier one of that name as it was."""
     if path is None or str(path) == "-":
-        return open(sys.stdout.fileno(), "wb", closefd=False)
-    return path.open("wb")
+        with open(sys.stdout.fileno(), "wb", closefd=False) as file:
+            yield file
+        return
+    if path.exists() and not path.is_file():  # a pipe or a device is written as it is
+        with path.open("wb") as file:
+            yield file
+        return
+    target = path.resolve()  # a link stays a link
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _reading(path: Path | None) -> IO[bytes]:

@@ -172,7 +172,10 @@ def advice(error: BaseException) -> tuple[str, str]:
         "disk_full": "make room, then start the node again",
         "config_error": "see `kvstore config print-default`",
     }
-    code = error.code if isinstance(error, KVError) else type(error).__name__
+    if isinstance(error, KVError):
+        code = error.code
+    else:  # the kinds of OSError are many; kvctl says io_error as well
+        code = "io_error" if isinstance(error, OSError) else type(error).__name__
     text = error.message if isinstance(error, KVError) else str(error) or repr(error)
     hint = hints.get(code, "")
     told = hint in text or ("--dir" in hint and "--dir" in text)

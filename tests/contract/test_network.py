@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 import uvloop
 from aiohttp import web
+from yarl import URL
 
 from kvstore.adapters.ws_transport import (
     HIGH_WATER_BYTES,
@@ -21,6 +22,7 @@ from kvstore.adapters.ws_transport import (
     split_address,
 )
 from kvstore.errors import PipeClosed
+from kvstore.limits import BOUND_BYTES_MAX
 from kvstore.link import WIRE_BYTES_MAX, Hello, LinkCore, LinkLimits, MalformedFrame
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as sim
@@ -339,6 +341,24 @@ async def test_http_routes_share_the_port_with_streams(world: World) -> None:
 
 
 @websockets
+async def test_a_request_may_hold_two_of_the_longest_keys_with_every_byte_escaped(
+    world: World,
+) -> None:
+    async def length(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(request.rel_url.raw_query_string)))
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/kv", length)])
+    assert isinstance(world.far, WsNetwork)
+    address = await world.far.serve("127.0.0.1:0", world.on_pipe, app)
+    bound = "%FE" * BOUND_BYTES_MAX
+    query = f"start={bound}&end={bound}"
+    url = URL(f"http://{address}/v1/kv?{query}", encoded=True)
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        assert await response.text() == str(len(query))
+
+
+@websockets
 async def test_an_application_that_someone_else_runs_closes_its_streams_at_shutdown(
     world: World,
 ) -> None:
@@ -357,6 +377,32 @@ async def test_an_application_that_someone_else_runs_closes_its_streams_at_shutd
         await pipe.receive()
 
 
+async def test_a_stream_whose_client_is_gone_before_the_answer_is_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    left = asyncio.Event()
+
+    @web.middleware
+    async def gone(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        left.set()
+        return await handler(request)
+
+    far = WsNetwork()
+    world = World(WsNetwork(), far, "127.0.0.1")
+    address = await far.serve("127.0.0.1:0", world.on_pipe, web.Application(middlewares=[gone]))
+    with pytest.raises(PipeClosed):
+        await world.near.dial(address, PATH, 5.0)
+    await left.wait()
+    await world.near.close()
+    await far.close()
+    assert world.served.empty()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @websockets
 async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World) -> None:
     with socket.socket() as taken:  # bound, and nobody listens
@@ -365,6 +411,20 @@ async def test_why_nobody_was_reached_is_said_in_the_systems_words(world: World)
         with pytest.raises(PipeClosed) as caught:
             await world.near.dial(address, PATH, 5.0)
     assert caught.value.message == f"no connection to {address}: connection refused"
+
+
+async def test_a_name_that_nobody_knows_is_said_in_the_systems_words_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+    near = WsNetwork()
+    with pytest.raises(PipeClosed) as caught:
+        await near.dial("no.such.host:7400", PATH, 5.0)
+    await near.close()
+    assert caught.value.message == "no connection to no.such.host:7400: name or service not known"
 
 
 @websockets

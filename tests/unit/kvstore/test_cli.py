@@ -308,6 +308,11 @@ def test_txn_from_standard_input_as_json(kvctl):
     assert answer == {"version": None, "results": [{"value": "MQ=="}, {"value": None}]}
 
 
+def test_a_txn_has_the_time_that_was_given_and_not_that_of_run(kvctl, database):
+    kvctl("txn", "get a", "--timeout", "2s")
+    assert database.timeouts == [2.0]
+
+
 def test_an_export_is_imported_again(kvctl, database, tmp_path):
     file = tmp_path / "rows.jsonl"
     before = database.plain()
@@ -320,6 +325,19 @@ def test_an_export_is_imported_again(kvctl, database, tmp_path):
     done = kvctl("import", str(file))
     assert done.stderr == "2 rows imported\n"
     assert database.plain() == before
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_alone(kvctl, monkeypatch, tmp_path):
+    def failing(*_, **__):
+        raise NoQuorum("no leader")
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("earlier")
+    monkeypatch.setattr(data, "_rows", failing)
+    assert kvctl("export", str(file)).exit_code == 1
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [
+        (file.name, "earlier")
+    ]
 
 
 def test_a_reader_that_went_away_is_no_news(tmp_path):
@@ -432,6 +450,7 @@ def test_our_packages_are_recognized(monkeypatch):
         (LogFormatError("format 9"), "log_format_error", "newer version"),
         (errors.DataDirectoryError("in use"), "data_directory_error", "--dir"),
         (errors.DiskFull("no space"), "disk_full", "make room"),
+        (OSError(errno.EADDRNOTAVAIL, "no such address"), "io_error", "no such address"),
         (RuntimeError("boom"), "runtime_error", "boom"),
     ],
 )
