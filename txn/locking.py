@@ -159,10 +159,14 @@ class Locking:
             if wait is not None:
                 reached("lock_wait_cancelled")
                 askers, wait.askers = wait.askers, []
-                table.leave(wait)
                 for asker in askers:
+                    if type(asker.request) is Prepare:  # it took the same place, and stays
+                        wait.askers.append(asker)
+                        continue
                     asker.done = True
                     self._tell_pending(asker.request, asker.origin)
+                if not wait.askers:
+                    table.leave(wait)
         else:
             table.release(request.owner, now)
         self._changed()

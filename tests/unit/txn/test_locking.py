@@ -408,6 +408,34 @@ def test_a_wait_that_is_cancelled_leaves_the_queue_and_keeps_the_other_locks():
     assert lock(place, 3, b"other").open
 
 
+def test_a_commit_keeps_the_place_of_a_wait_for_the_same_key_and_goes_on_when_that_is_cancelled():
+    place = Range()
+    lock(place, 1)
+    waiting = lock(place, 2)
+    writer = place.prepare(2, put(b"k"), lock_owner=owner(2), begin_ts=60)
+    place.settle()
+    unlock(place, 2, waits_only=True)
+    assert waiting.reply == LockPending(0, owner(1))
+    assert writer.open
+    unlock(place, 1)
+    assert writer.reply.status == PartStatus.COMMITTED
+    assert place.evaluator.locking.table.waiting == {}
+
+
+def test_a_commit_that_took_the_place_of_a_wait_is_nobodys_victim():
+    place = Range()
+    lock(place, 1)
+    lock(place, 2)
+    place.pass_time(WAITED_S)
+    number = place.calls[0][1].edges[0].number
+    writer = place.prepare(2, put(b"k"), lock_owner=owner(2), begin_ts=60)
+    place.answer(Victims(0, [Victim(number, [owner(2), owner(1)])]))
+    place.settle()
+    assert writer.open
+    unlock(place, 1)
+    assert writer.reply.status == PartStatus.COMMITTED
+
+
 def test_an_end_of_the_transaction_answers_its_waits():
     place = Range()
     lock(place, 1)
