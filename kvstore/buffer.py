@@ -276,11 +276,17 @@ def _name_of(kind: int) -> str:
 
 
 class ReadSpans:
-    """The spans that a transaction has read, kept few: beyond the limit neighbours are merged, which guards more."""
+    """The spans that a transaction has read, kept few: beyond the limits neighbours are merged, which guards more."""
 
-    def __init__(self, spans_max: int = limits.TXN_READ_SPANS_MAX) -> None:
+    def __init__(
+        self,
+        spans_max: int = limits.TXN_READ_SPANS_MAX,
+        bytes_max: int = limits.TXN_SPANS_BYTES_MAX,
+    ) -> None:
         self._spans: dict[tuple[bytes, bytes], None] = {}
         self._spans_max = spans_max
+        self._bytes_max = bytes_max
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -289,20 +295,25 @@ class ReadSpans:
         self.add(key, point_end(key))
 
     def add(self, start: bytes, end: bytes) -> None:
-        if start >= end:
+        if start >= end or (start, end) in self._spans:
             return
         self._spans[start, end] = None
-        if len(self._spans) > self._spans_max:
-            self._spans = dict.fromkeys(self._merged())
-            while (
-                len(self._spans) > self._spans_max // 2
+        self._bytes += len(start) + len(end)
+        if len(self._spans) > self._spans_max or self._bytes > self._bytes_max:
+            self._keep(self._merged())
+            while len(self._spans) > 1 and (
+                len(self._spans) > self._spans_max // 2 or self._bytes > self._bytes_max // 2
             ):  # neighbours in pairs, with the gap between them
                 spans = list(self._spans)
                 pairs = [
                     (one[0], spans[min(i * 2 + 1, len(spans) - 1)][1])
                     for i, one in enumerate(spans[::2])
                 ]
-                self._spans = dict.fromkeys(pairs)
+                self._keep(pairs)
+
+    def _keep(self, spans: list[tuple[bytes, bytes]]) -> None:
+        self._spans = dict.fromkeys(spans)
+        self._bytes = sum(len(start) + len(end) for start, end in spans)
 
     def covers(self, key: bytes) -> bool:
         return any(start <= key < end for start, end in self._spans)

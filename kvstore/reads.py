@@ -190,7 +190,7 @@ class View:
         return (await self.router.timestamps(until)).read_ts
 
     def _send(self, request: Read | Scan, key: bytes, end: bytes, until: float) -> Call:
-        return self.router.send(request, key, end, until)
+        return self.router.send(request, key, end, until, size_bytes=keys_bytes(request))
 
     async def _answer(self, call: Call) -> Reply:
         return await self.router.answer(call)
@@ -279,6 +279,11 @@ class View:
         if route is None:
             return None
         return Piece(max(start, route.start), end, route)
+
+
+def keys_bytes(request: Read | Scan) -> int:
+    """Of the keys that it names, but for those of its span."""
+    return sum(map(len, request.keys)) if isinstance(request, Read) else 0
 
 
 class SpanPages:
