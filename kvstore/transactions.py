@@ -471,7 +471,8 @@ class Transaction(BufferedWrites):
             raise TransactionTooOld(error.message) from error
         if buffer.stamps:
             for key in asked:
-                buffer.require_readable(key, point_end(key), self._view.at)
+                at = locked[key].at if key in locked else self._view.at
+                buffer.require_readable(key, point_end(key), at)
         for key in left:
             if not self._options.read_only:
                 self._spans.add_key(key)

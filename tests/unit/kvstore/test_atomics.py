@@ -254,6 +254,19 @@ def test_a_transaction_cannot_read_what_gets_its_stamp_at_the_commit():
     simulate(test)
 
 
+def test_what_is_locked_and_older_than_a_stamp_is_read_after_it():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        old = await db.put_versionstamped_key(b"q/", b"old")
+        async with db.transaction() as tx:
+            tx.put_versionstamped_key(b"q/", b"new")
+            assert await tx.get_for_update(old) == b"old"
+            assert await tx.get(old) == b"old"
+            with pytest.raises(InvalidArgument):
+                await tx.get_for_update(b"q/" + b"\xff" * 10)
+
+    simulate(test)
+
+
 def test_what_can_follow_a_prefix_must_lie_in_one_range():
     async def test(cluster: FakeCluster, db: Database) -> None:
         with pytest.raises(InvalidArgument, match="one range"):
