@@ -158,23 +158,27 @@ class WriteBuffer:
 
     def stamp_key(self, prefix: bytes, value: bytes) -> int:
         """Returns the number of the write."""
-        write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(self._stamped, value))
+        number = self._next_number()
+        write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(number, value))
         size = self._size_bytes + len(prefix) + stamps.STAMP_BYTES + len(value)
         limits.validate_transaction_size(size, self._rows + 1)
         self._size_bytes, self._rows = size, self._rows + 1
         self.stamps.append(write)
         self.anchor_key = self.anchor_key or prefix
-        return self._take_number()
+        self._stamped = number + 1
+        return number
 
     def stamp_value(self, key: bytes, head: bytes) -> int:
         """Returns the number of the write."""
-        self._set(key, Point(WriteKind.STAMPED_VALUE, stamps.stamped(self._stamped, head)))
-        return self._take_number()
+        number = self._next_number()
+        self._set(key, Point(WriteKind.STAMPED_VALUE, stamps.stamped(number, head)))
+        self._stamped = number + 1
+        return number
 
-    def _take_number(self) -> int:
-        self._stamped += 1
-        assert self._stamped < stamps.NUMBERS_MAX, "the rows of a transaction are fewer"
-        return self._stamped - 1
+    def _next_number(self) -> int:
+        if self._stamped >= stamps.NUMBERS_MAX:  # one key may be stamped again and again
+            raise TransactionTooLarge(f"a transaction has at most {stamps.NUMBERS_MAX} stamps")
+        return self._stamped
 
     def require_readable(self, start: bytes, end: bytes, at: int) -> None:
         """Raises: InvalidArgument if a key that gets its stamp at the commit, above `at`, may come to stand in [start, end)."""
