@@ -177,6 +177,7 @@ class Transaction(BufferedWrites):
         self._txn_id = b""
         self._id_told = False
         self._commit_version: int | None = None
+        self._ended_by: KVError | None = None  # what ended it before anybody wished to
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -235,7 +236,8 @@ class Transaction(BufferedWrites):
         Nobody else writes a locked key or locks it, except that shared locks go together. The commit validates what was
         read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict.
         Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's.
-        Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again.
+        Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again; who catches it and has written
+        something meets it anew at the end of the block.
         """
         return (await self.get_many_for_update((key,), shared=shared, timeout=timeout)).get(key)
 
@@ -254,8 +256,9 @@ class Transaction(BufferedWrites):
         try:
             for key in sorted(wanted):
                 await self._locks.lock(key, shared, until)
-        except (Deadlock, LockTimeout):
+        except (Deadlock, LockTimeout) as error:
             self._end()
+            self._ended_by = error
             raise
         return await self.get_many(wanted)
 
@@ -413,6 +416,8 @@ class Transaction(BufferedWrites):
                 await self.rollback()
             elif self._stage is Stage.OPEN:
                 await self.commit()
+            elif self._ended_by is not None and self._buffer:  # a clean exit says: written
+                raise self._ended_by
         finally:
             if self._view.views is not None:
                 self._view.views.remove(self._view)

@@ -25,7 +25,7 @@ from kvstore.errors import (
 )
 from kvstore.transactions import Aborted, Committed, Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, ReadReply, Scan, Unlock
+from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, Scan
 from txn.types import FenceReason, Write, WriteKind
 
 
@@ -400,44 +400,6 @@ def test_a_lock_of_a_silent_leader_is_not_waited_for_beyond_its_timeout():
             async with db.transaction(timeout=1.0) as tx:
                 await tx.get_for_update(b"a")
         assert now() - began == pytest.approx(1.0, abs=0.02)
-
-    simulate(test)
-
-
-def test_who_goes_on_locking_beside_a_transaction_that_has_ended_locks_nothing_more():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        asked = asyncio.Event()
-
-        def grant(_: int, request: LockRead) -> ReadReply:
-            asked.set()
-            return ReadReply(request.id, cluster.ts, [0], [None])
-
-        cluster.fault(LockRead, grant)
-        tx = db.transaction()
-        task = asyncio.create_task(tx.get_many_for_update([b"a", b"z"]))
-        await asked.wait()  # the lock is held, and its answer is on its way
-        await tx.rollback()
-        with pytest.raises(TransactionClosed):
-            await task
-        await asyncio.sleep(0.1)
-        assert [each.key for each in cluster.of(LockRead)] == [b"a"]
-        assert [each.key for each in cluster.of(Unlock)] == [b"a"]
-        assert len(db._committer.keeper) == 0
-
-    simulate(test, FakeCluster(b"m"))
-
-
-def test_a_transaction_that_ends_before_its_first_lock_takes_none():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        await asyncio.sleep(2.0)
-        tx = db.transaction()
-        task = asyncio.create_task(tx.get_for_update(b"a"))
-        await asyncio.sleep(0)
-        await tx.rollback()
-        with pytest.raises(TransactionClosed):
-            await task
-        assert not cluster.of(LockRead)
-        assert len(db._committer.keeper) == 0
 
     simulate(test)
 
