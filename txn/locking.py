@@ -212,10 +212,8 @@ class Locking:
         ev, key = self.ev, request.key
         latches, state = ev.latches, ev.state
         if latches.txns:
-            if request.shared:
-                blocker = latches.blocker_of_guard(key, point_end(key))
-            else:
-                blocker = latches.blocker_of_write(key)
+            # Writers alone: the lock keeps later ones away, but not guards, of which there may always be another.
+            blocker = latches.blocker_of_guard(key, point_end(key))
             if blocker is not None:
                 ev.wait_for(blocker, request, origin, now)
                 return

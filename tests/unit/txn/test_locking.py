@@ -181,6 +181,24 @@ def test_a_guard_that_was_prepared_before_keeps_a_writers_lock_waiting_and_no_re
     held(asked)
 
 
+def test_guards_that_come_without_end_keep_no_locker_waiting():
+    place = Range()
+    version = stored(place, b"k")
+
+    def read_beside(number: int) -> None:
+        guard = Guard(b"k", point_end(b"k"), place.clock)
+        place.prepare(100 + number, put(b"x%d" % number), guards=[guard])
+
+    read_beside(0)
+    asked = place.ask(LockRead(0, 0, 0, b"k", owner(1), 1, False, LOCK_POLL_S))
+    for number in range(1, 5):
+        place.stamp()
+        read_beside(number)  # while the entry of the one before is in flight
+        place.commit()
+        place.evaluator.run_again(place.now)
+    assert held(asked).versions == [version]
+
+
 def test_a_part_that_does_not_end_is_asked_about_and_the_client_is_told_to_wait_on():
     place = Range()
     place.part(5, put(b"k", b"theirs"))
