@@ -177,6 +177,7 @@ class Transaction(BufferedWrites):
         self._txn_id = b""
         self._id_told = False
         self._commit_version: int | None = None
+        self._result_due = False  # `run` is going to write a result into it
         self._ended_by: KVError | None = None  # what ended it before anybody wished to
 
     # --- what it is -------------------------------------------------------------------------------
@@ -316,10 +317,12 @@ class Transaction(BufferedWrites):
         value = (await self._read([row])).get(row)
         if value is None:
             buffer.put(row, b"")
+            self._result_due = True
         return value
 
     def remember(self, row: bytes, value: bytes) -> None:
         self._writable().put(row, value)
+        self._result_due = False
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -329,6 +332,8 @@ class Transaction(BufferedWrites):
         Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
         """
         self._require_open()
+        if self._result_due:
+            raise InvalidArgument("run commits by itself, with the result: its function must not")
         if not self._buffer and not self._locks.found:
             self._stage = Stage.COMMITTED  # it read one snapshot: that is its place in the order
             self._locks.end()
