@@ -158,23 +158,27 @@ class WriteBuffer:
 
     def stamp_key(self, prefix: bytes, value: bytes) -> int:
         """Returns the number of the write."""
-        write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(self._stamped, value))
+        number = self._next_number()
+        write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(number, value))
         size = self._size_bytes + len(prefix) + stamps.STAMP_BYTES + len(value)
         limits.validate_transaction_size(size, self._rows + 1)
         self._size_bytes, self._rows = size, self._rows + 1
         self.stamps.append(write)
         self.anchor_key = self.anchor_key or prefix
-        return self._take_number()
+        self._stamped = number + 1
+        return number
 
     def stamp_value(self, key: bytes, head: bytes) -> int:
         """Returns the number of the write."""
-        self._set(key, Point(WriteKind.STAMPED_VALUE, stamps.stamped(self._stamped, head)))
-        return self._take_number()
+        number = self._next_number()
+        self._set(key, Point(WriteKind.STAMPED_VALUE, stamps.stamped(number, head)))
+        self._stamped = number + 1
+        return number
 
-    def _take_number(self) -> int:
-        self._stamped += 1
-        assert self._stamped < stamps.NUMBERS_MAX, "the rows of a transaction are fewer"
-        return self._stamped - 1
+    def _next_number(self) -> int:
+        if self._stamped >= stamps.NUMBERS_MAX:  # one key may be stamped again and again
+            raise TransactionTooLarge(f"a transaction has at most {stamps.NUMBERS_MAX} stamps")
+        return self._stamped
 
     def require_readable(self, start: bytes, end: bytes, at: int) -> None:
         """Raises: InvalidArgument if a key that gets its stamp at the commit, above `at`, may come to stand in [start, end)."""
@@ -276,11 +280,17 @@ def _name_of(kind: int) -> str:
 
 
 class ReadSpans:
-    """The spans that a transaction has read, kept few: beyond the limit neighbours are merged, which guards more."""
+    """The spans that a transaction has read, kept few: beyond the limits neighbours are merged, which guards more."""
 
-    def __init__(self, spans_max: int = limits.TXN_READ_SPANS_MAX) -> None:
+    def __init__(
+        self,
+        spans_max: int = limits.TXN_READ_SPANS_MAX,
+        bytes_max: int = limits.TXN_SPANS_BYTES_MAX,
+    ) -> None:
         self._spans: dict[tuple[bytes, bytes], None] = {}
         self._spans_max = spans_max
+        self._bytes_max = bytes_max
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -289,20 +299,25 @@ class ReadSpans:
         self.add(key, point_end(key))
 
     def add(self, start: bytes, end: bytes) -> None:
-        if start >= end:
+        if start >= end or (start, end) in self._spans:
             return
         self._spans[start, end] = None
-        if len(self._spans) > self._spans_max:
-            self._spans = dict.fromkeys(self._merged())
-            while (
-                len(self._spans) > self._spans_max // 2
+        self._bytes += len(start) + len(end)
+        if len(self._spans) > self._spans_max or self._bytes > self._bytes_max:
+            self._keep(self._merged())
+            while len(self._spans) > 1 and (
+                len(self._spans) > self._spans_max // 2 or self._bytes > self._bytes_max // 2
             ):  # neighbours in pairs, with the gap between them
                 spans = list(self._spans)
                 pairs = [
                     (one[0], spans[min(i * 2 + 1, len(spans) - 1)][1])
                     for i, one in enumerate(spans[::2])
                 ]
-                self._spans = dict.fromkeys(pairs)
+                self._keep(pairs)
+
+    def _keep(self, spans: list[tuple[bytes, bytes]]) -> None:
+        self._spans = dict.fromkeys(spans)
+        self._bytes = sum(len(start) + len(end) for start, end in spans)
 
     def covers(self, key: bytes) -> bool:
         return any(start <= key < end for start, end in self._spans)

@@ -338,7 +338,10 @@ class Database(DatabaseReads, AtomicCalls):
         request = Prepare(
             call.id, call.range_id, call.version, txn_id, key, key, [write], expects, [], [], True, seen_ts
         )  # fmt: skip
-        router.submit(call, request, len(key) + len(write.value))
+        size = len(key) + len(write.value)
+        if expects:
+            size += sum(len(expect.value) for expect in expects)
+        router.submit(call, request, size)
         return call
 
     async def _write_one(self, write: Write, expects: list[Expect], timeout: float | None) -> Done:

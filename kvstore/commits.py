@@ -83,17 +83,20 @@ class Done(NamedTuple):
 class _Share:
     """What of a write set lies in one range, while it is being cut."""
 
-    __slots__ = ("expects", "guards", "high", "low", "rows", "size_bytes", "writes")
+    __slots__ = ("expects", "guards", "high", "low", "rows", "size_bytes", "spans_bytes", "writes")
 
     def __init__(self, low: bytes, high: bytes) -> None:
         self.low, self.high = low, high
         self.writes: list[Write] = []
         self.expects: list[Expect] = []
         self.guards: list[Guard] = []
-        self.size_bytes = self.rows = 0
+        self.size_bytes = self.rows = self.spans_bytes = 0
 
     def part(self, locus: bytes) -> Part:
         return Part(Participant(locus, self.low, self.high), self.writes, self.expects, self.guards)
+
+    def add_span(self, start: bytes, end: bytes) -> None:
+        self.spans_bytes += len(start) + len(end) + limits.SPAN_OVERHEAD_BYTES
 
     def locus(self) -> bytes:
         for write in self.writes:
@@ -129,7 +132,9 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
                 return None
             for piece in pieces:
                 cleared = Write(WriteKind.DELETE_RANGE, piece.start, piece.end)
-                share(piece.route, piece.start, piece.end).writes.append(cleared)
+                target = share(piece.route, piece.start, piece.end)
+                target.writes.append(cleared)
+                target.add_span(piece.start, piece.end)
             continue
         route = ranges.find(write.key)
         if route is None:
@@ -156,9 +161,12 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
             return None
         for piece in pieces:
             spanned = Guard(piece.start, piece.end, guard.read_ts)
-            share(piece.route, piece.start, piece.end).guards.append(spanned)
+            target = share(piece.route, piece.start, piece.end)
+            target.guards.append(spanned)
+            target.add_span(piece.start, piece.end)
     for known in shares.values():
         limits.validate_range_batch_size(known.size_bytes, known.rows)
+        limits.validate_range_message_size(known.size_bytes + known.spans_bytes)
     limits.validate_transaction_size(
         sum(known.size_bytes for known in shares.values()),
         sum(known.rows for known in shares.values()),
@@ -381,6 +389,8 @@ class _Drive:
             span = part.participant
             single = span.end == point_end(span.start)
             size = sum(len(write.key) + len(write.value) for write in prepare.writes)
+            size += sum(len(expect.key) + len(expect.value) for expect in prepare.expects)
+            size += sum(len(guard.start) + len(guard.end) for guard in prepare.guards)
             try:
                 call = self._committer.router.send(
                     prepare,

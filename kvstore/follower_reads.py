@@ -16,7 +16,7 @@ import msgspec
 
 from kvstore.errors import InvalidArgument, ReplicaBehind
 from kvstore.links import Call, addressed
-from kvstore.reads import SpanPages, View, size_of
+from kvstore.reads import SpanPages, View, keys_bytes
 from kvstore.router import Router
 from txn.messages import Read, ReadReply, Reply, Scan, ScanReply, Stale
 from txn.types import milliseconds_of
@@ -49,7 +49,7 @@ class Replicas:
         else:
             assert request.stale is not None
             request = _replace(request, stale=_replace(request.stale, last=True))
-        router.submit(call, addressed(request, call), size_of(request))
+        router.submit(call, addressed(request, call), keys_bytes(request))
         return call
 
     def _direct(self, call: Call) -> None:

@@ -31,6 +31,10 @@ TXN_AGE_S_MAX: Final = 300.0
 FRAME_BYTES_MAX: Final = 256 * KIB
 MESSAGE_BYTES_MAX: Final = TXN_BYTES_MAX + 1 * MIB  # reassembled from frames; 1 MiB of overhead
 
+TXN_SPANS_BYTES_MAX: Final = 3 * MIB  # bounds of what is read; beyond it, neighbours are merged
+TXN_RANGE_MESSAGE_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 2 * MIB  # without the participants
+SPAN_OVERHEAD_BYTES: Final = 16  # of a span with its timestamp in a message
+
 APPLY_BATCH_BYTES_MAX: Final = 1 * MIB  # one write batch of the engine; one entry at least
 APPLY_BATCH_ROWS_MAX: Final = 2_000
 
@@ -112,6 +116,15 @@ def validate_range_batch_size(size_bytes: int, rows: int) -> None:
     """Refuse one transaction's part in one range that is too large. Raises: TransactionTooLarge."""
     _at_most("bytes in one range", size_bytes, TXN_RANGE_BYTES_MAX)
     _at_most("rows in one range", rows, TXN_RANGE_ROWS_MAX)
+
+
+def validate_range_message_size(size_bytes: int) -> None:
+    """Refuse what does not fit into one message to a range. Raises: TransactionTooLarge."""
+    _at_most(
+        "bytes written, read, locked and deleted as spans in one range",
+        size_bytes,
+        TXN_RANGE_MESSAGE_BYTES_MAX,
+    )
 
 
 def _at_most(what: str, amount: int, limit: int) -> None:

@@ -16,7 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from kvstore import limits
-from kvstore.errors import Conflict, InvalidArgument, KVError, LockTimeout, TransactionTooLarge
+from kvstore.errors import (
+    Conflict,
+    InvalidArgument,
+    KVError,
+    LockTimeout,
+    TransactionClosed,
+    TransactionTooLarge,
+)
 from kvstore.links import Answer
 from kvstore.router import Router
 from replication.probes import chance, reached
@@ -79,8 +86,11 @@ class TransactionLocks:
         """Lock one key and read it; again, what it had then.
 
         Args: until: when to give up waiting (monotonic seconds).
-        Raises: LockTimeout, Deadlock, Conflict (it had to be locked anew and is not what it was), and as any read.
+        Raises: LockTimeout, Deadlock, Conflict (it had to be locked anew and is not what it was), TransactionClosed, and as any
+        read.
         """
+        if self._ended:  # another task has ended it: nobody would give this lock back
+            raise TransactionClosed("the transaction has ended")
         known = self.found.get(key)
         if known is not None and (known.exclusive or shared):
             return known
@@ -152,9 +162,9 @@ class TransactionLocks:
 
         Args: touched: whether a key was among what it read or wrote.
         """
-        if self._ended or not self.owner:
+        ended, self._ended = self._ended, True
+        if ended or not self.owner:
             return
-        self._ended = True
         self._keeper.remove(self)
         left = [key for key in self._asked if not touched(key)] if committed else self.keys()
         for _, key in self._keeper.by_range(left):

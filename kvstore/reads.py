@@ -190,7 +190,7 @@ class View:
         return (await self.router.timestamps(until)).read_ts
 
     def _send(self, request: Read | Scan, key: bytes, end: bytes, until: float) -> Call:
-        return self.router.send(request, key, end, until, size_bytes=size_of(request))
+        return self.router.send(request, key, end, until, size_bytes=keys_bytes(request))
 
     async def _answer(self, call: Call) -> Reply:
         return await self.router.answer(call)
@@ -281,11 +281,9 @@ class View:
         return Piece(max(start, route.start), end, route)
 
 
-def size_of(request: Read | Scan) -> int:
-    """Bytes that it takes in a message, beside what every request does: messages have to be cut by it."""
-    if isinstance(request, Read):
-        return sum(map(len, request.keys))
-    return len(request.start) + len(request.end)
+def keys_bytes(request: Read | Scan) -> int:
+    """Of the keys that it names, but for those of its span."""
+    return sum(map(len, request.keys)) if isinstance(request, Read) else 0
 
 
 class SpanPages:

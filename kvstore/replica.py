@@ -16,7 +16,7 @@ from replication.types import Entry, EntryKind, Membership
 from txn import keycode
 from txn.apply import Overlay, apply_batch
 from txn.closed import Heard, safe_ts
-from txn.commands import Batch, Command, decode_batch
+from txn.commands import Batch, Command, PreparePart, decode_batch
 from txn.evaluate import Evaluator
 from txn.latches import Pending
 from txn.messages import Reply, Request
@@ -114,6 +114,11 @@ class Replica:
                 cost += len(key) + (len(value) if value is not None else 0)
             for stamp in pending.stamps:
                 cost += len(stamp.key) + len(stamp.value)
+            if type(pending.command) is PreparePart:
+                for guard in pending.command.guards:
+                    cost += len(guard.start) + len(guard.end)
+                for each in pending.command.participants:
+                    cost += len(each.locus) + len(each.start) + len(each.end)
             if commands and size + cost > BATCH_BYTES_MAX:
                 batches.append((Batch(closed_ts, version, commands), part))
                 commands, part, size = [], [], 0

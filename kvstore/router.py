@@ -216,7 +216,8 @@ class Router:
     def submit(self, call: Call, request: Request, size_bytes: int) -> None:
         """Send it with the other requests of this turn."""
         call.request = request
-        call.size_bytes = size_bytes = size_bytes + REQUEST_OVERHEAD_BYTES
+        size_bytes += REQUEST_OVERHEAD_BYTES + len(call.key) + len(call.end)
+        call.size_bytes = size_bytes
         link = call.link
         if link is None or link.channel is None or link.ready_bytes > OUTGOING_BYTES_MAX:
             self._place(call, self.monotonic())
@@ -246,7 +247,7 @@ class Router:
         call = self.open(key, end, self.monotonic(), deadline, on_reply, silent=silent)
         if request.__class__ is GetDirectory:
             call.link = None  # any node may be asked, not only the leader of the first range
-        self.submit(call, addressed(request, call), size_bytes or len(key) + len(end))
+        self.submit(call, addressed(request, call), size_bytes)
         return call
 
     def hint(self, request: Resolve) -> None:

@@ -177,6 +177,8 @@ class Transaction(BufferedWrites):
         self._txn_id = b""
         self._id_told = False
         self._commit_version: int | None = None
+        self._result_due = False  # `run` is going to write a result into it
+        self._ended_by: KVError | None = None  # what ended it before anybody wished to
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -235,7 +237,8 @@ class Transaction(BufferedWrites):
         Nobody else writes a locked key or locks it, except that shared locks go together. The commit validates what was
         read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict.
         Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's.
-        Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again.
+        Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again; who catches it and has written
+        something meets it anew at the end of the block.
         """
         return (await self.get_many_for_update((key,), shared=shared, timeout=timeout)).get(key)
 
@@ -254,8 +257,9 @@ class Transaction(BufferedWrites):
         try:
             for key in sorted(wanted):
                 await self._locks.lock(key, shared, until)
-        except (Deadlock, LockTimeout):
+        except (Deadlock, LockTimeout) as error:
             self._end()
+            self._ended_by = error
             raise
         return await self.get_many(wanted)
 
@@ -313,10 +317,12 @@ class Transaction(BufferedWrites):
         value = (await self._read([row])).get(row)
         if value is None:
             buffer.put(row, b"")
+            self._result_due = True
         return value
 
     def remember(self, row: bytes, value: bytes) -> None:
         self._writable().put(row, value)
+        self._result_due = False
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -326,6 +332,8 @@ class Transaction(BufferedWrites):
         Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
         """
         self._require_open()
+        if self._result_due:
+            raise InvalidArgument("run commits by itself, with the result: its function must not")
         if not self._buffer and not self._locks.found:
             self._stage = Stage.COMMITTED  # it read one snapshot: that is its place in the order
             self._locks.end()
@@ -413,6 +421,8 @@ class Transaction(BufferedWrites):
                 await self.rollback()
             elif self._stage is Stage.OPEN:
                 await self.commit()
+            elif self._ended_by is not None and self._buffer:  # a clean exit says: written
+                raise self._ended_by
         finally:
             if self._view.views is not None:
                 self._view.views.remove(self._view)
@@ -471,7 +481,8 @@ class Transaction(BufferedWrites):
             raise TransactionTooOld(error.message) from error
         if buffer.stamps:
             for key in asked:
-                buffer.require_readable(key, point_end(key), self._view.at)
+                at = locked[key].at if key in locked else self._view.at
+                buffer.require_readable(key, point_end(key), at)
         for key in left:
             if not self._options.read_only:
                 self._spans.add_key(key)

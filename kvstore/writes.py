@@ -92,6 +92,7 @@ class BufferedWrites(abc.ABC):
         """Put `head` and the transaction's versionstamp (10 bytes) as the value. Returns the number for `versionstamp`."""
         buffer = self._writable()
         limits.validate_key(key)
+        limits.validate_value(head)
         limits.validate_value(head + bytes(stamps.STAMP_BYTES))
         return buffer.stamp_value(key, head)
 

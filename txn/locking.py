@@ -159,10 +159,14 @@ class Locking:
             if wait is not None:
                 reached("lock_wait_cancelled")
                 askers, wait.askers = wait.askers, []
-                table.leave(wait)
                 for asker in askers:
+                    if type(asker.request) is Prepare:  # it took the same place, and stays
+                        wait.askers.append(asker)
+                        continue
                     asker.done = True
                     self._tell_pending(asker.request, asker.origin)
+                if not wait.askers:
+                    table.leave(wait)
         else:
             table.release(request.owner, now)
         self._changed()
@@ -208,10 +212,8 @@ class Locking:
         ev, key = self.ev, request.key
         latches, state = ev.latches, ev.state
         if latches.txns:
-            if request.shared:
-                blocker = latches.blocker_of_guard(key, point_end(key))
-            else:
-                blocker = latches.blocker_of_write(key)
+            # Writers alone: the lock keeps later ones away, but not guards, of which there may always be another.
+            blocker = latches.blocker_of_guard(key, point_end(key))
             if blocker is not None:
                 ev.wait_for(blocker, request, origin, now)
                 return

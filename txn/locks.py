@@ -134,6 +134,7 @@ class LockTable:
                 return Verdict.GRANTED
             known = owner.waits.get(key)
             if known is not None and (known.exclusive or not exclusive):
+                known.committing = known.committing or committing
                 known.expires = now + WAIT_LEASE_S
                 self._renew(owner, now, lease_s)
                 return known

@@ -145,7 +145,7 @@ class DumbSnapshot:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, _kind: type[BaseException] | None, *_: object) -> None:
         pass
 
     async def get_entry(self, key: bytes) -> Entry | None:

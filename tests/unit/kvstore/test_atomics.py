@@ -18,7 +18,7 @@ from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn import atomics
 from txn.messages import Prepare, Read
-from txn.stamps import stamp
+from txn.stamps import NUMBERS_MAX, stamp
 from txn.types import Write, WriteKind
 
 # --- one call, one transaction --------------------------------------------------------------------
@@ -84,6 +84,7 @@ def test_what_is_no_operand_is_refused_before_anything_is_sent():
             db.compare_and_clear(b"t", None),  # type: ignore[arg-type]
             db.put_versionstamped_key(b"", b"v"),
             db.put_versionstamped_key(b"\xff", b"v"),
+            db.put_versionstamped_value(b"k", "text"),  # type: ignore[arg-type]
         ):
             with pytest.raises(InvalidArgument):
                 await call
@@ -250,6 +251,32 @@ def test_a_transaction_cannot_read_what_gets_its_stamp_at_the_commit():
                 await tx.get(b"last")
             with pytest.raises(InvalidArgument):
                 tx.increment(b"last")
+
+    simulate(test)
+
+
+def test_a_transaction_has_no_more_stamps_than_there_are_numbers():
+    buffer = WriteBuffer()
+    for number in range(NUMBERS_MAX):
+        assert buffer.stamp_value(b"k", b"") == number
+    for refused in (
+        lambda: buffer.stamp_value(b"k", b""),
+        lambda: buffer.stamp_key(b"q/", b""),
+    ):
+        with pytest.raises(TransactionTooLarge):
+            refused()
+    assert len(buffer.writes()) == 1
+
+
+def test_what_is_locked_and_older_than_a_stamp_is_read_after_it():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        old = await db.put_versionstamped_key(b"q/", b"old")
+        async with db.transaction() as tx:
+            tx.put_versionstamped_key(b"q/", b"new")
+            assert await tx.get_for_update(old) == b"old"
+            assert await tx.get(old) == b"old"
+            with pytest.raises(InvalidArgument):
+                await tx.get_for_update(b"q/" + b"\xff" * 10)
 
     simulate(test)
 

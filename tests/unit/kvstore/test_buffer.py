@@ -26,6 +26,17 @@ def test_many_read_spans_are_merged_and_still_cover_what_was_read():
     assert all(one.end < two.start for one, two in itertools.pairwise(merged))
 
 
+def test_read_spans_with_long_bounds_are_merged_by_their_bytes():
+    spans = ReadSpans(100, 10_000)
+    keys = [b"%03d" % number + bytes(200) for number in range(0, 500, 3)]
+    for key in keys:
+        spans.add_key(key)
+        assert sum(len(each.start) + len(each.end) for each in spans.guards(9)) <= 10_000
+    merged = spans.guards(9)
+    assert len(merged) > 10
+    assert all(any(guard.start <= key < guard.end for guard in merged) for key in keys)
+
+
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=60))
 def test_read_spans_never_lose_a_key(spans: list[tuple[int, int]]):
     kept = ReadSpans(8)

@@ -1,7 +1,9 @@
-"""Claims of kvstore.limits: what is within a limit passes, one more is refused with the error of that limit."""
+"""Claims of kvstore.limits: what is within a limit passes, one more is refused with the error of that limit; and that what a
+client sends fits into messages, however long the keys are."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import limits
+from kvstore.client import Database
 from kvstore.errors import InvalidArgument, KeyTooLarge, TransactionTooLarge, ValueTooLarge
+from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from txn.messages import Prepare
 
 
 @pytest.mark.parametrize("key", [b"a", b"\x00", b"\xfe\xff", b"k" * 4096])
@@ -145,3 +150,47 @@ def test_limits_fit_into_each_other():
     assert limits.KEY_BYTES_MAX + limits.VALUE_BYTES_MAX < limits.TXN_RANGE_BYTES_MAX
     assert limits.TXN_RANGE_BYTES_MAX < limits.TXN_BYTES_MAX < limits.MESSAGE_BYTES_MAX
     assert limits.TXN_RANGE_ROWS_MAX < limits.TXN_ROWS_MAX
+
+
+# --- messages ---------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_into_a_message_is_refused_unsent_and_the_client_goes_on():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        with pytest.raises(TransactionTooLarge):  # noqa: PT012 - the end of the block is what raises
+            async with db.transaction() as tx:
+                for number in range(1_200):
+                    start = b"%04d" % number + bytes(4_000)
+                    tx.delete_range(start, start + b"\x01")
+        assert cluster.of(Prepare) == []
+        assert await db.get(b"a") is None
+
+    simulate(test)
+
+
+def test_reads_of_many_long_keys_leave_in_messages_of_bounded_size_and_are_guarded_within_one():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        keys = [b"%04d" % number + bytes(4_000) for number in range(2_500)]
+        async with db.transaction() as tx:
+            assert await tx.get_many(keys) == {}
+            tx.put(b"a", b"1")
+        guarded = [(guard.start, guard.end) for guard in cluster.of(Prepare)[-1].guards]
+        assert len(guarded) < len(keys)
+        assert all(any(low <= key < high for low, high in guarded) for key in keys)
+        assert await db.get(b"a") == b"1"
+
+    simulate(test)
+
+
+def test_transactions_that_have_read_much_and_commit_together_leave_in_messages_of_bounded_size():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def one(number: int) -> None:
+            async with db.transaction() as tx:
+                for each in range(0, 512, 128):
+                    await tx.get_many(b"%04d" % (each + at) + bytes(2_000) for at in range(128))
+                tx.put(b"a%d" % number, b"1")
+
+        await asyncio.gather(*map(one, range(8)))
+        assert len(await db.scan(prefix=b"a").to_list()) == 8
+
+    simulate(test)

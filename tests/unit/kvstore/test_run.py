@@ -228,6 +228,23 @@ def test_an_idempotency_key_makes_a_second_run_return_the_first_result():
     simulate(test)
 
 
+def test_a_function_that_is_run_for_an_idempotency_key_does_not_commit_by_itself():
+    """It would leave a row without a result: done, and never to be told."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def fn(tx: Transaction) -> int:
+            tx.put(b"n", b"1")
+            if not cluster.of(Prepare):
+                await tx.commit()
+            return 1
+
+        with pytest.raises(InvalidArgument, match="commits"):
+            await db.run(fn, idempotency_key="order-1")
+        assert cluster.of(Prepare) == []
+
+    simulate(test)
+
+
 def test_transactional_owns_a_transaction_of_a_client_and_joins_one_that_is_given():
     @transactional
     async def move(tx: Transaction, source: bytes, target: bytes, amount: int) -> int:

@@ -13,15 +13,16 @@ from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
 from kvstore.config import NodeConfig
 from kvstore.errors import StorageError
 from kvstore.node import Node
-from kvstore.replica import new_config
+from kvstore.replica import BATCH_BYTES_MAX, new_config
 from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
 from replication.probes import choosing
 from replication.types import Entry, EntryKind, Membership
 from txn import keycode
-from txn.commands import Batch, Commit, decode_batch, encode_batch
+from txn.commands import Batch, Commit, PreparePart, decode_batch, encode_batch
 from txn.evaluate import Limits
+from txn.latches import Pending
 from txn.state import RangeRow, decode_range_row
-from txn.types import make_txn_id
+from txn.types import Guard, Participant, make_txn_id
 
 MEMBERS = Membership(voters=(1, 2, 3), nodes=((1, 1), (2, 2), (3, 3)))
 RANGES = {7: b"b", 8: b"d"}  # number -> start
@@ -174,3 +175,23 @@ def test_an_entry_has_the_same_rows_whoever_proposed_it():
         replica.evaluator = None  # nobody waits for answers here
         store.finish()
     assert follower.batches == leader.batches
+
+
+def test_entries_are_cut_by_all_that_they_hold_guards_and_participants_included():
+    """An entry has to fit into a message to the followers, whoever wrote little and read much."""
+    replica = store_of(RecordingEngine()).replicas[7]
+    guards = [Guard(bytes(1_000), bytes(1_001), 1)] * 150
+    participants = [Participant(bytes(1_000), bytes(1_000), bytes(1_001))] * 150
+    proposals = []
+    for number in range(6):
+        pending = Pending(make_txn_id(1, number), None, None)
+        pending.command = PreparePart(
+            pending.txn_id, b"b", b"b", 5, 1, [], [], guards, participants
+        )
+        proposals.append(pending)
+    replica.evaluator = cast(
+        "Any", SimpleNamespace(proposals=proposals, closing=SimpleNamespace(promised=0))
+    )
+    sizes = [len(encode_batch(batch)) for batch, _ in replica.take_batches()]
+    assert len(sizes) == 6
+    assert max(sizes) < BATCH_BYTES_MAX

@@ -181,6 +181,24 @@ def test_a_guard_that_was_prepared_before_keeps_a_writers_lock_waiting_and_no_re
     held(asked)
 
 
+def test_guards_that_come_without_end_keep_no_locker_waiting():
+    place = Range()
+    version = stored(place, b"k")
+
+    def read_beside(number: int) -> None:
+        guard = Guard(b"k", point_end(b"k"), place.clock)
+        place.prepare(100 + number, put(b"x%d" % number), guards=[guard])
+
+    read_beside(0)
+    asked = place.ask(LockRead(0, 0, 0, b"k", owner(1), 1, False, LOCK_POLL_S))
+    for number in range(1, 5):
+        place.stamp()
+        read_beside(number)  # while the entry of the one before is in flight
+        place.commit()
+        place.evaluator.run_again(place.now)
+    assert held(asked).versions == [version]
+
+
 def test_a_part_that_does_not_end_is_asked_about_and_the_client_is_told_to_wait_on():
     place = Range()
     place.part(5, put(b"k", b"theirs"))
@@ -406,6 +424,34 @@ def test_a_wait_that_is_cancelled_leaves_the_queue_and_keeps_the_other_locks():
     assert waiting.reply == LockPending(0, owner(1))
     assert place.evaluator.locking.table.waiting == {}
     assert lock(place, 3, b"other").open
+
+
+def test_a_commit_keeps_the_place_of_a_wait_for_the_same_key_and_goes_on_when_that_is_cancelled():
+    place = Range()
+    lock(place, 1)
+    waiting = lock(place, 2)
+    writer = place.prepare(2, put(b"k"), lock_owner=owner(2), begin_ts=60)
+    place.settle()
+    unlock(place, 2, waits_only=True)
+    assert waiting.reply == LockPending(0, owner(1))
+    assert writer.open
+    unlock(place, 1)
+    assert writer.reply.status == PartStatus.COMMITTED
+    assert place.evaluator.locking.table.waiting == {}
+
+
+def test_a_commit_that_took_the_place_of_a_wait_is_nobodys_victim():
+    place = Range()
+    lock(place, 1)
+    lock(place, 2)
+    place.pass_time(WAITED_S)
+    number = place.calls[0][1].edges[0].number
+    writer = place.prepare(2, put(b"k"), lock_owner=owner(2), begin_ts=60)
+    place.answer(Victims(0, [Victim(number, [owner(2), owner(1)])]))
+    place.settle()
+    assert writer.open
+    unlock(place, 1)
+    assert writer.reply.status == PartStatus.COMMITTED
 
 
 def test_an_end_of_the_transaction_answers_its_waits():

@@ -1,0 +1,97 @@
+"""Claims of the client's router about time: whose deadline counts, what ends when it is over, and which timestamps are new."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from kvstore.batch import Batch
+from kvstore.client import Database
+from kvstore.errors import (
+    DeadlineExceeded,
+)
+from kvstore.streams import Stream
+from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from txn.messages import (
+    GetTimestamps,
+    Prepare,
+    Read,
+    ReadReply,
+)
+from txn.types import begin_ts_of
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _ready(db: Database) -> None:
+    """Every node is connected and a timestamp has been seen."""
+    await db.get(b"a")
+    await db.get(b"z")
+
+
+async def _never(_address: str, _node: int) -> Stream:
+    """A node that takes no connection and refuses none."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError
+
+
+def test_calls_of_one_commit_that_run_out_together_are_counted_once():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        db.router._dial = _never
+        cluster.network.cut()
+        await asyncio.sleep(0.5)
+        batch = Batch()
+        batch.put(b"a", b"v")
+        batch.put(b"z", b"v")
+        with pytest.raises(DeadlineExceeded):
+            await db.commit_batch(batch, timeout=0.4)
+        assert not any(link.pending for link in db.router.links)
+        assert db.router.calls == 0
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_who_shares_a_question_for_a_timestamp_keeps_the_own_deadline():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def timed_out(timeout_s: float) -> float:
+            began = now()
+            with pytest.raises(DeadlineExceeded):
+                await db.router.timestamps(began + timeout_s)
+            return now() - began
+
+        cluster.ignore(GetTimestamps, times=100)
+        for timeouts in ([0.1, 2.0, 2.001], [2.0, 0.1, 2.001]):
+            took = await asyncio.gather(*map(timed_out, timeouts))
+            assert list(took) == pytest.approx(timeouts, abs=0.011)
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_stale_read_does_not_make_its_timestamp_new(step: int):
+    """Nor does one that shows more than the last: a replica without a leader may be ten minutes behind, and so would be the
+    begin of the next put."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        version = await db.put(b"k", b"v")
+        answers = itertools.count(version, step)
+        cluster.fault(
+            Read,
+            lambda _node, request: ReadReply(request.id, next(answers), [version], [b"v"]),
+            times=60,
+        )
+        for _ in range(60):
+            await asyncio.sleep(10.0)
+            assert await db.get(b"k", max_staleness=3600.0) == b"v"
+        old = next(answers)
+        while cluster.ts < old + 100:
+            cluster.seed(other=b"v")  # others have gone on
+        await db.put(b"k", b"w")
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
+
+    simulate(test)
