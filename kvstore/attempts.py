@@ -56,7 +56,7 @@ class Attempts:
 
     def pause(self, tx: Transaction, error: KVError) -> float:
         """Seconds to wait before the next attempt. Raises `error`, or DeadlineExceeded, if there is to be none."""
-        if not error.retryable or error.maybe_committed:
+        if not error.retryable or error.maybe_committed or tx.commit_version is not None:
             raise error
         self._age = tx.age
         self._failures += 1

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from kvstore.errors import NodeStopped
@@ -15,11 +16,20 @@ from kvstore.errors import NodeStopped
 T = TypeVar("T")
 
 
+def _counting_sleep() -> Callable[[], float]:
+    """A clock that goes on while the machine is suspended, where there is one: a lease must not outlast that."""
+    try:
+        time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        return time.monotonic
+    return partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+
+
 class SystemClock:
     """See `kvstore.ports.Clock`."""
 
-    def monotonic(self) -> float:
-        return time.monotonic()
+    def __init__(self) -> None:
+        self.monotonic = _counting_sleep()
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000

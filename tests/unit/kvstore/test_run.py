@@ -183,6 +183,20 @@ def test_an_unknown_commit_is_never_run_again():
     simulate(test)
 
 
+def test_what_a_function_has_committed_itself_is_not_done_again():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def fn(tx: Transaction) -> None:
+            tx.increment(b"n")
+            await tx.commit()
+            raise Conflict(b"elsewhere")
+
+        with pytest.raises(Conflict):
+            await db.run(fn)
+        assert await db.get(b"n") == b"1"
+
+    simulate(test)
+
+
 def test_run_gives_up_when_its_time_is_over():
     async def test(cluster: FakeCluster, db: Database) -> None:
         cluster.refuse(FenceReason.CONFLICT, times=10_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -16,6 +17,22 @@ def test_the_clock_gives_seconds_that_never_go_back_and_milliseconds_of_this_cen
     readings = [clock.monotonic() for _ in range(100)]
     assert readings == sorted(readings)
     assert clock.wall_ms() > 1_600_000_000_000
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="the system has no such clock")
+def test_the_clock_goes_on_while_the_machine_is_suspended():
+    """A lease is over after its time, whoever slept meanwhile: CLOCK_MONOTONIC stands still."""
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= SystemClock().monotonic() <= time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def test_a_system_without_that_clock_has_its_monotonic_one(monkeypatch):
+    def refuse(_clock: int) -> float:
+        raise OSError("not here")
+
+    monkeypatch.setattr(time, "clock_gettime", refuse)
+    before = time.monotonic()
+    assert before <= SystemClock().monotonic() <= time.monotonic()
 
 
 def test_streams_of_randomness_differ_even_under_one_name():
