@@ -178,7 +178,7 @@ PLAN: Final[
 async def spread(db: Database, nodes: int) -> None:
     """Wait (bounded) until the leaders are spread over the nodes: what a cluster looks like a few seconds after its start."""
     for _ in range(40):
-        reply = await db.router.refresh(time.monotonic() + 5)
+        reply = await db.router.refresh(db.router.monotonic() + 5)
         leaders = {info.leader_node for info in reply.ranges}
         if len(leaders) >= nodes and 0 not in leaders:
             return
