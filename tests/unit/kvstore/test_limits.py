@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from kvstore import limits
 from kvstore.client import Database
 from kvstore.errors import InvalidArgument, KeyTooLarge, TransactionTooLarge, ValueTooLarge
+from kvstore.links import ClientLink
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import Prepare
+from txn.messages import Prepare, Read, Request
 
 
 @pytest.mark.parametrize("key", [b"a", b"\x00", b"\xfe\xff", b"k" * 4096])
@@ -194,3 +196,15 @@ def test_transactions_that_have_read_much_and_commit_together_leave_in_messages_
         assert len(await db.scan(prefix=b"a").to_list()) == 8
 
     simulate(test)
+
+
+def test_requests_whose_sizes_were_told_too_low_become_messages_that_fit() -> None:
+    link = ClientLink("n1:1", 1)
+    sent = [Read(number, 1, 1, 0, [b"k" * limits.KEY_BYTES_MAX] * 700) for number in range(9)]
+    link.outgoing.extend(sent)
+    link.seal()
+    assert max(map(len, link.ready)) <= limits.MESSAGE_BYTES_MAX
+    assert link.ready_bytes == sum(map(len, link.ready))
+    decoder = msgspec.msgpack.Decoder(list[Request])
+    assert [each for payload in link.ready for each in decoder.decode(payload[1:])] == sent
+    assert not link.outgoing
