@@ -6,10 +6,12 @@ asks for more than `requests_max` things at once is told Throttled, so that it c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
+from kvstore.limits import MESSAGE_BYTES_MAX
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
@@ -71,10 +73,11 @@ class ClientConnection:
     def flush(self) -> None:
         replies, self._replies = self._replies, []
         for part in _parts(replies):
-            if not self._stream.send(REPLIES + _encode(part)) and self._stream.is_open:
-                self._connections.cut_off += 1
-                self._stream.abort()
-                return
+            for payload in _encoded(part):
+                if not self._stream.send(payload) and self._stream.is_open:
+                    self._connections.cut_off += 1
+                    self._stream.abort()
+                    return
 
 
 class Connections:
@@ -118,6 +121,17 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
         size += taken
     parts.append(part)
     return parts
+
+
+def _encoded(replies: list[Reply]) -> Iterator[bytes]:
+    """One message; several, should it come out larger than the stream takes."""
+    payload = REPLIES + _encode(replies)
+    if len(payload) <= MESSAGE_BYTES_MAX or len(replies) == 1:
+        yield payload
+        return
+    half = len(replies) // 2
+    yield from _encoded(replies[:half])
+    yield from _encoded(replies[half:])
 
 
 def _size_of(reply: Reply) -> int:

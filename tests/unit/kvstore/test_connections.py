@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.connections import REPLIES, ClientConnection, Connections
 from kvstore.limits import KEY_BYTES_MAX, MESSAGE_BYTES_MAX, MIB
-from txn.messages import Changed, PrepareReply, ReadReply, Reply, ScanReply
+from txn.messages import Changed, Failure, PrepareReply, ReadReply, Reply, ScanReply
 from txn.types import PartStatus
 
 KEYS = [b"%04d" % number + bytes(240) for number in range(1_000)]
@@ -41,6 +41,7 @@ class LastingStream:
         (9, lambda number: ReadReply(number, 1, [VERSION] * 5, [bytes(MIB)] * (5 if number % 2 else 4))),
         (256, lambda number: ReadReply(number, 1, [VERSION] * 256, [bytes(200)] * 256)),
         (9_000, lambda number: PrepareReply(number, PartStatus.FENCED, 0, 1, bytes(KEY_BYTES_MAX))),
+        (4_000, lambda number: Failure(number, "deadlock", "k" * KEY_BYTES_MAX)),
         (90, lambda number: PrepareReply(number, PartStatus.COMMITTED, 9, results=[bytes(MIB)])),
     ],
 )  # fmt: skip
