@@ -6,12 +6,11 @@ asks for more than `requests_max` things at once is told Throttled, so that it c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
-from kvstore.limits import MESSAGE_BYTES_MAX
+from kvstore.payloads import payloads
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
@@ -24,7 +23,6 @@ RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
 ROW_OVERHEAD_BYTES: Final = 20  # of a row in an answer: its version, and three lengths
 
-_encode = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(list[Request])
 
 
@@ -73,7 +71,7 @@ class ClientConnection:
     def flush(self) -> None:
         replies, self._replies = self._replies, []
         for part in _parts(replies):
-            for payload in _encoded(part):
+            for payload in payloads(REPLIES, part):
                 if not self._stream.send(payload) and self._stream.is_open:
                     self._connections.cut_off += 1
                     self._stream.abort()
@@ -121,17 +119,6 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
         size += taken
     parts.append(part)
     return parts
-
-
-def _encoded(replies: list[Reply]) -> Iterator[bytes]:
-    """One message; several, should it come out larger than the stream takes."""
-    payload = REPLIES + _encode(replies)
-    if len(payload) <= MESSAGE_BYTES_MAX or len(replies) == 1:
-        yield payload
-        return
-    half = len(replies) // 2
-    yield from _encoded(replies[:half])
-    yield from _encoded(replies[half:])
 
 
 def _size_of(reply: Reply) -> int:

@@ -19,8 +19,8 @@ from kvstore.errors import (
     Unavailable,
     from_wire,
 )
-from kvstore.limits import MESSAGE_BYTES_MAX
 from kvstore.link import Hello
+from kvstore.payloads import payloads
 from kvstore.ranges import Route
 from txn.messages import (
     Failure,
@@ -40,7 +40,6 @@ OUTGOING_BYTES_MAX: Final = (
 
 _REQUESTS: Final = b"\x02"  # the first byte of a message of requests
 _replace = msgspec.structs.replace
-_encode = msgspec.msgpack.Encoder().encode
 
 Answer = Reply | KVError
 OnReply = Callable[[Answer], None]
@@ -224,20 +223,13 @@ class ClientLink:
     def seal(self) -> None:
         """What this turn has asked so far becomes one message."""
         if self.outgoing:
-            self._encode(self.outgoing)
+            for payload in payloads(
+                _REQUESTS, self.outgoing
+            ):  # one that is refused would block the rest
+                self.ready.append(payload)
+                self.ready_bytes += len(payload)
             self.outgoing = []
             self.outgoing_bytes = 0
-
-    def _encode(self, requests: list[Request]) -> None:
-        """As one message, or as several if their sizes were told too low: one that the channel refuses would block the rest."""
-        payload = _REQUESTS + _encode(requests)
-        if len(payload) > MESSAGE_BYTES_MAX and len(requests) > 1:
-            half = len(requests) // 2
-            self._encode(requests[:half])
-            self._encode(requests[half:])
-            return
-        self.ready.append(payload)
-        self.ready_bytes += len(payload)
 
     def flush(self) -> int:
         """Hand over what the channel has room for; how many messages that was."""

@@ -4,7 +4,8 @@ The leader of a key's range holds the lock in its memory (txn/locking.py); what 
 leaves here, and that the commit validates. So a lock that is lost costs a Conflict.
 
 C1 A lock's client asks again within LOCK_POLL_S while it waits, and renews its lease every third of it while the
-transaction is open; with one message for each range, whatever the number of transactions and locks.
+transaction is open (but for what is only reserved), with one message for each range, whatever the number of
+transactions and locks.
 C2 A transaction that ends without a commit gives everything back, keys included whose answer it never saw; a wait that is
 cancelled leaves its queue. A message of these that gets lost is made good by the lease.
 """

@@ -399,12 +399,12 @@ class Transaction(BufferedWrites):
         and nothing newer comes. The keys are read like any other; where there is no lock to be had, it goes on without.
         """
         self._begin_locks(begin_ts)
-        reached("contested_key_locked")
         until = lock_until(self._router.monotonic(), RESERVE_S, None, self._deadline)
         try:
             for key, written in sorted(self._options.contested):
                 reply = await self._locks.reserve(key, shared=not written, until=until)
             self._view.begin_with(key, reply)
+            reached("contested_key_locked")
         except KVError:  # what is wrong besides, the reads and the commit will tell
             reached("contested_key_not_locked")
             self._locks.end()
