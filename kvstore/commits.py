@@ -37,7 +37,7 @@ from kvstore.ranges import RangeCache, Route
 from kvstore.router import Router
 from replication.probes import chance, reached
 from txn import stamps
-from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State
+from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State, with_fast_guards
 from txn.messages import Finalize, Outcome, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
     Expect,
@@ -230,6 +230,7 @@ class Committer:
         """
         failures = 0
         failure: KVError | None = None  # of the last attempt
+        fast = not age and not write_set.lock_owner and bool(write_set.guards)
         while True:
             if not txn_id:
                 begin_ts = await self.begin_ts(deadline)
@@ -240,6 +241,8 @@ class Committer:
                     on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
             parts = await self._cut(write_set, deadline)
+            if fast and not failures:  # later attempts guard in the log, where the older one waits
+                parts = with_fast_guards(parts)
             self.attempts += 1
             coordinator = Coordinator(
                 txn_id, parts, age=age, priority=priority, lock_owner=write_set.lock_owner
@@ -390,7 +393,8 @@ class _Drive:
             single = span.end == point_end(span.start)
             size = sum(len(write.key) + len(write.value) for write in prepare.writes)
             size += sum(len(expect.key) + len(expect.value) for expect in prepare.expects)
-            size += sum(len(guard.start) + len(guard.end) for guard in prepare.guards)
+            for guards in (prepare.guards, *prepare.elsewhere):
+                size += sum(len(guard.start) + len(guard.end) for guard in guards)
             try:
                 call = self._committer.router.send(
                     prepare,

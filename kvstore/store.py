@@ -54,6 +54,7 @@ from txn.messages import (
     Resolve,
     Scan,
     Unlock,
+    Validate,
 )
 from txn.oracle import Oracle
 from txn.recent import ROWS_MAX as RECENT_ROWS_MAX
@@ -575,6 +576,8 @@ def key_of(request: Request) -> bytes:
         return request.keys[0] if request.keys else b""
     if isinstance(request, (Scan, Changes)):
         return request.start
+    if isinstance(request, Validate):
+        return request.guards[0].start if request.guards else b""
     if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
         return request.locus
     if isinstance(request, (LockRead, KeepLocks, Unlock, LockWaits)):

@@ -128,6 +128,19 @@ class Workloads:
             except Conflict:
                 continue
 
+    async def look_around(self, _caller: int, _turn: int) -> None:
+        """Reads in two ranges and a write in a third; a conflict is tried again, as part of the call."""
+        first, ranges = self._random.randrange(KEYS), self._ranges
+        one, two, three = (key_of((first + step) % KEYS, ranges) for step in range(3))
+        while True:
+            try:
+                async with self._db.transaction() as tx:
+                    await asyncio.gather(tx.get(one), tx.get(two))
+                    tx.put(three, self._value)
+                return
+            except Conflict:
+                continue
+
     async def hot(self, _caller: int, _turn: int) -> None:
         """Read one counter and write it, in a transaction that is tried again: what everybody wants at once."""
 
@@ -168,6 +181,7 @@ PLAN: Final[
     ("ro64", "read-only transaction, 2 ranges", 64, Workloads.read_only, ""),
     ("txn1", "transfer, 2 ranges, sequential", 1, Workloads.transfer, ""),
     ("txn64", "transfer, 2 ranges", 64, Workloads.transfer, ">= 2,000/s"),
+    ("look64", "reads in 2 ranges, a write in a third", 64, Workloads.look_around, ""),
     ("hot1", "one counter, read and written", 1, Workloads.hot, ""),
     ("hotlock1", "one counter, locked", 1, Workloads.hot_locked, ""),
     ("hot64", "one counter, contended", 64, Workloads.hot, ""),

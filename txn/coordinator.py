@@ -22,8 +22,19 @@ from typing import Final
 
 import msgspec
 
-from txn.messages import Finalize, Outcome, Prepare, PrepareReply, Request, Resolve, TxnReply
+from txn.messages import (
+    FAST_RANGES_MAX,
+    Finalize,
+    Outcome,
+    Prepare,
+    PrepareReply,
+    Request,
+    Resolve,
+    TxnReply,
+)
 from txn.types import Expect, Guard, Participant, PartStatus, TxnStatus, Write, begin_ts_of
+
+FAST_SPANS_MAX: Final = 256  # read elsewhere: all travel in one message, twice
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -33,6 +44,25 @@ class Part(msgspec.Struct, frozen=True):
     writes: list[Write]
     expects: list[Expect]
     guards: list[Guard]
+    elsewhere: list[
+        list[Guard]
+    ] = []  # of a transaction's only part: what it has read in other ranges
+
+
+def with_fast_guards(parts: list[Part]) -> list[Part]:
+    """The one part that writes, together with what was read elsewhere; or the parts as they are, if that cannot be.
+
+    Args: parts: the anchor's first; of a transaction that holds no locks.
+    """
+    first, *others = parts
+    if not others or not first.writes or len(others) > FAST_RANGES_MAX:
+        return parts
+    spans = 0
+    for part in others:
+        spans += len(part.guards)
+        if part.writes or part.expects or not part.guards or spans > FAST_SPANS_MAX:
+            return parts
+    return [msgspec.structs.replace(first, elsewhere=[part.guards for part in others])]
 
 
 class State(enum.Enum):
@@ -182,6 +212,7 @@ class Coordinator:
                 age=self.age,
                 priority=self.priority,
                 lock_owner=self.lock_owner,
+                elsewhere=part.elsewhere,
             )
             for number, part in enumerate(self.parts)
         ]

@@ -15,6 +15,7 @@ COUNTERS = (
     "fences_by_recovery_total",
     "fences_by_request_total",
     "deadlocks_total",
+    "fast_guards_total",
     "lock_leases_ended_total",
     "lock_waits_total",
     "parts_prepared_total",

@@ -55,6 +55,7 @@ from txn.messages import (
     Scan,
     TxnReply,
     Unlock,
+    Validate,
     well_formed,
 )
 from txn.mvcc import find_txn, latest_ts
@@ -71,6 +72,7 @@ from txn.types import (
     begin_ts_of,
     point_end,
 )
+from txn.validation import Validation
 from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX, compute
 
 WAITERS_MAX = 20_000
@@ -88,6 +90,7 @@ class Limits(msgspec.Struct, frozen=True):
     anchor_timer_s: float = 1.0
     orphan_timer_s: float = 2.0
     read_wait_s: float = 5.0
+    validate_wait_s: float = 0.25  # for other ranges, by a part that is latched
     outbox_delay_s: float = 0.05
     outbox_retry_s: float = 0.5
     retention: int = 0  # of versions, in units of timestamps; 0: for ever
@@ -134,6 +137,7 @@ class Evaluator:
         self.collector = Collector(self)
         self.closing = Closing(self)
         self.locking = Locking(self)
+        self.validation = Validation(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -145,6 +149,7 @@ class Evaluator:
             QueryPart: self._query_part,
             Outcome: self.recovery.outcome,
             QuerySettled: self.collector.query_settled,
+            Validate: self.validation.validate,
             Changes: self.feed.ask,
             LockRead: self.locking.lock_read,
             KeepLocks: self.locking.keep,
@@ -193,6 +198,7 @@ class Evaluator:
             if origin is not None:
                 self.out.reply(origin, Failure(request.id, "not_leader"), False)
         self.feed.stop()
+        self.validation.stop()
         self._early, self.await_fresh, self.await_read, self.runnable, self.proposals = (
             [],
             [],
@@ -237,6 +243,8 @@ class Evaluator:
             self.reader.again(waiter, now)
         elif kind is Changes:
             self.feed.again(waiter, now)
+        elif kind is Validate:
+            self.validation.again(waiter, now)
         else:
             self._handlers[kind](request, waiter.origin, now)
 
@@ -257,6 +265,7 @@ class Evaluator:
             self.collector.due,
             self.feed.deadline(),
             self.locking.deadline(),
+            self.validation.deadline(),
         ):
             if due is None or (other is not None and other < due):
                 due = other
@@ -272,6 +281,7 @@ class Evaluator:
         self.collector.tick(now)
         self.feed.tick(now)
         self.locking.tick(now)
+        self.validation.tick(now)
 
     # -- timestamps
 
@@ -312,7 +322,10 @@ class Evaluator:
                 self.await_fresh.append(pending)
                 continue
             pending.command = self._command(pending, ts)
-            self.proposals.append(pending)
+            if pending.asking:
+                self.validation.begin(pending, ts, now)
+            else:
+                self.proposals.append(pending)
 
     def _command(self, pending: Pending, ts: int) -> Command:
         request: Prepare = pending.request
@@ -418,6 +431,7 @@ class Evaluator:
             and writes[0].key == key
             and not request.expects
             and not request.guards
+            and not request.elsewhere
             and latches.is_free(key)
             and key not in self.locking.table.locks
             and txn_id not in latches.txns
@@ -480,6 +494,7 @@ class Evaluator:
             return
         pending = Pending(txn_id, request, origin)
         pending.since = since
+        pending.asking = len(request.elsewhere)
         refusal = compute(request, pending, self.rows)
         if refusal is not None:
             self.refuse(request, origin, refusal)
@@ -528,6 +543,9 @@ class Evaluator:
         for expect in request.expects:
             if not state.owns(expect.key):
                 return "epoch_mismatch", ""
+        for guards in request.elsewhere:
+            if state.owns(guards[0].start):  # it has come here meanwhile
+                return "epoch_mismatch", ""
         if size > RANGE_BYTES_MAX or len(request.writes) > RANGE_ROWS_MAX:
             return (
                 "transaction_too_large",
@@ -571,7 +589,7 @@ class Evaluator:
             self.refuse(request, origin, refusal)
         return refusal is not None
 
-    def outdated(self, request: Prepare) -> Answer | None:
+    def outdated(self, request: Prepare | Validate) -> Answer | None:
         """The refusal of a transaction of which a read is no longer the newest."""
         threshold = self.state.row.gc_threshold
         for guard in request.guards:

@@ -23,6 +23,7 @@ class Pending:
     """One evaluated command, from latching until it is applied or given up."""
 
     __slots__ = (
+        "asking",
         "command",
         "grown_bytes",
         "guards",
@@ -61,6 +62,7 @@ class Pending:
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
         self.waiters: list[Waiter] = []
         self.sequence = 0
+        self.asking = 0  # other ranges that have not answered yet; until then it is not proposed
         self.since = 0.0  # of a Prepare: when its evaluation first began
         self.part: Part | None = None  # what a Resolve resolves
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`

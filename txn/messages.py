@@ -78,6 +78,9 @@ class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     age: int = 0  # begin_ts of the first attempt: the older waits, the younger is refused
     priority: int = 0
     lock_owner: bytes = b""  # the id under which its locks are held; b"": it has none
+    elsewhere: list[
+        list[Guard]
+    ] = []  # what it has read in other ranges, one list for each (Validate)
 
 
 class Finalize(msgspec.Struct, array_like=True, frozen=True, tag=4, gc=False):
@@ -163,6 +166,20 @@ class QuerySettled(msgspec.Struct, array_like=True, frozen=True, tag=12, gc=Fals
     range_id: int
     version: int
     anchor_key: bytes
+
+
+class Validate(msgspec.Struct, array_like=True, frozen=True, tag=13, gc=False):
+    """From the leader of the one range that a transaction writes in: do the spans of `guards`, read at their read_ts, hold
+    the same at `at`, its commit timestamp? (txn/validation.py) -> Validated
+    """
+
+    id: int
+    range_id: int
+    version: int
+    at: int
+    txn_id: bytes
+    age: int
+    guards: list[Guard]
 
 
 class Changes(msgspec.Struct, array_like=True, frozen=True, tag=20, gc=False):
@@ -269,6 +286,7 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
 
 
 FRESH_LEASE_S = 1.0  # of a lock that no user asked for: who is slow lets the others pass
+FAST_RANGES_MAX = 32  # that a transaction has only read in, and that are asked before its commit
 LOCK_POLL_S = 0.5  # below the silence after which a client asks another replica
 
 Request = (
@@ -282,6 +300,7 @@ Request = (
     | QueryPart
     | Outcome
     | QuerySettled
+    | Validate
     | Changes
     | GetTimestamps
     | GetDirectory
@@ -354,6 +373,16 @@ class Settled(msgspec.Struct, array_like=True, frozen=True, tag=10, gc=False):
     start: bytes
     end: bytes  # b"": to the end of all keys
     upto: int
+
+
+class Validated(msgspec.Struct, array_like=True, frozen=True, tag=11, gc=False):
+    """`unchanged`: and nothing can change it at or below the timestamp any more. Else where, by whom, and at which version."""
+
+    id: int
+    unchanged: bool
+    key: bytes = b""
+    other_txn: bytes = b""
+    other_version: int = 0
 
 
 class Changed(msgspec.Struct, array_like=True, frozen=True, tag=20, gc=False):
@@ -445,6 +474,7 @@ Reply = (
     | TxnReply
     | Ack
     | Settled
+    | Validated
     | Changed
     | Timestamps
     | Directory
@@ -456,9 +486,16 @@ Reply = (
 
 
 def well_formed(request: Prepare) -> bool:
-    """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none."""
+    """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none.
+    What was read elsewhere goes with a transaction that writes in one range, and holds no lock.
+    """
     if len(request.txn_id) != TXN_ID_BYTES:
         return False
+    if request.elsewhere:
+        if not request.one_range or request.lock_owner or not all(request.elsewhere):
+            return False
+        if len(request.elsewhere) > FAST_RANGES_MAX:
+            return False
     if request.one_range or request.locus != request.anchor_key:
         return not request.participants
     return any(each.locus == request.anchor_key for each in request.participants)

@@ -76,10 +76,11 @@ async def _read_and_write(client: Client, read: bytes, written: bytes, value: by
     async with client.database.transaction() as tx:
         await tx.get(read)
         tx.put(written, value)
+        tx.put(read + b"/mark", value)  # so that its range takes part, and holds what was read
 
 
 def a_hint_is_remembered_for_recovery() -> list[str]:
-    """A range that was only read hears of the commit first; the anchor never does, and has to ask."""
+    """The range that is not the anchor's hears of the commit first; the anchor never does, and has to ask."""
 
     async def scenario(stage: Stage) -> None:
         (client,) = await begin(stage, "client")
@@ -117,7 +118,7 @@ async def _outcomes(*work: asyncio.Task[None]) -> list[BaseException | None]:
 
 
 def what_was_read_stays() -> list[str]:
-    """Each of two reads what the other one writes; each reaches first the range that it only reads."""
+    """Each of two reads what the other one writes; each reaches first the range that it reads in."""
 
     async def scenario(stage: Stage) -> None:
         one, two = await begin(stage, "one", "two")
@@ -127,6 +128,7 @@ def what_was_read_stays() -> list[str]:
             async with client.database.transaction() as tx:
                 await tx.get(read)
                 tx.put(written, b"new")
+                tx.put(read + b"/" + client.name.encode(), b"new")  # so that its range takes part
                 await ready.wait()
                 slow = LEADERS[LOW] if written == A else LEADERS[MIDDLE]
                 stage.network.set_delay(client.name, slow, SLOW_S)

@@ -39,10 +39,12 @@ from txn.messages import (
     Settled,
     TxnReply,
     Unlock,
+    Validate,
+    Validated,
 )
 from txn.mvcc import decode_latest, read_at
 from txn.state import DecidedRow, PreparedRow, TerminalRow
-from txn.types import FenceReason, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
+from txn.types import FenceReason, Guard, Participant, PartStatus, TxnStatus, begin_ts_of, point_end
 
 if TYPE_CHECKING:
     from tests.stateful.txn_harness import World
@@ -71,6 +73,7 @@ class Checker:
         self.told_outcome: dict[bytes, int] = {}  # commit_ts, 0: aborted
         self._owner: dict[int, bytes] = {}  # commit_ts -> txn_id
         self._refused: dict[bytes, None] = {}  # some part is FENCED
+        self._held: list[tuple[bytes, int, Guard]] = []  # said to be unchanged
         self._read_points: dict[bytes, int] = {}  # the largest timestamp served
         self._read_spans: dict[tuple[bytes, bytes], int] = {}
         self._invisible_to: dict[bytes, int] = {}
@@ -341,6 +344,12 @@ class Checker:
         if isinstance(reply, PrepareReply):
             assert isinstance(request, Prepare)
             self._told_part((request.txn_id, request.locus), reply.status, reply.ts)
+            if reply.status == PartStatus.COMMITTED:
+                for guards in request.elsewhere:
+                    if any((request.txn_id, reply.ts, guard) not in self._held for guard in guards):
+                        raise Violation(
+                            "FG2: committed, and what was read elsewhere was not asked about"
+                        )
         elif isinstance(reply, PartReply):
             assert isinstance(request, (Fence, QueryPart))
             part = (request.txn_id, request.locus)
@@ -368,10 +377,25 @@ class Checker:
         elif isinstance(reply, Changed):
             assert isinstance(request, Changes)
             self._told_changes(group, request, reply)
+        elif isinstance(reply, Validated):
+            assert isinstance(request, Validate)
+            if reply.unchanged:
+                self._told_unchanged(request)
         elif isinstance(reply, Ack):
             assert isinstance(request, (Resolve, Unlock))
             if isinstance(request, Resolve) and not self._over((request.txn_id, request.locus)):
                 raise Violation("I19: a Resolve was acknowledged, but not applied")
+
+    def _told_unchanged(self, request: Validate) -> None:
+        """A span that holds at `at` what it held at read_ts is read at both."""
+        for guard in request.guards:
+            self._held.append((request.txn_id, request.at, guard))
+            span = (guard.start, guard.end)
+            self._read_spans[span] = max(self._read_spans.get(span, 0), request.at)
+            for key, chain in self.versions.items():
+                if guard.start <= key < guard.end:
+                    if any(guard.read_ts < version.ts <= request.at for version in chain):
+                        raise Violation(f"I11: {key!r} is said to be unchanged, and it was written")
 
     def _count(self, request: Request, reply: Reply) -> None:
         name = type(request).__name__

@@ -23,6 +23,7 @@ from txn.messages import Prepare
 from txn.recent import Recent
 from txn.state import RangeState
 from txn.types import TIMESTAMP_MAX
+from txn.validation import Validation
 
 Patches = list[tuple[Any, str, Any]]
 
@@ -282,6 +283,47 @@ def _deadlock_unseen() -> Patches:
     return [(deadlocks, "_cycle_in", lambda _waits: [])]
 
 
+def _validated_before_its_time() -> Patches:
+    """What was read elsewhere is looked at as of the begin, and not of the commit."""
+    begin = Validation.begin
+
+    def early(self: Validation, pending: Pending, _at: int, now: float) -> None:
+        begin(self, pending, pending.request.elsewhere[0][0].read_ts, now)
+
+    return [(Validation, "begin", early)]
+
+
+def _committed_before_validated() -> Patches:
+    """What was read elsewhere is never asked about."""
+
+    def begin(self: Validation, pending: Pending, _at: int, _now: float) -> None:
+        pending.asking = 0
+        self.owner.proposals.append(pending)
+
+    return [(Validation, "begin", begin)]
+
+
+def _one_range_answers_for_all() -> Patches:
+    """The first range that says "unchanged" decides."""
+    on_reply = Validation._on_reply
+
+    def first(self: Validation, pending: Pending, reply: Any) -> None:
+        pending.asking = min(pending.asking, 1)
+        on_reply(self, pending, reply)
+
+    return [(Validation, "_on_reply", first)]
+
+
+def _validation_passes_latches() -> Patches:
+    """A writer whose entry is in flight is not waited for."""
+    return [(Validation, "_writer", lambda *_: None)]
+
+
+def _validation_passes_intents() -> Patches:
+    """Undecided writes in what was read elsewhere are not asked about."""
+    return [(Validation, "_undecided", lambda *_: False)]
+
+
 # Each with the number of seeds, from 0 on, within which it must be found.
 FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stamp_is_the_parts": (_stamp_is_the_parts, 10),
@@ -311,4 +353,9 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "lock_left_to_nobody": (_lock_left_to_nobody, 10),
     "lock_outlives_its_owner": (_lock_outlives_its_owner, 10),
     "deadlock_unseen": (_deadlock_unseen, 60),
+    "validated_before_its_time": (_validated_before_its_time, 20),
+    "committed_before_validated": (_committed_before_validated, 20),
+    "one_range_answers_for_all": (_one_range_answers_for_all, 40),
+    "validation_passes_latches": (_validation_passes_latches, 40),
+    "validation_passes_intents": (_validation_passes_intents, 200),
 }

@@ -5,6 +5,7 @@
 - I11: a served read shows the newest version at its timestamp, and is remembered: see transactions.py.
 - W1, W2 (txn/changes.py): a page of a watch is every version of its span that the log has in (since, upto], and as a read it is
   remembered.
+- FG2 (txn/validation.py): a span that is said to be unchanged is; as a read it is remembered, too.
 - I12: what a reader is promised (invisible, absent) is true now; that it stays so is seen there, too.
 - I19: a Resolve is acknowledged after it is applied. I1: a told min_ts is that of the log.
 """
@@ -38,6 +39,8 @@ from txn.messages import (
     Scan,
     ScanReply,
     TxnReply,
+    Validate,
+    Validated,
 )
 from txn.mvcc import decode_latest
 from txn.types import PartStatus, TxnStatus
@@ -66,6 +69,7 @@ class Answers:
             (Scan, ScanReply): self._scanned,
             (Changes, Changed): self._changed,
             (LockRead, ReadReply): self._locked,
+            (Validate, Validated): self._validated,
         }
 
     def told(self, node: str, group: int, end: bytes, request: Request, reply: Reply) -> None:
@@ -206,6 +210,20 @@ class Answers:
             ]
             what = f"[{low!r}, {high!r}) is read at {at} unlike the log: {(odd or found)[:2]}"
             self._broken("I11", what)
+
+    def _validated(self, request: Validate, reply: Validated, _end: bytes) -> None:
+        """A span that holds at `at` what it held at read_ts: a read at both."""
+        if not reply.unchanged:
+            return
+        ghost, at = self._ghost, request.at
+        ghost.unchanged(request.txn_id, at, request.guards)
+        for guard in request.guards:
+            ghost.served.span(guard.start, guard.end, at)
+            for key in ghost.keys.irange(guard.start, guard.end, inclusive=(True, False)):
+                for version, _ in ghost.versions[key]:
+                    if guard.read_ts < version <= at:
+                        what = f"{key!r} is said to be unchanged in ({guard.read_ts}, {at}]; it was written at {version}"
+                        self._broken("I11", what, request.txn_id)
 
     def _changed(self, request: Changes, reply: Changed, end: bytes) -> None:
         since, upto, ghost = request.since, reply.upto, self._ghost

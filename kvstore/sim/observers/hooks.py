@@ -26,7 +26,7 @@ from kvstore.sim.process import outside
 from kvstore.store import META_RANGE_ID
 from replication.types import Entry
 from txn.commands import Batch
-from txn.messages import Prepare, Read, Scan
+from txn.messages import Prepare, Read, Scan, Validate
 from txn.messages import Timestamps as TimestampsReply
 from txn.state import Answer, RangeState
 
@@ -248,7 +248,9 @@ class _Node:
         name = self._name
 
         def checked_step(request: Any, origin: Any, now: float) -> None:
-            if request.id:  # else a hint: its answer reaches nobody, and several have this id
+            if (
+                request.id or type(request) is Validate
+            ):  # else a hint: its answer reaches nobody, and several have this id
                 asked[origin, request.id] = (request, group)
             if type(request) is Prepare:
                 transactions.asked(name, request)

@@ -34,7 +34,7 @@ from txn import keycode
 from txn.messages import Prepare
 from txn.mvcc import is_tombstone
 from txn.state import DecidedRow, OutboxRow, PreparedRow, TerminalRow
-from txn.types import Participant, PartStatus, begin_ts_of
+from txn.types import Guard, Participant, PartStatus, begin_ts_of
 
 Part = tuple[bytes, bytes]  # txn_id, locus
 
@@ -114,6 +114,10 @@ class Transactions:
         self._owner: dict[int, bytes] = {}  # timestamp -> txn_id
         self._begun: dict[bytes, int] = {}  # handed out before the first Prepare came
         self._asked: dict[Part, Prepare] = {}
+        self._elsewhere: dict[bytes, list[Guard]] = {}  # txn_id -> what it has read in other ranges
+        self._held: dict[
+            bytes, dict[int, list[Guard]]
+        ] = {}  # what of that was found unchanged, and at which timestamp
         self._intents: dict[bytes, Part] = {}
         self._rows: dict[Part, PreparedRow] = {}  # of undecided parts
         self._closed: dict[int, int] = {}  # by range: in entries
@@ -129,16 +133,24 @@ class Transactions:
         """A Prepare arrives at a leader."""
         txn_id = request.txn_id
         self._begun.setdefault(txn_id, self._oracle.handed_out)
+        if request.elsewhere and txn_id not in self.commit_ts:
+            self._elsewhere[txn_id] = [guard for each in request.elsewhere for guard in each]
         other = self._asked.setdefault((txn_id, request.locus), request)
         if other is not request and (
             other.writes != request.writes
             or other.expects != request.expects
             or other.guards != request.guards
             or other.participants != request.participants
+            or other.elsewhere != request.elsewhere
             or (other.anchor_key, other.one_range) != (request.anchor_key, request.one_range)
         ):
             what = f"two write sets for the part at {request.locus!r}"
             self._report.broken("I20", what, group=request.range_id, node=node, txn_id=txn_id)
+
+    def unchanged(self, txn_id: bytes, at: int, guards: list[Guard]) -> None:
+        """These spans were said to hold at `at` what the transaction has read."""
+        if txn_id in self._elsewhere:
+            self._held.setdefault(txn_id, {}).setdefault(at, []).extend(guards)
 
     # -- what an entry writes
 
@@ -249,6 +261,11 @@ class Transactions:
             self._broken("I7", place, txn_id, f"{self._owner[ts].hex()} has timestamp {ts}, too")
         if txn_id in self.refused:
             self._broken("I4", place, txn_id, f"it commits at {ts}, but a part of it is fenced")
+        held = self._held.pop(txn_id, {}).get(ts, [])
+        missing = [guard for guard in self._elsewhere.pop(txn_id, []) if guard not in held]
+        if missing:
+            what = f"it commits at {ts}, and nobody has said that {missing[0].start!r} is unchanged"
+            self._broken("FG2", place, txn_id, what)
         if self.invisible.get(txn_id, 0) >= ts:
             what = f"a reader at {self.invisible[txn_id]} was told that it is invisible; it commits at {ts}"
             self._broken("I12", place, txn_id, what)

@@ -127,6 +127,22 @@ TRANSACTIONS: Final[dict[str, Plant]] = {
         _guards_without_gaps,
         directed=Directed(directed_txn.nothing_appears_where_nothing_was),
     ),
+    "committed before validated": Plant(
+        "what was read in other ranges is never asked about",
+        _core("committed_before_validated"),
+        Seeds(CALM, 6),
+        model=("no_validate_bump",),
+    ),
+    "validation passes latches": Plant(
+        "a range says that nothing has changed, though a writer's entry is in flight",
+        _core("validation_passes_latches"),
+        Seeds(CALM, 15),
+    ),
+    "validation passes intents": Plant(
+        "a range says that nothing has changed, though a write is undecided",
+        _core("validation_passes_intents"),
+        Seeds(CALM, 15),
+    ),
     "reads pass latches": Plant(
         "readers do not wait for writers that were there before",
         _core("reads_pass_latches"),

@@ -405,7 +405,7 @@ class FakeCluster:
             }[ExpectKind(expect.kind)]
             if not holds:
                 return fenced(FenceReason.COMPARE_FAILED, expect.key, b"", version)
-        for guard in request.guards:
+        for guard in itertools.chain(request.guards, *request.elsewhere):
             for key, versions in self.data.items():
                 if guard.start <= key < guard.end and versions[-1].ts > guard.read_ts:
                     newest = versions[-1]

@@ -243,18 +243,58 @@ def test_a_guard_over_ranges_goes_to_each_and_makes_it_a_participant():
         async with db.transaction() as tx:
             await tx.scan(b"a", b"z").to_list()
             tx.put(b"k", b"v")
+            tx.put(b"x", b"v")
         prepares = sorted(cluster.of(Prepare), key=lambda each: each.locus)
         assert [(each.locus, [(g.start, g.end) for g in each.guards]) for each in prepares] == [
             (b"a", [(b"a", b"g")]),
             (b"k", [(b"g", b"p")]),
-            (b"p", [(b"p", b"z")]),
+            (b"x", [(b"p", b"z")]),
         ]
         anchor = prepares[1]
         assert anchor.anchor_key == b"k"
         assert [(each.start, each.end) for each in anchor.participants] == [
             (b"g", b"p"),
-            (b"a", b"g"),
             (b"p", b"z"),
+            (b"a", b"g"),
+        ]
+
+    simulate(test, FakeCluster(b"g", b"p"))
+
+
+def test_where_one_range_is_written_what_was_read_in_others_goes_with_its_part():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.transaction() as tx:
+            await tx.scan(b"a", b"z").to_list()
+            tx.put(b"k", b"v")
+        (prepare,) = cluster.of(Prepare)
+        assert prepare.one_range
+        assert prepare.participants == []
+        assert [(g.start, g.end) for g in prepare.guards] == [(b"g", b"p")]
+        elsewhere = [[(g.start, g.end) for g in guards] for guards in prepare.elsewhere]
+        assert elsewhere == [[(b"a", b"g")], [(b"p", b"z")]]
+
+    simulate(test, FakeCluster(b"g", b"p"))
+
+
+def test_a_later_attempt_guards_in_the_log_what_it_reads_elsewhere():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.seed(a=b"1")
+        attempts = 0
+
+        async def fn(tx: Transaction) -> None:
+            nonlocal attempts
+            attempts += 1
+            await tx.get(b"a")
+            tx.put(b"k", b"v")
+            if attempts == 1:
+                await db.put(b"a", b"2")
+
+        await db.run(fn)
+        await cluster.settled()
+        prepares = [each for each in cluster.of(Prepare) if each.locus == b"k"]
+        assert [(each.one_range, len(each.elsewhere)) for each in prepares] == [
+            (True, 1),
+            (False, 0),
         ]
 
     simulate(test, FakeCluster(b"g", b"p"))
