@@ -86,7 +86,8 @@ class Replica:
             else:
                 batch, pendings = own
                 for pending in pendings:
-                    overlay.seen.update(pending.seen)
+                    if pending.seen:
+                        overlay.seen.update(pending.seen)
                 self.applied_now.append(Applied(pendings, apply_batch(self.state, overlay, batch)))
         elif entry.kind == EntryKind.CONFIG:
             self.membership = decode_membership(entry.data)

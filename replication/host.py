@@ -105,6 +105,7 @@ class Host:
         )
         self._inbox = Inbox(self.limits.inbox_messages_max, self.limits.inbox_bytes_max)
         self._dirty: dict[int, None] = {}  # groups to visit, in the order of touching
+        self._visited: dict[int, Replica] = {}  # their deadlines count when all phases are over
         self._applier = Applier(self._replicas, machine, self.limits)
         self._phases: deque[Phase] = deque()
         self._busy = False  # a phase runs: what it asks for is seen to at its end
@@ -341,9 +342,10 @@ class Host:
             while self._phases:
                 self._phases.popleft()(now)
                 if not self._stopped:
-                    self._settle(now)
+                    self._settle()
                 now = self._clock.monotonic()
             if not self._stopped:
+                self._arm_timer(now)
                 self._machine.settled()
             self.measures.turn_seconds.note(now - began)
         except Exception as error:  # noqa: BLE001  # whatever it was, what this node knows is in doubt
@@ -399,7 +401,7 @@ class Host:
         elif key == STALL and self._lane.syncing:
             self._stall(now)
 
-    def _settle(self, now: float) -> None:
+    def _settle(self) -> None:
         """The end of every phase: carry out what the touched groups ask for, send, and go on to the next phase."""
         self.visit()
         if self._stopped:  # by the machine
@@ -414,7 +416,6 @@ class Host:
         if self._applier.groups and not self._apply_asked and not self._sync_asked:
             self._apply_asked = True
             self._run(self._apply)
-        self._arm_timer(now)
 
     def visit(self) -> None:
         """Carry out what touched cores ask for, but for the sends."""
@@ -427,7 +428,7 @@ class Host:
                 raft = replica.raft
                 if raft.has_ready():
                     self._carry_out(replica, raft.ready())
-                self._deadlines.set(group, raft.deadline())
+                self._visited[group] = replica
 
     def _carry_out(self, replica: Replica, ready: Ready) -> None:
         """What a core asks for. The order does not matter to safety: the gate holds what must wait."""
@@ -580,6 +581,10 @@ class Host:
 
     def _arm_timer(self, now: float) -> None:
         """One timer, for the first deadline. It may be early; the turn then finds nothing due."""
+        visited, self._visited = self._visited, {}
+        for group, replica in visited.items():
+            if self._replicas.get(group) is replica:
+                self._deadlines.set(group, replica.raft.deadline())
         at = self._deadlines.next()
         if at is None or self._loop is None or (self._timer is not None and self._timer_at <= at):
             return

@@ -175,7 +175,7 @@ class Leader:
             self._replicate_to(replica, peer, shared)
             if peer.snapshot_due:
                 peer.snapshot_due = False
-                ready.snapshot_to.append(replica)
+                ready.snapshot_to = (*ready.snapshot_to, replica)
 
     def _replicate_to(
         self, replica: int, peer: Progress, shared: dict[int, tuple[list[Entry], int]]

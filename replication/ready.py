@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from replication.messages import Message
@@ -71,23 +72,16 @@ class Ready:
     """Work that the core hands to its host, once."""
 
     hard_state: HardState | None = None  # to write if not None
-    entries: list[Entry] = field(
-        default_factory=list
-    )  # to append; entries[0].index may be at or below the last: the suffix is replaced
+    entries: Sequence[Entry] = ()  # to append; the first one's index may be at or below the last:
+    # the suffix is replaced
     token: Token | None = (
         None  # pass it to `persisted` when hard_state and entries are durable; None: nothing to write
     )
-    outgoing: list[Outgoing] = field(default_factory=list)  # in order per receiver
-    committed: list[Entry] = field(
-        default_factory=list
-    )  # to apply: committed, and durable in this replica's own log
-    read_states: list[ReadState] = field(
-        default_factory=list
-    )  # confirmed: serve when applied >= index
-    reads_failed: list[int] = field(default_factory=list)  # contexts whose leadership is lost
-    snapshot_to: list[int] = field(
-        default_factory=list
-    )  # replicas that need a snapshot; appends to them pause
+    outgoing: Sequence[Outgoing] = ()  # in order per receiver
+    committed: Sequence[Entry] = ()  # to apply: committed, and durable in this replica's own log
+    read_states: Sequence[ReadState] = ()  # confirmed: serve when applied >= index
+    reads_failed: Sequence[int] = ()  # contexts whose leadership is lost
+    snapshot_to: Sequence[int] = ()  # replicas that need a snapshot; appends to them pause
     install: SnapshotMeta | None = (
         None  # accepted: install it, make RESET durable, then call `installed`
     )

@@ -100,15 +100,15 @@ def _write_versions(
     txn_id: bytes,
 ) -> None:
     """Each key's newest version; the one that was moves to HISTORY. Written out, without a call for each step: the hot path."""
-    rows, size = overlay.rows, 0
+    rows, get, size = overlay.rows, overlay.get, 0
     written = commit_ts.to_bytes(8, "big")
     value_head, tombstone = written + txn_id + b"\x00", written + txn_id + b"\x01"
     for key, value in zip(keys, values, strict=True):
         latest_key = b"L" + key
-        old = overlay.get(latest_key)
+        old = get(latest_key)
         if old is not None:
             assert old[:8] < written, "M1: versions of a key are written in rising order"
-            history_key = keycode.history_row(key, latest_ts(old))
+            history_key = keycode.history_row(key, int.from_bytes(old[:8], "big"))
             rows[history_key] = old[8:]
             size += len(history_key) + len(old)
         rows[latest_key] = row = tombstone if value is None else value_head + value
@@ -160,7 +160,7 @@ def _commit_key(state: RangeState, overlay: Overlay, command: Commit) -> bool:
     written = command.commit_ts.to_bytes(8, "big")
     if old is not None:
         assert old[:8] < written, "M1: versions of a key are written in rising order"
-        history_key = keycode.history_row(key, latest_ts(old))
+        history_key = keycode.history_row(key, int.from_bytes(old[:8], "big"))
         rows[history_key] = old[8:]
         overlay.bytes += len(history_key) + len(old)
     rows[latest_key] = row = written + txn_id + (b"\x01" if value is None else b"\x00" + value)
@@ -197,8 +197,9 @@ def _prepare(state: RangeState, overlay: Overlay, command: PreparePart) -> Answe
         command.participants,
         command.stamps,
     )
-    state.add_part(Part(locus, txn_id, row))
-    overlay.put(keycode.part_row(keycode.PREPARED, locus, txn_id), encode_row(row))
+    part = Part(locus, txn_id, row)
+    state.add_part(part)
+    overlay.put(keycode.PREPARED + part.suffix, encode_row(row))
     return Answer(PartStatus.PREPARED, command.min_ts)
 
 
@@ -265,8 +266,7 @@ def _resolve_part(
 ) -> None:
     state.remove_part(part)
     row, txn_id = part.row, part.txn_id
-    suffix = keycode.escape(part.locus) + txn_id
-    overlay.delete(keycode.PREPARED + suffix)
+    overlay.delete(keycode.PREPARED + part.suffix)
     status = PartStatus.ABORTED
     if commit_ts:
         assert commit_ts >= row.min_ts, "I4: committed below a part's min_ts"
@@ -281,7 +281,7 @@ def _resolve_part(
         status = PartStatus.COMMITTED
     decided = DecidedRow(status, commit_ts, row.anchor_key, hinted=hinted)
     state.note_decided(txn_id)
-    overlay.put(keycode.DECIDED + suffix, encode_row(decided))
+    overlay.put(keycode.DECIDED + part.suffix, encode_row(decided))
 
 
 def _resolve(state: RangeState, overlay: Overlay, command: ResolvePart) -> Answer:

@@ -9,6 +9,7 @@ not remembered has no row. (False only means: look.)
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 REMEMBERED_MAX: Final = 1_024
@@ -17,11 +18,12 @@ REMEMBERED_MAX: Final = 1_024
 class RecentlyDecided:
     """Args: floor: the largest begin_ts of the rows that were there before."""
 
-    __slots__ = ("_floor", "_recent")
+    __slots__ = ("_floor", "_order", "_recent")
 
     def __init__(self, floor: int) -> None:
         self._floor = floor.to_bytes(8, "big")  # compared with the first bytes of a txn_id
         self._recent: dict[bytes, None] = {}
+        self._order: deque[bytes] = deque()  # of the same, the oldest first
 
     def absent(self, txn_id: bytes) -> bool:
         """Whether surely no row of this transaction's parts exists."""
@@ -29,9 +31,12 @@ class RecentlyDecided:
 
     def add(self, txn_id: bytes) -> None:
         """A row of it is being written."""
-        recent = self._recent
+        recent, order = self._recent, self._order
+        if txn_id in recent:
+            return
         recent[txn_id] = None
-        if len(recent) > REMEMBERED_MAX:
-            oldest = next(iter(recent))
+        order.append(txn_id)
+        if len(order) > REMEMBERED_MAX:
+            oldest = order.popleft()
             del recent[oldest]
             self._floor = max(self._floor, oldest[:8])

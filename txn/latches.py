@@ -72,8 +72,9 @@ class Pending:
         """It will end this part: what that writes is latched until it has."""
         row = part.row
         self.part = part
-        self.keys = list(row.keys)
-        self.stamp_spans = stamps.spans(row.stamps, row.min_ts - 1)
+        self.keys = row.keys
+        if row.stamps:
+            self.stamp_spans = stamps.spans(row.stamps, row.min_ts - 1)
 
 
 class Waiter:

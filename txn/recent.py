@@ -55,20 +55,17 @@ class Recent:
 
     def _trim(self) -> None:
         """The older half goes."""
-        commits = self._commits
-        count = 0
-        while count < len(commits) and (
-            self._rows > self.rows_max // 2 or self._bytes > BYTES_MAX // 2
-        ):
-            self.low, keys = commits[count]
-            self._rows -= len(keys)
-            self._bytes -= sum(map(len, keys))
+        rows, size, low, count = self._rows, self._bytes, self.low, 0
+        rows_max, bytes_max = self.rows_max // 2, BYTES_MAX // 2
+        for version, keys in self._commits:
+            if rows <= rows_max and size <= bytes_max and version != low:  # no part of that commit
+                break
+            low = version
+            rows -= len(keys)
+            size -= len(keys[0]) if len(keys) == 1 else sum(map(len, keys))
             count += 1
-        while count < len(commits) and commits[count][0] == self.low:  # another part of that commit
-            self._rows -= len(commits[count][1])
-            self._bytes -= sum(map(len, commits[count][1]))
-            count += 1
-        del commits[:count]
+        del self._commits[:count]
+        self._rows, self._bytes, self.low = rows, size, low
 
     def __len__(self) -> int:
         return self._rows

@@ -84,12 +84,13 @@ class OutboxRow(msgspec.Struct, array_like=True, frozen=True):
 class Part:
     """An undecided part, in memory."""
 
-    __slots__ = ("invisible_to", "locus", "resolving", "row", "txn_id")
+    __slots__ = ("invisible_to", "locus", "resolving", "row", "suffix", "txn_id")
 
     def __init__(self, locus: bytes, txn_id: bytes, row: PreparedRow) -> None:
         self.locus = locus
         self.txn_id = txn_id
         self.row = row
+        self.suffix = keycode.part_row(b"", locus, txn_id)  # of its rows' keys, after the family
         # Volatile, of this leader's term:
         self.invisible_to = 0  # the anchor promised: it commits above this timestamp, or not at all
         self.resolving: Any = None  # the latch of its Resolve, once that is proposed
@@ -200,48 +201,52 @@ class RangeState:
         self.recent.note(commit_ts, keys)
 
     def add_part(self, part: Part) -> None:
-        self.parts.setdefault(part.txn_id, {})[part.locus] = part
-        if part.row.participants:
-            self.staged[part.txn_id] = Staged(part.locus, part.row.participants)
-        for key in part.row.keys:
-            assert key not in self.intents, "I10: a second intent on a key"
-            self.intents[key] = part
-        for guard in part.row.guards:
+        row, txn_id, intents = part.row, part.txn_id, self.intents
+        self.parts.setdefault(txn_id, {})[part.locus] = part
+        if row.participants:
+            self.staged[txn_id] = Staged(part.locus, row.participants)
+        for key in row.keys:
+            assert key not in intents, "I10: a second intent on a key"
+            intents[key] = part
+        for guard in row.guards:
             if guard.end == point_end(guard.start):
-                self.point_guards.setdefault(guard.start, {})[part.txn_id] = part
+                self.point_guards.setdefault(guard.start, {})[txn_id] = part
             else:
-                self.span_guards.setdefault(part.txn_id, []).append((guard.start, guard.end, part))
-
-        for start, end in stamps.spans(part.row.stamps, part.row.min_ts - 1):
-            self.stamped.setdefault(part.txn_id, []).append((start, end, part))
+                self.span_guards.setdefault(txn_id, []).append((guard.start, guard.end, part))
+        if row.stamps:
+            for start, end in stamps.spans(row.stamps, row.min_ts - 1):
+                self.stamped.setdefault(txn_id, []).append((start, end, part))
 
     def remove_part(self, part: Part) -> None:
-        loci = self.parts[part.txn_id]
+        row, txn_id = part.row, part.txn_id
+        loci = self.parts[txn_id]
         del loci[part.locus]
-        if part.row.participants:
-            del self.staged[part.txn_id]
+        if row.participants:
+            del self.staged[txn_id]
         if not loci:
-            del self.parts[part.txn_id]
-        for key in part.row.keys:
+            del self.parts[txn_id]
+        for key in row.keys:
             del self.intents[key]
-        for guard in part.row.guards:
+        for guard in row.guards:
             if guard.end == point_end(guard.start):
                 holders = self.point_guards.get(guard.start)
                 if holders is not None:
-                    holders.pop(part.txn_id, None)
+                    holders.pop(txn_id, None)
                     if not holders:
                         del self.point_guards[guard.start]
         for mirror in (self.span_guards, self.stamped):
-            spans = mirror.get(part.txn_id)
-            if spans is not None:
+            if txn_id in mirror:
+                spans = mirror[txn_id]
                 spans[:] = [span for span in spans if span[2] is not part]
                 if not spans:
-                    del mirror[part.txn_id]
+                    del mirror[txn_id]
 
     def note_decided(self, txn_id: bytes) -> None:
         """A DECIDED row of this transaction is being written (D1)."""
         self.decided.add(txn_id)
-        self.row.decided_begin = max(self.row.decided_begin, begin_ts_of(txn_id))
+        begin_ts = begin_ts_of(txn_id)
+        if begin_ts > self.row.decided_begin:
+            self.row.decided_begin = begin_ts
 
     # -- look-ups
 

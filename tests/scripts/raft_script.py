@@ -24,7 +24,7 @@ Lines that begin with `#` are comments; the first says the claim. Replicas are n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from replication.errors import ReplicationError
@@ -55,7 +55,7 @@ def show_entry(entry: Entry) -> str:
     return f"{entry.index}/{entry.term} {body}"
 
 
-def show_entries(entries: list[Entry]) -> str:
+def show_entries(entries: Sequence[Entry]) -> str:
     if len(entries) > 4:
         return f"[{show_entry(entries[0])} .. {show_entry(entries[-1])}]"
     return "[" + ", ".join(show_entry(entry) for entry in entries) + "]"

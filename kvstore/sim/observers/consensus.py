@@ -241,7 +241,7 @@ class Consensus:
         group: _Group,
         seen: _Replica,
         raft: Any,
-        entries: list[Entry],
+        entries: Sequence[Entry],
     ) -> None:
         first, written = entries[0].index, seen.written
         terms = [entry.term for entry in entries]
