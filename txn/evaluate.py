@@ -632,14 +632,17 @@ class Evaluator:
         for guard in request.guards:
             for key, part in state.intents_in(guard.start, guard.end):
                 return part, key
-            for part in state.stamped_in(guard.start, guard.end):
-                return part, guard.start
         for expect in request.expects:
             found = state.intents.get(expect.key)
             if found is not None:
                 return found, expect.key
-            for part in state.stamped_in(expect.key, point_end(expect.key)):
-                return part, expect.key
+        if state.stamped:
+            for guard in request.guards:
+                for part in state.stamped_in(guard.start, guard.end):
+                    return part, guard.start
+            for expect in request.expects:
+                for part in state.stamped_in(expect.key, point_end(expect.key)):
+                    return part, expect.key
         return None
 
     def _wait_or_refuse(

@@ -39,11 +39,6 @@ def latest_ts(row: bytes) -> int:
     return int.from_bytes(row[:8], "big")
 
 
-def history_of(row: bytes) -> bytes:
-    """The HISTORY row's data of a LATEST row that is overwritten."""
-    return row[8:]
-
-
 def decode_history(key: bytes, data: bytes) -> Version:
     return Version(keycode.history_ts(key), data[:16], None if data[16] else data[17:])
 
