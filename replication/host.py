@@ -333,17 +333,21 @@ class Host:
         """Run a phase and all that it leads to at once. A phase asked for within a phase comes after it."""
         if self._stopped:
             return
-        self._phases.append(phase)
+        phases, clock = self._phases, self._clock.monotonic
         if self._busy:
+            phases.append(phase)
             return
         self._busy = True
-        began = now = self._clock.monotonic()
+        began = now = clock()
         try:
-            while self._phases:
-                self._phases.popleft()(now)
+            while True:
+                phase(now)
                 if not self._stopped:
                     self._settle()
-                now = self._clock.monotonic()
+                now = clock()
+                if not phases:
+                    break
+                phase = phases.popleft()
             if not self._stopped:
                 self._arm_timer(now)
                 self._machine.settled()
@@ -363,7 +367,7 @@ class Host:
     def _turn(self, now: float) -> None:
         self.counters["turns"] += 1
         self._machine.drain(now)
-        if self._inbox:
+        if self._inbox.frames:
             self._step_inbox(now)
         for key in self._deadlines.due(now):
             self._due(key, now)
@@ -403,16 +407,19 @@ class Host:
 
     def _settle(self) -> None:
         """The end of every phase: carry out what the touched groups ask for, send, and go on to the next phase."""
-        self.visit()
-        if self._stopped:  # by the machine
-            return
-        if self._lane.staged and not self._sync_asked and not self._lane.syncing:
+        if self._dirty:
+            self.visit()
+            if self._stopped:  # by the machine
+                return
+        lane = self._lane
+        if lane.staged and not self._sync_asked and not lane.syncing:
             self._sync_asked = True
             self._run(self._begin_sync)
             if self._inbox.taken >= self.limits.loaded_messages:
                 return  # one frame for what is to be sent now and what the sync releases
-        for node, messages in self._outbox.take():
-            self._peers.send(node, messages)
+        if self._outbox.nodes:
+            for node, messages in self._outbox.take():
+                self._peers.send(node, messages)
         if self._applier.groups and not self._apply_asked and not self._sync_asked:
             self._apply_asked = True
             self._run(self._apply)

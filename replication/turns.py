@@ -97,12 +97,8 @@ class Inbox:
     def __init__(self, messages_max: int, bytes_max: int) -> None:
         self._messages_max, self._bytes_max = messages_max, bytes_max
         self.taken = 0  # messages, the last time
-        self._frames: list[tuple[int, Sequence[Message]]] = []
+        self.frames: list[tuple[int, Sequence[Message]]] = []  # that wait
         self._messages = self._bytes = 0
-
-    def __len__(self) -> int:
-        """How many frames wait."""
-        return len(self._frames)
 
     def add(self, node: int, messages: Sequence[Message], size_bytes: int = 0) -> bool:
         """One frame from a node; False if there is no room. size_bytes: estimated here if 0."""
@@ -116,12 +112,12 @@ class Inbox:
             return False
         self._messages += len(messages)
         self._bytes += size_bytes
-        self._frames.append((node, messages))
+        self.frames.append((node, messages))
         return True
 
     def take(self) -> list[tuple[int, Sequence[Message]]]:
         """Everything that waits."""
-        frames, self._frames = self._frames, []
+        frames, self.frames = self.frames, []
         self.taken = self._messages
         self._messages = self._bytes = 0
         return frames
@@ -131,20 +127,18 @@ class Outbox:
     """The messages of a turn, one list for each destination node, in the order in which they were produced."""
 
     def __init__(self) -> None:
-        self._nodes: dict[int, list[Message]] = {}
+        self.nodes: dict[int, list[Message]] = {}  # that get any
 
     def add(self, node: int, message: Message) -> None:
-        messages = self._nodes.get(node)
+        messages = self.nodes.get(node)
         if messages is None:
-            self._nodes[node] = [message]
+            self.nodes[node] = [message]
         else:
             messages.append(message)
 
     def take(self) -> list[tuple[int, list[Message]]]:
         """(node, its messages) for each node that gets any; the outbox is empty afterwards."""
-        if not self._nodes:
-            return []
-        nodes, self._nodes = self._nodes, {}
+        nodes, self.nodes = self.nodes, {}
         return list(nodes.items())
 
 

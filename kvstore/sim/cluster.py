@@ -39,16 +39,6 @@ SEGMENT_BYTES: Final = 256 * 1024
 START_S: Final = 30.0
 
 
-class TracedNetwork(SimNetwork):
-    """Every frame that arrives is in the trace."""
-
-    trace: Trace
-
-    def delivered(self, at: float, number: int, frame: bytes) -> None:
-        super().delivered(at, number, frame)
-        self.trace.frame(number, len(frame), self.fingerprint)
-
-
 class SimNode(Node):
     """A node that tells when its parts are there, before they run."""
 
@@ -110,8 +100,7 @@ class SimCluster:
         self.loop = loop
         self.trace = trace or Trace(loop)
         self.rng = random.Random(f"{seed}/cluster")
-        self.network = TracedNetwork(random.Random(f"{seed}/network"))
-        self.network.trace = self.trace
+        self.network = SimNetwork(random.Random(f"{seed}/network"), trace=self.trace)
         self.config = config or small_logs(NodeConfig())
         self.problems: list[str] = []
         self.on_open: list[Callable[[Server], None]] = []

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple
 
 from kvstore.sim.process import (
     PROCESS,
@@ -29,6 +29,7 @@ from kvstore.sim.process import (
     SimTimerHandle,
     bury,
     process_of,
+    world,
 )
 
 T = TypeVar("T")
@@ -81,14 +82,15 @@ class SimLoop(asyncio.BaseEventLoop):
         self._end = EPOCH_S + time_limit_s
         self._timers: list[tuple[float, int, events.TimerHandle]] = []  # a heap
         self._timers_made = 0
-        self._here = 0  # steps since `_here_s`
-        self._here_s = EPOCH_S
+        self._here = 1  # the step in which the present instant began
+        self._here_until_s = EPOCH_S + INSTANT_S
         self._created = 0
         self._running: dict[
             int, asyncio.Task[Any]
         ] = {}  # tasks of the world that have not ended, in order of creation
         self._processes: dict[int, Process] = {}  # that ever had a task
         self._thread = threading.get_ident()
+        self._world = world()
 
     def time(self) -> float:
         return self.now
@@ -101,18 +103,23 @@ class SimLoop(asyncio.BaseEventLoop):
         """
         ready: deque[Any] = self._ready  # type: ignore[attr-defined]
         timers, due, take, pop = self._timers, ready.append, ready.popleft, heapq.heappop
+        steps = self.steps
+        collect_at, busy_at = (steps // COLLECT_STEPS + 1) * COLLECT_STEPS, 0
         while True:
-            self.steps += 1
-            if self.steps % COLLECT_STEPS == 0:
+            self.steps = steps = steps + 1
+            if steps == collect_at:
+                collect_at += COLLECT_STEPS
                 gc.collect()
             if not ready:
                 while timers and timers[0][2]._cancelled:  # noqa: SLF001  # as asyncio does
                     pop(timers)
-                self._jump()
-            self._here += 1
-            if self._here > STEPS_MAX:
-                names = sorted({repr(handle) for handle in ready})
-                raise SimLivelock(f"{STEPS_MAX} steps at {self.now:.3f}; now {names[:8]}")
+                if not timers:
+                    self._deadlock()
+                self.now = now = max(self.now + RESOLUTION_S, timers[0][0])
+                if now > self._here_until_s:
+                    self._begin_instant()
+            if steps >= busy_at:
+                busy_at = self._busy_at()
             now = self.now
             while timers and timers[0][0] <= now:  # never early, or it might be armed for ever
                 due(pop(timers)[2])
@@ -132,25 +139,30 @@ class SimLoop(asyncio.BaseEventLoop):
             if self._stopping:  # type: ignore[attr-defined]
                 return
 
+    def _busy_at(self) -> int:
+        """The step that would be one too many, if time does not go on until then. It may; then this is asked again."""
+        if self.steps >= self._here + STEPS_MAX:
+            names = sorted({repr(handle) for handle in self._ready})  # type: ignore[attr-defined]
+            raise SimLivelock(f"{STEPS_MAX} steps at {self.now:.3f}; now {names[:8]}")
+        return self._here + STEPS_MAX
+
     def _failed(self, handle: Any, error: BaseException) -> None:
         """As asyncio's handles tell it."""
         message = f"Exception in callback {handle!r}"
         self.call_exception_handler({"message": message, "exception": error, "handle": handle})
 
-    def _jump(self) -> None:
-        timers = self._timers
-        if not timers:
-            tasks = [*self._running.values()]
-            for process in self._processes.values():
-                tasks += process.tasks.values()
-            names = ", ".join(task.get_name() for task in tasks)
-            raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
-        now, at = self.now + RESOLUTION_S, timers[0][0]
-        self.now = now = max(now, at)
-        if now > self._here_s + INSTANT_S:
-            self._here, self._here_s = 0, now
-            if now > self._end:
-                raise SimTimeout(f"not done at {now:.3f}, after {self.steps} steps")
+    def _deadlock(self) -> NoReturn:
+        tasks = [*self._running.values()]
+        for process in self._processes.values():
+            tasks += process.tasks.values()
+        names = ", ".join(task.get_name() for task in tasks)
+        raise SimDeadlock(f"nothing is ready, no timer is left; tasks: {names}")
+
+    def _begin_instant(self) -> None:
+        """Time has gone on: no busy loop so far."""
+        self._here, self._here_until_s = self.steps, self.now + INSTANT_S
+        if self.now > self._end:
+            raise SimTimeout(f"not done at {self.now:.3f}, after {self.steps} steps")
 
     def create_task(
         self,
@@ -210,13 +222,22 @@ class SimLoop(asyncio.BaseEventLoop):
         heapq.heappush(self._timers, (when, self._timers_made, timer))
         return timer
 
+    def timer(self, callback: Callable[[], object]) -> SimTimerHandle:
+        """A timer of the world's, not armed yet; for who arms it again and again."""
+        return SimTimerHandle(None, 0.0, callback, (), self, self._world)
+
+    def arm(self, timer: SimTimerHandle, when: float) -> None:
+        """Let it go off at `when`. Only if it went off since it was armed last, and was never cancelled."""
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, timer))
+
     def resume(self, process: Process) -> None:
         """Let a paused process go on: first what has become due meanwhile, in order."""
         self._ready.extend(process.resume())  # type: ignore[attr-defined]
 
     def bury(self) -> None:
         """At the very end: kill every process and take its tasks away. Nothing of them runs."""
-        self._here = 0
+        self._here = self.steps + 1
         self._end = float("inf")
         for process in self._processes.values():
             process.kill()

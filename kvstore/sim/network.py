@@ -23,7 +23,9 @@ from crc32c import crc32c
 
 from kvstore.errors import KVError, PipeClosed
 from kvstore.ports import FramePipe
+from kvstore.sim.loop import SimLoop
 from kvstore.sim.process import PROCESS
+from kvstore.sim.trace import Trace
 from replication.errors import FrameError
 
 FIRST_PORT: Final = 40_000
@@ -35,7 +37,8 @@ Names = str | Sequence[str]
 
 
 class SimNetwork:
-    """Args: delay_s: shortest and longest time of one frame. break_rate: chance that a frame breaks its connection."""
+    """Args: delay_s: shortest and longest time of one frame. break_rate: chance that a frame breaks its connection.
+    trace: is told of every frame that arrives."""
 
     def __init__(
         self,
@@ -44,8 +47,10 @@ class SimNetwork:
         delay_s: tuple[float, float] = (0.000_2, 0.002),
         break_rate: float = 0.0,
         window_bytes: int = 1 << 20,
+        trace: Trace | None = None,
     ) -> None:
         self.rng = rng
+        self._trace = trace
         self.delay_s = delay_s
         self.break_rate = break_rate
         self.window_bytes = window_bytes
@@ -137,10 +142,12 @@ class SimNetwork:
 
     def delivered(self, at: float, number: int, frame: bytes) -> None:
         """The fingerprint is one checksum for each frame: its time, and the connection, go into what it begins with."""
-        counters = self.counters
+        counters, size = self.counters, len(frame)
         counters["frames"] += 1
-        counters["bytes"] += len(frame)
+        counters["bytes"] += size
         self.fingerprint = crc32c(frame, (self.fingerprint ^ hash((at, number))) & 0xFFFFFFFF)
+        if self._trace is not None:
+            self._trace.frame(number, size, self.fingerprint)
 
     def lose(self) -> bool:
         return self.break_rate > 0 and self.rng.random() < self.break_rate
@@ -298,7 +305,7 @@ class SimPipe:
         self.is_reset = False
         self._network = network
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closing = False
+        self._shut = False  # closed, or about to be: nothing is sent any more
 
     @property
     def local(self) -> str:
@@ -310,7 +317,8 @@ class SimPipe:
 
     def try_send(self, frame: bytes) -> bool:
         outgoing, network = self.outgoing, self._network
-        self._check()
+        if self._shut or self.incoming.arrived_end:
+            raise PipeClosed("the connection is closed")
         if outgoing.unacked_bytes >= network.window_bytes:
             return False
         if network.break_rate and network.lose():
@@ -327,8 +335,8 @@ class SimPipe:
             self._check()
 
     async def receive(self) -> bytes:
-        incoming, closed = self.incoming, self._closed.done
-        while not closed():
+        incoming = self.incoming
+        while not incoming.discards:
             if incoming.inbox:
                 return incoming.consume()
             if incoming.arrived_end:
@@ -343,9 +351,9 @@ class SimPipe:
         self.drop(tell=True)
 
     async def close(self, timeout_s: float) -> None:
-        if self._closed.done() or self._closing:
+        if self._shut:
             return
-        self._closing = True
+        self._shut = True
         self.outgoing.finish()
         try:
             async with asyncio.timeout(timeout_s):
@@ -363,6 +371,7 @@ class SimPipe:
         """End this end; `tell`: the other one hears of it."""
         if self._closed.done():
             return
+        self._shut = True
         self._closed.set_result(None)
         self._network.forget(self)
         self.incoming.discard()
@@ -373,7 +382,7 @@ class SimPipe:
         self.outgoing.wake_writers()
 
     def _check(self) -> None:
-        if self._closed.done() or self._closing or self.incoming.arrived_end:
+        if self._shut or self.incoming.arrived_end:
             raise PipeClosed("the connection is closed")
 
     def _put(self, frame: bytes) -> None:
@@ -462,23 +471,28 @@ class _Direction:
         self._consumed_bytes = 0  # whose acknowledgement is held back
         self._last_at = 0.0
         self._ended = False  # nothing is sent any more
-        self._discards = False  # the receiving end is gone
+        self.discards = False  # the receiving end is closed
         self._writers: deque[asyncio.Future[None]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-        self.reader = _Reader(self._loop)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop)
+        self._loop = loop
+        self._timer = loop.timer(self._arrive)  # for one arrival after the other
+        self._armed = False
+        self.reader = _Reader(loop)
 
     def put(self, frame: bytes) -> None:
         if self._ended:
             return  # lost: the connection has been reset, and the sender does not know yet
         self.unacked_bytes += len(frame)
-        self._launch(frame)
+        if not self.discards:
+            self._launch(frame)
 
     def finish(self) -> None:
         """The end travels behind everything that was sent."""
         if not self._ended:
             self._ended = True
-            self._launch(None)
+            if not self.discards:
+                self._launch(None)
 
     def cut(self) -> None:
         """Reset: of what is in flight a part is lost, from some frame on; then comes the end."""
@@ -494,11 +508,11 @@ class _Direction:
 
     def discard(self) -> None:
         """The receiving end is gone: what arrives from now on is thrown away, and never acknowledged."""
-        self._discards = True
+        self.discards = True
         self._flight.clear()
         self.inbox.clear()
         self._cancel()
-        self._wake_reader()
+        self.reader.wake()
 
     def kick(self) -> None:
         """The path may have changed."""
@@ -528,27 +542,26 @@ class _Direction:
                 waiter.set_result(None)
 
     def _launch(self, frame: bytes | None) -> None:
-        if self._discards:
-            return
-        at = self._loop.time() + self._network.draw_delay(self.source, self.target)
+        at = self._loop.now + self._network.draw_delay(self.source, self.target)
         if at < self._last_at:
             at = self._last_at  # not before the frame that is before it
         self._last_at = at
         self._flight.append((at, frame))
-        if self._timer is None:
+        if not self._armed:
             self._arm()
 
     def _arm(self) -> None:
-        if self._timer is None and self._flight:
+        if not self._armed and self._flight:
             at, network = self._flight[0][0], self._network
             if network.blocked:
                 at = max(at, network.blocked_until(self.source, self.target))
             if at != FOREVER:
-                self._timer = self._loop.call_at(at, self._arrive, context=network.context)
+                self._armed = True
+                self._loop.arm(self._timer, at)
 
     def _arrive(self) -> None:
-        self._timer = None
-        now, network, flight = self._loop.time(), self._network, self._flight
+        self._armed = False
+        now, network, flight = self._loop.now, self._network, self._flight
         if not network.blocked or network.blocked_until(self.source, self.target) <= now:
             while flight and flight[0][0] <= now:
                 _, frame = flight.popleft()
@@ -571,13 +584,11 @@ class _Direction:
             if self._writers:
                 self.wake_writers()
 
-    def _wake_reader(self) -> None:
-        self.reader.wake()
-
     def _cancel(self) -> None:
-        if self._timer is not None:
+        if self._armed:
+            self._armed = False
             self._timer.cancel()
-            self._timer = None
+            self._timer = self._loop.timer(self._arrive)
 
 
 def _paths(a: Names, b: Names, *, one_way: bool) -> list[tuple[str, str]]:
