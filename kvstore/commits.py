@@ -38,7 +38,7 @@ from kvstore.router import Router
 from replication.probes import chance, reached
 from txn import stamps
 from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State
-from txn.messages import Finalize, Outcome, PrepareReply, Request, Resolve, TxnReply
+from txn.messages import Finalize, Outcome, Prepare, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
     Expect,
     FenceReason,
@@ -59,6 +59,9 @@ ASK_AGAIN_S: Final = 0.02
 DRIVES_MAX: Final = 4_096  # commits over several ranges under way, abandoned ones included
 CONFLICT_BACKOFF_S: Final = 0.001
 CONFLICT_BACKOFF_S_MAX: Final = 0.1
+
+_DELETE_RANGE: Final = int(WriteKind.DELETE_RANGE)  # as plain numbers: asked for each write
+_STAMPED_KEY: Final = int(WriteKind.STAMPED_KEY)
 
 
 @dataclass(slots=True)
@@ -100,7 +103,7 @@ class _Share:
 
     def locus(self) -> bytes:
         for write in self.writes:
-            if write.kind != WriteKind.DELETE_RANGE:
+            if write.kind != _DELETE_RANGE:
                 return write.key
         return self.writes[0].key if self.writes else self.low
 
@@ -110,71 +113,97 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
 
     Raises: TransactionTooLarge; InvalidArgument if what can follow a prefix lies in several ranges.
     """
-    shares: dict[int, _Share] = {}  # by range id, in the order in which they are met
-
-    def share(route: Route, low: bytes, high: bytes) -> _Share:
-        known = shares.get(route.range_id)
-        if known is None:
-            known = shares[route.range_id] = _Share(low, high)
-        else:
-            known.low = min(known.low, low)
-            known.high = max(known.high, high)
-        return known
-
-    anchor = ranges.find(write_set.anchor_key)
-    if anchor is None:
+    find, anchor_key = ranges.find, write_set.anchor_key
+    route = find(anchor_key)
+    if route is None:
         return None
-    share(anchor, write_set.anchor_key, point_end(write_set.anchor_key))
+    anchor = _Share(anchor_key, point_end(anchor_key))
+    shares = {route.range_id: anchor}  # by range id, in the order in which they are met
     for write in write_set.writes:
-        if write.kind == WriteKind.DELETE_RANGE:
-            pieces = ranges.split(write.key, write.value)
-            if pieces is None:
+        key = write.key
+        if write.kind == _DELETE_RANGE:
+            if not _cut_clear(write, ranges, shares):
                 return None
-            for piece in pieces:
-                cleared = Write(WriteKind.DELETE_RANGE, piece.start, piece.end)
-                target = share(piece.route, piece.start, piece.end)
-                target.writes.append(cleared)
-                target.add_span(piece.start, piece.end)
             continue
-        route = ranges.find(write.key)
+        route = find(key)
         if route is None:
             return None
-        start, end = write.key, point_end(write.key)
-        if write.kind == WriteKind.STAMPED_KEY:
-            _, end = stamps.span(write.key)
-            if route.end and end > route.end:
-                raise InvalidArgument(
-                    f"what can follow the prefix {write.key!r} must lie in one range: choose another prefix"
-                )
-        target = share(route, start, end)
+        end = _stamped_end(key, route) if write.kind == _STAMPED_KEY else point_end(key)
+        target = _share(shares, route, key, end)
         target.writes.append(write)
         target.rows += 1
-        target.size_bytes += len(write.key) + len(write.value)
+        target.size_bytes += len(key) + len(write.value)
     for expect in write_set.expects:
-        route = ranges.find(expect.key)
+        route = find(expect.key)
         if route is None:
             return None
-        share(route, expect.key, point_end(expect.key)).expects.append(expect)
+        _share(shares, route, expect.key, point_end(expect.key)).expects.append(expect)
     for guard in write_set.guards:
-        pieces = ranges.split(guard.start, guard.end)
-        if pieces is None:
+        if not _cut_guard(guard, ranges, shares):
             return None
-        for piece in pieces:
-            spanned = Guard(piece.start, piece.end, guard.read_ts)
-            target = share(piece.route, piece.start, piece.end)
-            target.guards.append(spanned)
-            target.add_span(piece.start, piece.end)
+    size_bytes = rows = 0
     for known in shares.values():
         limits.validate_range_batch_size(known.size_bytes, known.rows)
         limits.validate_range_message_size(known.size_bytes + known.spans_bytes)
-    limits.validate_transaction_size(
-        sum(known.size_bytes for known in shares.values()),
-        sum(known.rows for known in shares.values()),
-        len(shares),
-    )
-    parts = [known.part(known.locus()) for known in shares.values()]
-    parts[0] = shares[anchor.range_id].part(write_set.anchor_key)
-    return parts
+        size_bytes += known.size_bytes
+        rows += known.rows
+    limits.validate_transaction_size(size_bytes, rows, len(shares))
+    return [
+        known.part(anchor_key if known is anchor else known.locus()) for known in shares.values()
+    ]
+
+
+def _share(shares: dict[int, _Share], route: Route, low: bytes, high: bytes) -> _Share:
+    known = shares.get(route.range_id)
+    if known is None:
+        known = shares[route.range_id] = _Share(low, high)
+        return known
+    if low < known.low:
+        known.low = low
+    if high > known.high:
+        known.high = high
+    return known
+
+
+def _cut_clear(write: Write, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
+    """False: the ranges are not all known."""
+    pieces = ranges.split(write.key, write.value)
+    if pieces is None:
+        return False
+    for piece in pieces:
+        target = _share(shares, piece.route, piece.start, piece.end)
+        target.writes.append(Write(WriteKind.DELETE_RANGE, piece.start, piece.end))
+        target.add_span(piece.start, piece.end)
+    return True
+
+
+def _cut_guard(guard: Guard, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
+    """False: the ranges are not all known."""
+    start, end = guard.start, guard.end
+    route = ranges.find(start)
+    if route is not None and start < end and (not route.end or end <= route.end):
+        target = _share(shares, route, start, end)  # nearly always
+        target.guards.append(guard)
+        target.add_span(start, end)
+        return True
+    pieces = ranges.split(start, end)
+    if pieces is None:
+        return False
+    for piece in pieces:
+        target = _share(shares, piece.route, piece.start, piece.end)
+        target.guards.append(Guard(piece.start, piece.end, guard.read_ts))
+        target.add_span(piece.start, piece.end)
+    return True
+
+
+def _stamped_end(prefix: bytes, route: Route) -> bytes:
+    """The end of what can follow a prefix. Raises: InvalidArgument if that is not in one range."""
+    _, end = stamps.span(prefix)
+    if route.end and end > route.end:
+        raise InvalidArgument(
+            f"what can follow the prefix {prefix!r} must lie in one range: choose another prefix"
+        )
+    return end
 
 
 class Committer:
@@ -239,7 +268,9 @@ class Committer:
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
-            parts = await self._cut(write_set, deadline)
+            parts = cut(write_set, self._router.ranges)
+            if parts is None:
+                parts = await self._cut(write_set, deadline)
             self.attempts += 1
             coordinator = Coordinator(
                 txn_id, parts, age=age, priority=priority, lock_owner=write_set.lock_owner
@@ -351,6 +382,17 @@ def _error_of(refusal: PrepareReply) -> KVError:
     return Conflict(refusal.key, refusal.other_txn, refusal.other_version)
 
 
+def _size_bytes(prepare: Prepare) -> int:
+    size = 0
+    for write in prepare.writes:
+        size += len(write.key) + len(write.value)
+    for expect in prepare.expects:
+        size += len(expect.key) + len(expect.value)
+    for guard in prepare.guards:
+        size += len(guard.start) + len(guard.end)
+    return size
+
+
 class _Drive:
     """One attempt under way: the coordinator's requests go out, answers come in, one future tells the end."""
 
@@ -388,16 +430,13 @@ class _Drive:
         ):
             span = part.participant
             single = span.end == point_end(span.start)
-            size = sum(len(write.key) + len(write.value) for write in prepare.writes)
-            size += sum(len(expect.key) + len(expect.value) for expect in prepare.expects)
-            size += sum(len(guard.start) + len(guard.end) for guard in prepare.guards)
             try:
                 call = self._committer.router.send(
                     prepare,
                     span.start,
                     b"" if single else span.end,
                     until,
-                    size_bytes=size,
+                    size_bytes=_size_bytes(prepare),
                     on_reply=partial(self._on_prepare, number),
                 )
             except KVError as error:

@@ -123,6 +123,7 @@ class Coordinator:
         "commit_ts",
         "forgotten",
         "lock_owner",
+        "one_range",
         "parts",
         "priority",
         "refusal",
@@ -143,6 +144,7 @@ class Coordinator:
         assert parts
         self.txn_id = txn_id
         self.parts = list(parts)
+        self.one_range = len(parts) == 1
         self.anchor_key = parts[0].participant.locus
         self.age = age or begin_ts_of(txn_id)
         self.priority = priority
@@ -154,10 +156,6 @@ class Coordinator:
         self.forgotten = False  # the outcome cannot be learned any more
         self._prepared_ts = [0] * len(parts)
         self._missing = len(parts)
-
-    @property
-    def one_range(self) -> bool:
-        return len(self.parts) == 1
 
     @property
     def decided(self) -> bool:
