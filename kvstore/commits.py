@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
 
+import msgspec
+
 from kvstore import limits
 from kvstore.errors import (
     AuthenticationError,
@@ -83,17 +85,17 @@ class Done(NamedTuple):
     txn_id: bytes
 
 
-class _Share:
-    """What of a write set lies in one range, while it is being cut."""
+class _Share(msgspec.Struct, eq=False, gc=False):
+    """What of a write set lies in one range, while it is being cut. (A Struct, as `Call` is one.)"""
 
-    __slots__ = ("expects", "guards", "high", "low", "rows", "size_bytes", "spans_bytes", "writes")
-
-    def __init__(self, low: bytes, high: bytes) -> None:
-        self.low, self.high = low, high
-        self.writes: list[Write] = []
-        self.expects: list[Expect] = []
-        self.guards: list[Guard] = []
-        self.size_bytes = self.rows = self.spans_bytes = 0
+    low: bytes
+    high: bytes
+    writes: list[Write] = []
+    expects: list[Expect] = []
+    guards: list[Guard] = []
+    size_bytes: int = 0
+    rows: int = 0
+    spans_bytes: int = 0
 
     def part(self, locus: bytes) -> Part:
         return Part(Participant(locus, self.low, self.high), self.writes, self.expects, self.guards)

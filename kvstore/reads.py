@@ -99,19 +99,16 @@ class View:
         self.at = reply.at
         self._given[key] = Found(reply.values[0], reply.versions[0])
 
-    def _until(self) -> float:
+    def until(self) -> float:
+        """When a read that begins now has to be done."""
         now = self.used_at = self.router.monotonic()
         if self.views is not None and now > self.opened_at + HOLD_AFTER_S:
             self.views.add(self, kept=False)
         return min(self.deadline, now + self.timeout_s)
 
-    def until(self) -> float:
-        """When a read that begins now has to be done."""
-        return self._until()
-
     async def version(self) -> int:
         """The timestamp; taken from the oracle if nothing has been read yet."""
-        until = self._until()
+        until = self.until()
         while not self.at:
             if self._first is not None:
                 await self._first.wait()
@@ -127,7 +124,7 @@ class View:
 
     async def get(self, key: bytes) -> Found:
         """`read` of one key: the most frequent case."""
-        until = self._until()
+        until = self.until()
         if key in self._given:
             return self._given[key]
         if not self._checked:
@@ -148,7 +145,7 @@ class View:
 
     async def read(self, keys: Iterable[bytes]) -> dict[bytes, Found]:
         """What each key has at this view's timestamp; absent ones included."""
-        until = self._until()
+        until = self.until()
         left = list(dict.fromkeys(keys))
         found: dict[bytes, Found] = {}
         if self._given:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, NamedTuple, Self, overload
 
+import msgspec
+
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.commits import Committer, WriteSet
@@ -136,8 +138,7 @@ class Contested(NamedTuple):
     written: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TransactionOptions:
+class TransactionOptions(msgspec.Struct, frozen=True):
     read_only: bool = False
     timeout_s: float | None = None  # of the whole transaction; None: each call has the client's
     priority: int = 0

@@ -26,7 +26,7 @@ from txn.messages import Finalize, Outcome, Prepare, PrepareReply, Request, Reso
 from txn.types import Expect, Guard, Participant, PartStatus, TxnStatus, Write, begin_ts_of
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """One range's share of a transaction. `participant.locus` is a key of it (the anchor's: the anchor key)."""
 
     participant: Participant
