@@ -44,6 +44,8 @@ class Point(NamedTuple):
     operations: list[tuple[int, bytes]] = []  # noqa: RUF012 - kind and operand, in order (B3); ours alone
 
     def size_bytes(self) -> int:
+        if not self.operations:
+            return len(self.value)
         return len(self.value) + sum(len(operand) for _, operand in self.operations)
 
 
@@ -257,11 +259,11 @@ class WriteBuffer:
 
     def _set(self, key: bytes, point: Point) -> None:
         old = self.points.get(key)
-        size, rows = self._size_bytes + len(key) + point.size_bytes(), self._rows + 1
-        rows += max(0, len(point.operations) - 1)
+        size = self._size_bytes + len(key) + point.size_bytes()
+        rows = self._rows + (len(point.operations) or 1)
         if old is not None:
             size -= len(key) + old.size_bytes()
-            rows -= max(1, len(old.operations))
+            rows -= len(old.operations) or 1
         limits.validate_transaction_size(size, rows)
         self._size_bytes, self._rows = size, rows
         if old is None:

@@ -452,7 +452,7 @@ class Database(DatabaseReads, AtomicCalls):
 
     async def _found_at(self, key: bytes, at: int, until: float) -> Found:
         view = View(self._router, self._timeout_s, at=at, deadline=until)
-        return (await view.read((key,)))[key]
+        return await view.get(key)
 
     def _optional(self, timeout: float | None) -> float | None:
         return None if timeout is None else self._timeout(timeout)

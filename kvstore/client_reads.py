@@ -56,7 +56,7 @@ class DatabaseReads:
         """
         limits.validate_key(key)
         if max_staleness is not None:
-            found = (await self._view(timeout, max_staleness).read((key,)))[key].value
+            found = (await self._view(timeout, max_staleness).get(key)).value
             return default if found is None else found
         router = self._started_router()
         now = self._monotonic()
@@ -73,7 +73,7 @@ class DatabaseReads:
     ) -> Entry | None:
         """The newest value with its version; None if there is none. max_staleness: see `snapshot`."""
         limits.validate_key(key)
-        found = (await self._view(timeout, max_staleness).read((key,)))[key]
+        found = await self._view(timeout, max_staleness).get(key)
         return None if found.value is None else Entry(key, found.value, found.version)
 
     async def get_many(

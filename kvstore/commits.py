@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
 
+import msgspec
+
 from kvstore import limits
 from kvstore.errors import (
     AuthenticationError,
@@ -38,7 +40,7 @@ from kvstore.router import Router
 from replication.probes import chance, reached
 from txn import stamps
 from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State, with_fast_guards
-from txn.messages import Finalize, Outcome, PrepareReply, Request, Resolve, TxnReply
+from txn.messages import Finalize, Outcome, Prepare, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
     Expect,
     FenceReason,
@@ -60,6 +62,9 @@ DRIVES_MAX: Final = 4_096  # commits over several ranges under way, abandoned on
 CONFLICT_BACKOFF_S: Final = 0.001
 CONFLICT_BACKOFF_S_MAX: Final = 0.1
 
+_DELETE_RANGE: Final = int(WriteKind.DELETE_RANGE)  # as plain numbers: asked for each write
+_STAMPED_KEY: Final = int(WriteKind.STAMPED_KEY)
+
 
 @dataclass(slots=True)
 class WriteSet:
@@ -80,17 +85,17 @@ class Done(NamedTuple):
     txn_id: bytes
 
 
-class _Share:
-    """What of a write set lies in one range, while it is being cut."""
+class _Share(msgspec.Struct, eq=False, gc=False):
+    """What of a write set lies in one range, while it is being cut. (A Struct, as `Call` is one.)"""
 
-    __slots__ = ("expects", "guards", "high", "low", "rows", "size_bytes", "spans_bytes", "writes")
-
-    def __init__(self, low: bytes, high: bytes) -> None:
-        self.low, self.high = low, high
-        self.writes: list[Write] = []
-        self.expects: list[Expect] = []
-        self.guards: list[Guard] = []
-        self.size_bytes = self.rows = self.spans_bytes = 0
+    low: bytes
+    high: bytes
+    writes: list[Write] = []
+    expects: list[Expect] = []
+    guards: list[Guard] = []
+    size_bytes: int = 0
+    rows: int = 0
+    spans_bytes: int = 0
 
     def part(self, locus: bytes) -> Part:
         return Part(Participant(locus, self.low, self.high), self.writes, self.expects, self.guards)
@@ -100,7 +105,7 @@ class _Share:
 
     def locus(self) -> bytes:
         for write in self.writes:
-            if write.kind != WriteKind.DELETE_RANGE:
+            if write.kind != _DELETE_RANGE:
                 return write.key
         return self.writes[0].key if self.writes else self.low
 
@@ -110,71 +115,97 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
 
     Raises: TransactionTooLarge; InvalidArgument if what can follow a prefix lies in several ranges.
     """
-    shares: dict[int, _Share] = {}  # by range id, in the order in which they are met
-
-    def share(route: Route, low: bytes, high: bytes) -> _Share:
-        known = shares.get(route.range_id)
-        if known is None:
-            known = shares[route.range_id] = _Share(low, high)
-        else:
-            known.low = min(known.low, low)
-            known.high = max(known.high, high)
-        return known
-
-    anchor = ranges.find(write_set.anchor_key)
-    if anchor is None:
+    find, anchor_key = ranges.find, write_set.anchor_key
+    route = find(anchor_key)
+    if route is None:
         return None
-    share(anchor, write_set.anchor_key, point_end(write_set.anchor_key))
+    anchor = _Share(anchor_key, point_end(anchor_key))
+    shares = {route.range_id: anchor}  # by range id, in the order in which they are met
     for write in write_set.writes:
-        if write.kind == WriteKind.DELETE_RANGE:
-            pieces = ranges.split(write.key, write.value)
-            if pieces is None:
+        key = write.key
+        if write.kind == _DELETE_RANGE:
+            if not _cut_clear(write, ranges, shares):
                 return None
-            for piece in pieces:
-                cleared = Write(WriteKind.DELETE_RANGE, piece.start, piece.end)
-                target = share(piece.route, piece.start, piece.end)
-                target.writes.append(cleared)
-                target.add_span(piece.start, piece.end)
             continue
-        route = ranges.find(write.key)
+        route = find(key)
         if route is None:
             return None
-        start, end = write.key, point_end(write.key)
-        if write.kind == WriteKind.STAMPED_KEY:
-            _, end = stamps.span(write.key)
-            if route.end and end > route.end:
-                raise InvalidArgument(
-                    f"what can follow the prefix {write.key!r} must lie in one range: choose another prefix"
-                )
-        target = share(route, start, end)
+        end = _stamped_end(key, route) if write.kind == _STAMPED_KEY else point_end(key)
+        target = _share(shares, route, key, end)
         target.writes.append(write)
         target.rows += 1
-        target.size_bytes += len(write.key) + len(write.value)
+        target.size_bytes += len(key) + len(write.value)
     for expect in write_set.expects:
-        route = ranges.find(expect.key)
+        route = find(expect.key)
         if route is None:
             return None
-        share(route, expect.key, point_end(expect.key)).expects.append(expect)
+        _share(shares, route, expect.key, point_end(expect.key)).expects.append(expect)
     for guard in write_set.guards:
-        pieces = ranges.split(guard.start, guard.end)
-        if pieces is None:
+        if not _cut_guard(guard, ranges, shares):
             return None
-        for piece in pieces:
-            spanned = Guard(piece.start, piece.end, guard.read_ts)
-            target = share(piece.route, piece.start, piece.end)
-            target.guards.append(spanned)
-            target.add_span(piece.start, piece.end)
+    size_bytes = rows = 0
     for known in shares.values():
         limits.validate_range_batch_size(known.size_bytes, known.rows)
         limits.validate_range_message_size(known.size_bytes + known.spans_bytes)
-    limits.validate_transaction_size(
-        sum(known.size_bytes for known in shares.values()),
-        sum(known.rows for known in shares.values()),
-        len(shares),
-    )
-    parts = [known.part(known.locus()) for known in shares.values()]
-    parts[0] = shares[anchor.range_id].part(write_set.anchor_key)
-    return parts
+        size_bytes += known.size_bytes
+        rows += known.rows
+    limits.validate_transaction_size(size_bytes, rows, len(shares))
+    return [
+        known.part(anchor_key if known is anchor else known.locus()) for known in shares.values()
+    ]
+
+
+def _share(shares: dict[int, _Share], route: Route, low: bytes, high: bytes) -> _Share:
+    known = shares.get(route.range_id)
+    if known is None:
+        known = shares[route.range_id] = _Share(low, high)
+        return known
+    if low < known.low:
+        known.low = low
+    if high > known.high:
+        known.high = high
+    return known
+
+
+def _cut_clear(write: Write, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
+    """False: the ranges are not all known."""
+    pieces = ranges.split(write.key, write.value)
+    if pieces is None:
+        return False
+    for piece in pieces:
+        target = _share(shares, piece.route, piece.start, piece.end)
+        target.writes.append(Write(WriteKind.DELETE_RANGE, piece.start, piece.end))
+        target.add_span(piece.start, piece.end)
+    return True
+
+
+def _cut_guard(guard: Guard, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
+    """False: the ranges are not all known."""
+    start, end = guard.start, guard.end
+    route = ranges.find(start)
+    if route is not None and start < end and (not route.end or end <= route.end):
+        target = _share(shares, route, start, end)  # nearly always
+        target.guards.append(guard)
+        target.add_span(start, end)
+        return True
+    pieces = ranges.split(start, end)
+    if pieces is None:
+        return False
+    for piece in pieces:
+        target = _share(shares, piece.route, piece.start, piece.end)
+        target.guards.append(Guard(piece.start, piece.end, guard.read_ts))
+        target.add_span(piece.start, piece.end)
+    return True
+
+
+def _stamped_end(prefix: bytes, route: Route) -> bytes:
+    """The end of what can follow a prefix. Raises: InvalidArgument if that is not in one range."""
+    _, end = stamps.span(prefix)
+    if route.end and end > route.end:
+        raise InvalidArgument(
+            f"what can follow the prefix {prefix!r} must lie in one range: choose another prefix"
+        )
+    return end
 
 
 class Committer:
@@ -240,7 +271,9 @@ class Committer:
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
-            parts = await self._cut(write_set, deadline)
+            parts = cut(write_set, self._router.ranges)
+            if parts is None:
+                parts = await self._cut(write_set, deadline)
             if fast and not failures:  # later attempts guard in the log, where the older one waits
                 parts = with_fast_guards(parts)
             self.attempts += 1
@@ -354,6 +387,18 @@ def _error_of(refusal: PrepareReply) -> KVError:
     return Conflict(refusal.key, refusal.other_txn, refusal.other_version)
 
 
+def _size_bytes(prepare: Prepare) -> int:
+    size = 0
+    for write in prepare.writes:
+        size += len(write.key) + len(write.value)
+    for expect in prepare.expects:
+        size += len(expect.key) + len(expect.value)
+    for guards in (prepare.guards, *prepare.elsewhere):
+        for guard in guards:
+            size += len(guard.start) + len(guard.end)
+    return size
+
+
 class _Drive:
     """One attempt under way: the coordinator's requests go out, answers come in, one future tells the end."""
 
@@ -391,17 +436,13 @@ class _Drive:
         ):
             span = part.participant
             single = span.end == point_end(span.start)
-            size = sum(len(write.key) + len(write.value) for write in prepare.writes)
-            size += sum(len(expect.key) + len(expect.value) for expect in prepare.expects)
-            for guards in (prepare.guards, *prepare.elsewhere):
-                size += sum(len(guard.start) + len(guard.end) for guard in guards)
             try:
                 call = self._committer.router.send(
                     prepare,
                     span.start,
                     b"" if single else span.end,
                     until,
-                    size_bytes=size,
+                    size_bytes=_size_bytes(prepare),
                     on_reply=partial(self._on_prepare, number),
                 )
             except KVError as error:

@@ -107,31 +107,31 @@ def prefix_end(prefix: bytes) -> bytes | None:
 
 def validate_transaction_size(size_bytes: int, rows: int, participants: int = 1) -> None:
     """Refuse a transaction that is too large as a whole. Raises: TransactionTooLarge."""
-    _at_most("bytes", size_bytes, TXN_BYTES_MAX)
-    _at_most("rows", rows, TXN_ROWS_MAX)
-    _at_most("ranges", participants, TXN_PARTICIPANTS_MAX)
+    if size_bytes > TXN_BYTES_MAX:
+        raise _too_large("bytes", size_bytes, TXN_BYTES_MAX)
+    if rows > TXN_ROWS_MAX:
+        raise _too_large("rows", rows, TXN_ROWS_MAX)
+    if participants > TXN_PARTICIPANTS_MAX:
+        raise _too_large("ranges", participants, TXN_PARTICIPANTS_MAX)
 
 
 def validate_range_batch_size(size_bytes: int, rows: int) -> None:
     """Refuse one transaction's part in one range that is too large. Raises: TransactionTooLarge."""
-    _at_most("bytes in one range", size_bytes, TXN_RANGE_BYTES_MAX)
-    _at_most("rows in one range", rows, TXN_RANGE_ROWS_MAX)
+    if size_bytes > TXN_RANGE_BYTES_MAX:
+        raise _too_large("bytes in one range", size_bytes, TXN_RANGE_BYTES_MAX)
+    if rows > TXN_RANGE_ROWS_MAX:
+        raise _too_large("rows in one range", rows, TXN_RANGE_ROWS_MAX)
 
 
 def validate_range_message_size(size_bytes: int) -> None:
     """Refuse what does not fit into one message to a range. Raises: TransactionTooLarge."""
-    _at_most(
-        "bytes written, read, locked and deleted as spans in one range",
-        size_bytes,
-        TXN_RANGE_MESSAGE_BYTES_MAX,
-    )
+    if size_bytes > TXN_RANGE_MESSAGE_BYTES_MAX:
+        what = "bytes written, read, locked and deleted as spans in one range"
+        raise _too_large(what, size_bytes, TXN_RANGE_MESSAGE_BYTES_MAX)
 
 
-def _at_most(what: str, amount: int, limit: int) -> None:
-    if amount > limit:
-        raise TransactionTooLarge(
-            f"the transaction has {amount} {what}; at most {limit} are allowed"
-        )
+def _too_large(what: str, amount: int, limit: int) -> TransactionTooLarge:
+    return TransactionTooLarge(f"the transaction has {amount} {what}; at most {limit} are allowed")
 
 
 def _require_bytes(name: str, value: object) -> None:

@@ -343,7 +343,8 @@ class Links:
 
 def addressed(request: Request, call: Call) -> Request:
     """The request with the call's id, and the range and version that it goes to now."""
-    if isinstance(request, GetDirectory | GetTimestamps):
+    kind = request.__class__
+    if kind is GetTimestamps or kind is GetDirectory:
         return _replace(request, id=call.id)
     return _replace(request, id=call.id, range_id=call.range_id, version=call.version)
 

@@ -8,7 +8,7 @@ the oracle first and then go side by side, which takes less time. Everything rea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from kvstore.bell import Bell
@@ -99,19 +99,16 @@ class View:
         self.at = reply.at
         self._given[key] = Found(reply.values[0], reply.versions[0])
 
-    def _until(self) -> float:
+    def until(self) -> float:
+        """When a read that begins now has to be done."""
         now = self.used_at = self.router.monotonic()
         if self.views is not None and now > self.opened_at + HOLD_AFTER_S:
             self.views.add(self, kept=False)
         return min(self.deadline, now + self.timeout_s)
 
-    def until(self) -> float:
-        """When a read that begins now has to be done."""
-        return self._until()
-
     async def version(self) -> int:
         """The timestamp; taken from the oracle if nothing has been read yet."""
-        until = self._until()
+        until = self.until()
         while not self.at:
             if self._first is not None:
                 await self._first.wait()
@@ -125,9 +122,30 @@ class View:
 
     # --- many keys --------------------------------------------------------------------------------
 
-    async def read(self, keys: Iterable[bytes], until: float = 0.0) -> dict[bytes, Found]:
+    async def get(self, key: bytes) -> Found:
+        """`read` of one key: the most frequent case."""
+        until = self.until()
+        if key in self._given:
+            return self._given[key]
+        if not self._checked:
+            await self._check(until)
+        if not self.at:
+            first = (await self._begin([key], until)).get(key)
+            if first is not None:
+                return first
+        while True:
+            call = self._ask([key], until)
+            try:
+                reply = await self._answer(call)
+            except EpochMismatch:
+                continue
+            assert isinstance(reply, ReadReply)
+            if reply.values:
+                return Found(reply.values[0], reply.versions[0])
+
+    async def read(self, keys: Iterable[bytes]) -> dict[bytes, Found]:
         """What each key has at this view's timestamp; absent ones included."""
-        until = until or self._until()
+        until = self.until()
         left = list(dict.fromkeys(keys))
         found: dict[bytes, Found] = {}
         if self._given:
@@ -137,6 +155,22 @@ class View:
             return found
         if not self._checked:
             await self._check(until)
+        if not self.at:
+            found.update(await self._begin(left, until))
+            left = [key for key in left if key not in found]
+        while left:
+            if len(left) == 1:
+                left = await self._collect([(self._ask(left, until), left)], found)
+                continue
+            groups = await self._groups(left, until)
+            left = await self._collect(
+                [(self._ask(group, until), group) for group in groups], found
+            )
+        return found
+
+    async def _begin(self, keys: list[bytes], until: float) -> dict[bytes, Found]:
+        """Find out `at`, as of now. Returns what has been read on the way: all, some or nothing of `keys`."""
+        found: dict[bytes, Found] = {}
         while not self.at:
             if self._first is not None:
                 self._joined = True
@@ -145,24 +179,22 @@ class View:
             self._first = Bell(asyncio.get_running_loop())
             self._joined = False
             try:
-                groups = await self._groups(left, until)
+                alone = await self._in_one_range(keys, until)
                 await asyncio.sleep(0)  # whoever is awaited together with this one joins now
-                if self._joined or len(groups) > 1:
-                    self.at = await self._choose(left, until)
+                if self._joined or not alone:
+                    self.at = await self._choose(keys, until)
                 else:
-                    left = await self._collect([(self._ask(left, until), left)], found)
+                    await self._collect([(self._ask(keys, until), keys)], found)
             finally:
                 self._first.ring(None)
                 self._first = None
-        while left:
-            if len(left) == 1:  # the most frequent case
-                left = await self._collect([(self._ask(left, until), left)], found)
-                continue
-            groups = await self._groups(left, until)
-            left = await self._collect(
-                [(self._ask(group, until), group) for group in groups], found
-            )
         return found
+
+    async def _in_one_range(self, keys: list[bytes], until: float) -> bool:
+        """Whether one request is enough for them. They are in known ranges then."""
+        if len(keys) == 1 and self.router.ranges.find(keys[0]) is not None:
+            return True
+        return len(await self._groups(keys, until)) == 1
 
     async def _groups(self, keys: Sequence[bytes], until: float) -> list[list[bytes]]:
         """The keys by range, in bounded groups."""
@@ -181,9 +213,10 @@ class View:
             await self.router.find_out(until)
 
     def _ask(self, keys: list[bytes], until: float) -> Call:
-        low, high = min(keys), max(keys)
-        end = b"" if low == high else point_end(high)
-        return self._send(Read(0, 0, 0, self.at, keys), low, end, until)
+        request = Read(0, 0, 0, self.at, keys)
+        if len(keys) == 1:
+            return self._send(request, keys[0], b"", until)
+        return self._send(request, min(keys), point_end(max(keys)), until)
 
     async def _choose(self, keys: Sequence[bytes], until: float) -> int:  # noqa: ARG002 - others look at them
         """The timestamp, before anything is read: the last one issued."""
@@ -192,8 +225,8 @@ class View:
     def _send(self, request: Read | Scan, key: bytes, end: bytes, until: float) -> Call:
         return self.router.send(request, key, end, until, size_bytes=keys_bytes(request))
 
-    async def _answer(self, call: Call) -> Reply:
-        return await self.router.answer(call)
+    def _answer(self, call: Call) -> Awaitable[Reply]:
+        return self.router.answer(call)
 
     async def _collect(
         self, asked: list[tuple[Call, list[bytes]]], found: dict[bytes, Found]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -281,9 +281,9 @@ class Router:
             call.parked = False
             self._calls -= 1
 
-    async def timestamps(self, deadline: float) -> Timestamps:
-        """The oracle's last issued timestamp, issued after this call began."""
-        return await self._last_issued.ask(deadline)
+    def timestamps(self, deadline: float) -> Awaitable[Timestamps]:
+        """The oracle's last issued timestamp, issued after this is awaited."""
+        return self._last_issued.ask(deadline)
 
     def _ask_timestamps(self, deadline: float, on_reply: OnReply) -> None:
         self.send(GetTimestamps(0, 0), META_KEY, b"", deadline, on_reply=on_reply)

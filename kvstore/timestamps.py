@@ -28,8 +28,11 @@ class LastIssued:
 
     async def ask(self, deadline: float) -> Timestamps:
         """The last issued timestamp. Joins a request only before it has left: else the answer could be too old."""
-        joined = (bell for until, bell in self._unsent if abs(until - deadline) <= SAME_S)
-        waiting = next(joined, None)
+        waiting: Bell[Answer] | None = None
+        for until, bell in self._unsent:
+            if abs(until - deadline) <= SAME_S:
+                waiting = bell
+                break
         if waiting is None:
             loop = asyncio.get_running_loop()
             waiting = Bell(loop)

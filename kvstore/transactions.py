@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, NamedTuple, Self, overload
 
+import msgspec
+
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.commits import Committer, WriteSet
@@ -75,12 +77,12 @@ class Snapshot:
     async def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
         """The value, or `default`. Raises: SnapshotTooOld when versions that old are no longer kept."""
         limits.validate_key(key)
-        value = (await self._view.read((key,)))[key].value
+        value = (await self._view.get(key)).value
         return default if value is None else value
 
     async def get_entry(self, key: bytes) -> Entry | None:
         limits.validate_key(key)
-        found = (await self._view.read((key,)))[key]
+        found = await self._view.get(key)
         return None if found.value is None else Entry(key, found.value, found.version)
 
     async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
@@ -136,8 +138,7 @@ class Contested(NamedTuple):
     written: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TransactionOptions:
+class TransactionOptions(msgspec.Struct, frozen=True):
     read_only: bool = False
     timeout_s: float | None = None  # of the whole transaction; None: each call has the client's
     priority: int = 0
@@ -219,7 +220,10 @@ class Transaction(BufferedWrites):
         """The value in this transaction's snapshot, or as this transaction has written it; or `default`."""
         self._require_open()
         limits.validate_key(key)
-        value = (await self._read([key])).get(key)
+        if self._buffer or self._locks.found:
+            value = (await self._read([key])).get(key)
+        else:
+            value = await self._read_below(key)
         return default if value is None else value
 
     async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
@@ -456,6 +460,7 @@ class Transaction(BufferedWrites):
             raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
 
     async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:
+        """The keys with what they hold for this transaction; some of those that hold nothing may be missing."""
         values: dict[bytes, bytes | None] = {}
         asked: list[bytes] = []
         buffer = self._buffer
@@ -479,6 +484,32 @@ class Transaction(BufferedWrites):
             found = await self._view.read(left) if left else {}
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._lay_over(asked, left, found, values)
+        return values
+
+    async def _read_below(self, key: bytes) -> bytes | None:
+        """`_read` of one key by a transaction that has neither written nor locked anything so far."""
+        try:
+            found = await self._view.get(key)
+        except SnapshotTooOld as error:
+            raise TransactionTooOld(error.message) from error
+        if self._buffer or self._locks.found:  # by another task, meanwhile
+            values: dict[bytes, bytes | None] = {}
+            self._lay_over([key], [key], {key: found}, values)
+            return values[key]
+        if not self._options.read_only:
+            self._spans.add_key(key)
+        return found.value
+
+    def _lay_over(
+        self,
+        asked: list[bytes],
+        left: list[bytes],
+        found: dict[bytes, Found],
+        values: dict[bytes, bytes | None],
+    ) -> None:
+        """Into `values`, for the keys of `asked`: what is below, those of `left` as `found`, under what is written by now."""
+        buffer, locked = self._buffer, self._locks.found
         if buffer.stamps:
             for key in asked:
                 at = locked[key].at if key in locked else self._view.at
@@ -490,7 +521,6 @@ class Transaction(BufferedWrites):
             point = buffer.points.get(key)
             below = locked[key].value if key in locked else found[key].value
             values[key] = below if point is None else value_over(point, below)
-        return values
 
 
 # --- small things shared with the client ----------------------------------------------------------

@@ -333,21 +333,17 @@ class Host:
         """Run a phase and all that it leads to at once. A phase asked for within a phase comes after it."""
         if self._stopped:
             return
-        phases, clock = self._phases, self._clock.monotonic
+        self._phases.append(phase)
         if self._busy:
-            phases.append(phase)
             return
         self._busy = True
-        began = now = clock()
+        began = now = self._clock.monotonic()
         try:
-            while True:
-                phase(now)
+            while self._phases:
+                self._phases.popleft()(now)
                 if not self._stopped:
                     self._settle()
-                now = clock()
-                if not phases:
-                    break
-                phase = phases.popleft()
+                now = self._clock.monotonic()
             if not self._stopped:
                 self._arm_timer(now)
                 self._machine.settled()

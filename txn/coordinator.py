@@ -37,7 +37,7 @@ from txn.types import Expect, Guard, Participant, PartStatus, TxnStatus, Write, 
 FAST_SPANS_MAX: Final = 256  # read elsewhere: all travel in one message, twice
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """One range's share of a transaction. `participant.locus` is a key of it (the anchor's: the anchor key)."""
 
     participant: Participant
@@ -153,6 +153,7 @@ class Coordinator:
         "commit_ts",
         "forgotten",
         "lock_owner",
+        "one_range",
         "parts",
         "priority",
         "refusal",
@@ -173,6 +174,7 @@ class Coordinator:
         assert parts
         self.txn_id = txn_id
         self.parts = list(parts)
+        self.one_range = len(parts) == 1
         self.anchor_key = parts[0].participant.locus
         self.age = age or begin_ts_of(txn_id)
         self.priority = priority
@@ -184,10 +186,6 @@ class Coordinator:
         self.forgotten = False  # the outcome cannot be learned any more
         self._prepared_ts = [0] * len(parts)
         self._missing = len(parts)
-
-    @property
-    def one_range(self) -> bool:
-        return len(self.parts) == 1
 
     @property
     def decided(self) -> bool:

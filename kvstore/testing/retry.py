@@ -102,6 +102,11 @@ class _Transaction(Transaction):
             raise self.faults.error("read")
         return await super()._read(keys)
 
+    async def _read_below(self, key: bytes) -> bytes | None:
+        if self.faults.here("read"):
+            raise self.faults.error("read")
+        return await super()._read_below(key)
+
     def scan(
         self,
         start: bytes = b"",

@@ -93,11 +93,16 @@ def no_snapshot(patch: pytest.MonkeyPatch) -> None:
     """Every key is read at a timestamp of its own."""
     read = View.read
 
-    async def one_by_one(self: View, keys: Any, until: float = 0.0) -> Any:
-        alone = [read(View(self.router, self.timeout_s), [key], until) for key in keys]
-        found = await asyncio.gather(*alone)
-        return {key: each for one in found for key, each in one.items()}
+    async def one(self: View, key: bytes) -> Any:
+        return (await read(View(self.router, self.timeout_s), [key]))[key]
 
+    async def one_by_one(self: View, keys: Any) -> Any:
+        wanted = list(keys)
+        return dict(
+            zip(wanted, await asyncio.gather(*[one(self, key) for key in wanted]), strict=True)
+        )
+
+    patch.setattr(View, "get", one)
     patch.setattr(View, "read", one_by_one)
 
 
