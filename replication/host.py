@@ -407,8 +407,7 @@ class Host:
             self.visit()
             if self._stopped:  # by the machine
                 return
-        lane = self._lane
-        if lane.staged and not self._sync_asked and not lane.syncing:
+        if self._lane.staged and not self._sync_asked and not self._lane.syncing:
             self._sync_asked = True
             self._run(self._begin_sync)
             if self._inbox.taken >= self.limits.loaded_messages:
@@ -584,10 +583,10 @@ class Host:
 
     def _arm_timer(self, now: float) -> None:
         """One timer, for the first deadline. It may be early; the turn then finds nothing due."""
-        visited, self._visited = self._visited, {}
-        for group, replica in visited.items():
+        for group, replica in self._visited.items():
             if self._replicas.get(group) is replica:
                 self._deadlines.set(group, replica.raft.deadline())
+        self._visited.clear()
         at = self._deadlines.next()
         if at is None or self._loop is None or (self._timer is not None and self._timer_at <= at):
             return
