@@ -4,7 +4,7 @@
 
 Exit status 0 only if every check found nothing and no transaction is undecided on any node. What may be named:
 python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines (of several workloads:
-FILE with the workload's name before its suffix).
+FILE with the workload's name before its suffix; of counter and sets nothing, which only they themselves can judge).
 """
 
 from __future__ import annotations
@@ -173,8 +173,11 @@ def history_writer() -> WriteHistory:
 
 
 def write_histories(write: WriteHistory, workloads: Sequence[Workload], path: Path) -> None:
-    """One file of JSON lines for each workload."""
+    """One file of JSON lines for each workload; none for what the operations alone do not tell enough about."""
     for workload in workloads:
+        if not workload.exact:
+            continue
+        workload.complete()
         name = path.with_suffix(f".{workload.name}{path.suffix}") if len(workloads) > 1 else path
         with name.open("wb") as stream:
             write(workload.history, stream)

@@ -58,6 +58,9 @@ class Workload(abc.ABC):
     """
 
     name: ClassVar[str]
+    exact: ClassVar[bool] = (
+        True  # its history can be judged without it; else only the workload itself can
+    )
     kinds_count: ClassVar[int] = 1  # of operations, between which `kind` chooses
 
     def __init__(
@@ -104,6 +107,11 @@ class Workload(abc.ABC):
     def check(self) -> list[str]:
         """What is wrong, in words; empty: nothing. After `finish`."""
         return first_of_each_kind([*self.problems, *self.inspect()])
+
+    def complete(self) -> None:
+        """Put into a history of its own what its judges need besides the operations, for whoever writes it down. After
+        `finish`.
+        """
 
     # -- for those who write one
 

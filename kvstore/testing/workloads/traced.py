@@ -54,8 +54,6 @@ class Traced(Workload):
     `watched`: every key that may have a value, in the order of their first use; `finish` and `check` go by it.
     """
 
-    exact: ClassVar[bool] = True  # the replay by versions applies
-
     def __init__(self, rng: random.Random, places: Sequence[bytes], **options: Any) -> None:
         super().__init__(rng, places, **options)
         self.ops: list[TxnOp] = []
@@ -297,12 +295,22 @@ class Traced(Workload):
 
     def replay(self) -> list[str]:
         """T2. What is wrong with the order of versions."""
-        markers = {
+        return judges.judge_transactions(self.rows(), self.ops, self.final, self._markers())
+
+    def _markers(self) -> dict[bytes, int]:
+        return {
             trail.op.name: trail.version
             for trail in self.trails
             if isinstance(trail.op, TxnOp) and trail.version
         }
-        return judges.judge_transactions(self.rows(), self.ops, self.final, markers)
+
+    def complete(self) -> None:
+        super().complete()
+        history = self.history
+        history.initial = {**history.initial, **self.rows()}
+        if all(trail.version is not None for trail in self.trails):
+            history.final = {**(history.final or {}), **self.final}
+            history.markers = {**(history.markers or {}), **self._markers()}
 
     def inspect(self) -> Iterable[str]:
         """Nothing more than the replay."""
