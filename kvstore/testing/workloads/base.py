@@ -112,6 +112,7 @@ class Workload(abc.ABC):
         """Put into a history of its own what its judges need besides the operations, for whoever writes it down. After
         `finish`.
         """
+        self.history.initial = {**self.history.initial, **self.rows()}
 
     # -- for those who write one
 

@@ -13,7 +13,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from kvstore.client import Database, Transaction
 from kvstore.errors import KVError, OutcomeExpired
@@ -307,7 +307,6 @@ class Traced(Workload):
     def complete(self) -> None:
         super().complete()
         history = self.history
-        history.initial = {**history.initial, **self.rows()}
         if all(trail.version is not None for trail in self.trails):
             history.final = {**(history.final or {}), **self.final}
             history.markers = {**(history.markers or {}), **self._markers()}
