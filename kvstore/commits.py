@@ -60,6 +60,7 @@ DECISION_TIMEOUT_S: Final = 5.0  # it is repeated for so long; the ranges' timer
 ASK_AGAIN_S: Final = 0.02
 DRIVES_MAX: Final = 4_096  # commits over several ranges under way, abandoned ones included
 CONFLICT_BACKOFF_S: Final = 0.001
+SLOW_FOR_S: Final = 5.0  # without fast guards, after a range was asked in vain
 CONFLICT_BACKOFF_S_MAX: Final = 0.1
 
 _DELETE_RANGE: Final = int(WriteKind.DELETE_RANGE)  # as plain numbers: asked for each write
@@ -218,6 +219,7 @@ class Committer:
         self._router = router
         self._bits = rng.getrandbits
         self._random = rng.random
+        self._fast_from = float("-inf")  # fast guards are tried from then on
         self.keeper = LockKeeper(router)
         self._drives: dict[_Drive, None] = {}
         self._idle: asyncio.Future[None] | None = None
@@ -261,7 +263,8 @@ class Committer:
         """
         failures = 0
         failure: KVError | None = None  # of the last attempt
-        fast = not age and not write_set.lock_owner and bool(write_set.guards)
+        fast = not age and bool(write_set.guards) and not write_set.lock_owner
+        fast = fast and self._router.monotonic() >= self._fast_from and renames()
         while True:
             if not txn_id:
                 begin_ts = await self.begin_ts(deadline)
@@ -291,6 +294,8 @@ class Committer:
                 results = coordinator.results[0] if coordinator.one_range else None
                 return Done(coordinator.commit_ts, results, txn_id)
             failure = error = drive.error()
+            if parts[0].elsewhere and drive.blameless:
+                self._fast_from = self._router.monotonic() + SLOW_FOR_S
             conflicted = isinstance(error, Conflict)
             self.conflicts += conflicted
             if not ((conflicted and patient) or (drive.blameless and renames())):
@@ -384,6 +389,8 @@ def _error_of(refusal: PrepareReply) -> KVError:
         return TransactionTooLarge(
             "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range"
         )
+    if reason in _BLAMELESS:
+        return Conflict(message="the attempt was given up by a range; nothing was written")
     return Conflict(refusal.key, refusal.other_txn, refusal.other_version)
 
 

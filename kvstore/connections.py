@@ -14,11 +14,21 @@ from kvstore.payloads import payloads
 from kvstore.store import Store
 from kvstore.streams import Stream
 from replication.errors import FrameError
-from txn.messages import Changed, Failure, PrepareReply, ReadReply, Reply, Request, ScanReply
+from txn.messages import (
+    Changed,
+    Failure,
+    PrepareReply,
+    ReadReply,
+    Reply,
+    Request,
+    ScanReply,
+    Validated,
+)
 
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
 REQUESTS_MAX: Final = 10_000  # in flight, of one connection
+TOO_LARGE: Final = "the answer is too large for a message"
 RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
 ROW_OVERHEAD_BYTES: Final = 20  # of a row in an answer: its version, and three lengths
@@ -70,12 +80,16 @@ class ClientConnection:
 
     def flush(self) -> None:
         replies, self._replies = self._replies, []
-        for part in _parts(replies):
-            for payload in payloads(REPLIES, part):
-                if not self._stream.send(payload) and self._stream.is_open:
-                    self._connections.cut_off += 1
-                    self._stream.abort()
-                    return
+        refused: list[Reply] = []
+        while replies:
+            for part in _parts(replies):
+                for payload in payloads(REPLIES, part, refused.append):
+                    if not self._stream.send(payload) and self._stream.is_open:
+                        self._connections.cut_off += 1
+                        self._stream.abort()
+                        return
+            replies = [Failure(each.id, "internal_error", TOO_LARGE) for each in refused]
+            refused = []
 
 
 class Connections:
@@ -123,6 +137,8 @@ def _parts(replies: list[Reply]) -> list[list[Reply]]:
 
 def _size_of(reply: Reply) -> int:
     """About the bytes of what may be long in it: a message that the stream refuses ends the node."""
+    if isinstance(reply, Validated):
+        return len(reply.key)
     if isinstance(reply, PrepareReply):
         return len(reply.key) + (sum(map(len, reply.results)) if reply.results else 0)
     if not isinstance(reply, (ReadReply, ScanReply, Changed)):

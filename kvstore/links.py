@@ -189,6 +189,7 @@ class ClientLink:
         "pending",
         "ready",
         "ready_bytes",
+        "refused",
     )
 
     def __init__(self, address: str, node: int) -> None:
@@ -207,6 +208,7 @@ class ClientLink:
         self.ready_bytes = 0
         self.blocked = False  # it had none, and is tried again soon
         self.pending: dict[int, Call] = {}
+        self.refused: list[Call] = []  # too large for any message: to be told so
 
     def opened(self, channel: Channel) -> None:
         self.channel = channel
@@ -223,13 +225,16 @@ class ClientLink:
     def seal(self) -> None:
         """What this turn has asked so far becomes one message."""
         if self.outgoing:
-            for payload in payloads(
-                _REQUESTS, self.outgoing
-            ):  # one that is refused would block the rest
+            for payload in payloads(_REQUESTS, self.outgoing, self._refuse):
                 self.ready.append(payload)
                 self.ready_bytes += len(payload)
             self.outgoing = []
             self.outgoing_bytes = 0
+
+    def _refuse(self, request: Request) -> None:
+        call = self.pending.pop(request.id, None)
+        if call is not None:
+            self.refused.append(call)
 
     def flush(self) -> int:
         """Hand over what the channel has room for; how many messages that was."""

@@ -1,9 +1,8 @@
 """From a request to the node that can answer it: routing, coalescing, repetition. The client's one way to the cluster.
 
 - All requests made in one turn of the loop leave as ONE message per node (`_flush`, by one call_soon).
-- A request is a `Call`: it keeps its id, and goes on with another range version or another node, until it is answered
-  or its deadline has passed. Every request is idempotent, so repeating is always right; what an answer means is the
-  caller's business. There is no task and no timer per call: one sweep for all (`_on_timer`).
+- A request is a `Call`: it keeps its id, and goes on with another range version or node, until it is answered or its
+  deadline has passed. All are idempotent, so repeating is right; what an answer means is the caller's business.
 - `not_leader`, `epoch_mismatch`, `throttled`, `unavailable` and lost connections are dealt with here. A call whose span
   no longer lies in one range is given back with EpochMismatch: only the caller can cut it anew.
 
@@ -28,6 +27,7 @@ from kvstore.errors import (
     EpochMismatch,
     KVError,
     Throttled,
+    TransactionTooLarge,
     Unavailable,
     from_wire,
 )
@@ -331,6 +331,8 @@ class Router:
 
     def _flush_link(self, link: ClientLink) -> None:
         self.messages_sent += link.flush()
+        while link.refused:
+            self._finish(link.refused.pop(), TransactionTooLarge("too large for one message"))
         if link.ready and not link.blocked and not self._closed:
             link.blocked = True
             self._loop.call_later(BLOCKED_RETRY_S, self._unblock, link)
@@ -545,8 +547,7 @@ class Router:
         """In the background, unless one is on its way or has just come."""
         if self._refreshing or self._closed or now < self._refreshed_at + REFRESH_INTERVAL_S:
             return
-        self._refreshing = True
-        self._refreshed_at = now
+        self._refreshing, self._refreshed_at = True, now
 
         def done(_answer: Answer) -> None:
             self._refreshing = False
@@ -560,8 +561,7 @@ class Router:
         return BACKOFF.pause_s(tries, self._rng)
 
     def _park(self, call: Call, until: float) -> None:
-        when = min(until, call.deadline)
-        self._parked.put(call, when)
+        self._parked.put(call, when := min(until, call.deadline))
         self._arm(when)
 
     def _arm(self, at: float) -> None:

@@ -23,7 +23,6 @@ from typing import Final
 import msgspec
 
 from txn.messages import (
-    FAST_RANGES_MAX,
     Finalize,
     Outcome,
     Prepare,
@@ -31,10 +30,9 @@ from txn.messages import (
     Request,
     Resolve,
     TxnReply,
+    fast,
 )
 from txn.types import Expect, Guard, Participant, PartStatus, TxnStatus, Write, begin_ts_of
-
-FAST_SPANS_MAX: Final = 256  # read elsewhere: all travel in one message, twice
 
 
 class Part(msgspec.Struct, frozen=True, gc=False):
@@ -55,14 +53,10 @@ def with_fast_guards(parts: list[Part]) -> list[Part]:
     Args: parts: the anchor's first; of a transaction that holds no locks.
     """
     first, *others = parts
-    if not others or not first.writes or len(others) > FAST_RANGES_MAX:
+    if not others or not first.writes or any(part.writes or part.expects for part in others):
         return parts
-    spans = 0
-    for part in others:
-        spans += len(part.guards)
-        if part.writes or part.expects or not part.guards or spans > FAST_SPANS_MAX:
-            return parts
-    return [msgspec.structs.replace(first, elsewhere=[part.guards for part in others])]
+    elsewhere = [part.guards for part in others]
+    return [msgspec.structs.replace(first, elsewhere=elsewhere)] if fast(elsewhere) else parts
 
 
 class State(enum.Enum):

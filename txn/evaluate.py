@@ -366,6 +366,7 @@ class Evaluator:
             command = pending.command
             if type(command) is Commit:  # it was never undecided here: nobody waits for its end
                 counters["commits_one_range_total"] += 1
+                counters["fast_guards_total"] += bool(pending.request.elsewhere)
                 results = pending.results if answer.status == PartStatus.COMMITTED else None
                 reply(pending.origin, PrepareReply(pending.request.id, *answer, results), False)
                 continue

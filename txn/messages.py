@@ -287,6 +287,10 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
 
 FRESH_LEASE_S = 1.0  # of a lock that no user asked for: who is slow lets the others pass
 FAST_RANGES_MAX = 32  # that a transaction has only read in, and that are asked before its commit
+FAST_SPANS_MAX = 256  # in all of them
+FAST_BYTES_MAX = (
+    128 << 10
+)  # of the bounds of those: beside a part of any size they fit into a message
 LOCK_POLL_S = 0.5  # below the silence after which a client asks another replica
 
 Request = (
@@ -485,6 +489,20 @@ Reply = (
 )
 
 
+def fast(elsewhere: list[list[Guard]]) -> bool:
+    """Whether other ranges can be asked about these spans, one list for each."""
+    if len(elsewhere) > FAST_RANGES_MAX:
+        return False
+    spans = size = 0
+    for guards in elsewhere:
+        spans += len(guards)
+        for guard in guards:
+            size += len(guard.start) + len(guard.end)
+            if guard.start >= guard.end:
+                return False
+    return all(elsewhere) and spans <= FAST_SPANS_MAX and size <= FAST_BYTES_MAX
+
+
 def well_formed(request: Prepare) -> bool:
     """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none.
     What was read elsewhere goes with a transaction that writes in one range, and holds no lock.
@@ -492,9 +510,7 @@ def well_formed(request: Prepare) -> bool:
     if len(request.txn_id) != TXN_ID_BYTES:
         return False
     if request.elsewhere:
-        if not request.one_range or request.lock_owner or not all(request.elsewhere):
-            return False
-        if len(request.elsewhere) > FAST_RANGES_MAX:
+        if not request.one_range or request.lock_owner or not fast(request.elsewhere):
             return False
     if request.one_range or request.locus != request.anchor_key:
         return not request.participants

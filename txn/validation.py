@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from replication.probes import chance, reached
 from txn.commands import FencePart
 from txn.latches import Pending, Waiter
-from txn.messages import Failure, Prepare, Reply, Validate, Validated
-from txn.types import FenceReason, begin_ts_of, point_end
+from txn.messages import Failure, Prepare, Reply, Validate, Validated, fast
+from txn.types import TXN_ID_BYTES, FenceReason, begin_ts_of, point_end
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -61,7 +61,6 @@ class Validation:
             pending.asking -= 1
             if not pending.asking:
                 reached("fast_guards_held")
-                self.owner.counters["fast_guards_total"] += 1
                 self.owner.proposals.append(pending)
 
     def _asks(self, pending: Pending) -> bool:
@@ -115,6 +114,8 @@ class Validation:
         """The answer; or None, and the waiter stands where it will be woken."""
         owner, request = self.owner, waiter.request
         state, at = owner.state, request.at
+        if len(request.txn_id) != TXN_ID_BYTES or not fast([request.guards]):
+            return Failure(request.id, "invalid_argument", "malformed question")
         if now > waiter.since + owner.limits.read_wait_s:
             return Failure(request.id, "unavailable", "an undecided write could not be decided")
         if at < state.row.gc_threshold:
@@ -129,7 +130,8 @@ class Validation:
                     continue
                 if blocker.asking and not _younger(blocker, request):  # FG3
                     reached("fast_guards_met")
-                    return Validated(request.id, False, guard.start, blocker.txn_id, at)
+                    met = [key for key in blocker.keys if guard.start <= key < guard.end]
+                    return Validated(request.id, False, (met or [guard.start])[0], blocker.txn_id)
                 blocker.waiters.append(waiter.copy())
                 return None
         if state.parts and self._undecided(waiter):

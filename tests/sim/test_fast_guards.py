@@ -19,6 +19,7 @@ from tests.sim.directed import LOW, MIDDLE, Stage, play
 from tests.sim.directed_txn import LEADERS, SLOW_S, A, K, Z, begin
 from txn.messages import Prepare, Validate
 
+MOST_TRIES = 2  # of one question: the router repeats it where it got no answer
 NEVER_S = 15.0  # well within the client's time
 
 
@@ -123,3 +124,38 @@ def test_whoever_is_lost_between_the_question_and_the_entry(at, kind, kills):
 
     assert play(scenario) == []
     assert fault.happened
+
+
+def test_a_transaction_whose_id_was_told_guards_in_the_log_since_it_may_not_take_another():
+    async def scenario(stage: Stage) -> None:
+        (client,) = await begin(stage, "client")
+        stage.requests["n1"] = lambda request: not isinstance(request, Validate)
+
+        async def work() -> None:
+            async with client.database.transaction() as tx:
+                await tx.get(Z)
+                tx.put(A, b"after old")
+                assert tx.id
+
+        await asyncio.wait_for(client.process.spawn(work()), NEVER_S)
+        await committed_once(stage, client)
+
+    assert play(scenario) == []
+
+
+def test_after_a_question_in_vain_the_client_does_not_ask_for_a_while():
+    questions: list[Validate] = []
+
+    def deaf(request: Any) -> bool:
+        if isinstance(request, Validate):
+            questions.append(request)
+        return not isinstance(request, Validate)
+
+    async def scenario(stage: Stage) -> None:
+        (client,) = await begin(stage, "client")
+        stage.requests["n1"] = deaf
+        for _ in range(3):
+            await asyncio.wait_for(client.process.spawn(read_and_write(client, Z, A)), NEVER_S)
+
+    assert play(scenario) == []
+    assert 0 < len(questions) <= MOST_TRIES

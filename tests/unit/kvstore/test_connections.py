@@ -10,7 +10,16 @@ import pytest
 
 from kvstore.connections import REPLIES, ClientConnection, Connections
 from kvstore.limits import KEY_BYTES_MAX, MESSAGE_BYTES_MAX, MIB
-from txn.messages import Changed, Failure, PrepareReply, ReadReply, Reply, ScanReply
+from txn.messages import (
+    FAST_BYTES_MAX,
+    Changed,
+    Failure,
+    PrepareReply,
+    ReadReply,
+    Reply,
+    ScanReply,
+    Validated,
+)
 from txn.types import PartStatus
 
 KEYS = [b"%04d" % number + bytes(240) for number in range(1_000)]
@@ -43,6 +52,7 @@ class LastingStream:
         (9_000, lambda number: PrepareReply(number, PartStatus.FENCED, 0, 1, bytes(KEY_BYTES_MAX))),
         (4_000, lambda number: Failure(number, "deadlock", "k" * KEY_BYTES_MAX)),
         (90, lambda number: PrepareReply(number, PartStatus.COMMITTED, 9, results=[bytes(MIB)])),
+        (999, lambda number: Validated(number, False, bytes(FAST_BYTES_MAX))),
     ],
 )  # fmt: skip
 def test_the_answers_of_one_turn_are_cut_into_messages_that_the_stream_takes(
@@ -58,3 +68,20 @@ def test_the_answers_of_one_turn_are_cut_into_messages_that_the_stream_takes(
     assert max(map(len, stream.messages)) <= MESSAGE_BYTES_MAX
     answers = [each for message in stream.messages for each in decode(message[len(REPLIES) :])]
     assert [each.id for each in answers] == list(range(1, count + 1))
+
+
+def test_an_answer_too_large_for_any_message_is_an_error_of_its_request_alone():
+    """The stream would refuse it, and that would end the node."""
+    stream = LastingStream()
+    untyped: Any = stream
+    store: Any = None
+    connection = ClientConnection(Connections(), store, untyped)
+    connection.answer(PrepareReply(1, PartStatus.COMMITTED, 9))
+    connection.answer(ReadReply(2, 1, [VERSION], [bytes(MESSAGE_BYTES_MAX)]))
+    connection.answer(PrepareReply(3, PartStatus.COMMITTED, 9))
+    connection.flush()
+    answers = [each for message in stream.messages for each in decode(message[len(REPLIES) :])]
+    found = {each.id: each for each in answers}
+    assert isinstance(found[2], Failure)
+    assert found[2].code == "internal_error"
+    assert {number for number, each in found.items() if isinstance(each, PrepareReply)} == {1, 3}

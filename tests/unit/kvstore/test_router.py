@@ -17,9 +17,11 @@ from kvstore.errors import (
     KVError,
     NoQuorum,
     Throttled,
+    TransactionTooLarge,
     Unavailable,
     WrongCluster,
 )
+from kvstore.limits import MESSAGE_BYTES_MAX
 from kvstore.link import encode_frame
 from kvstore.ranges import META_KEY
 from kvstore.reads import View
@@ -81,6 +83,21 @@ def test_a_turn_with_much_to_send_is_cut_into_messages():
         await asyncio.gather(*(db.put(b"k%d" % number, value) for number in range(10)))
         sizes = [len(requests) for _node, requests in cluster.messages[before:]]
         assert sizes == [4, 4, 2]
+
+    simulate(test)
+
+
+def test_a_request_too_large_for_any_message_fails_alone_and_blocks_nothing():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        until = db.router.monotonic() + 5
+        large = Read(0, 0, 0, 0, [bytes(MESSAGE_BYTES_MAX)])
+        put = asyncio.ensure_future(db.put(b"k", b"v"))
+        with pytest.raises(TransactionTooLarge):
+            await db.router.ask(large, b"k", b"", until)
+        await put
+        assert await db.get(b"k") == b"v"
+        assert db.router.calls == 0
 
     simulate(test)
 

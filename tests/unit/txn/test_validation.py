@@ -11,9 +11,18 @@ import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, txn_id
 from txn.commands import Commit, FencePart
-from txn.coordinator import FAST_SPANS_MAX, Part, with_fast_guards
+from txn.coordinator import Part, with_fast_guards
 from txn.evaluate import Limits
-from txn.messages import FAST_RANGES_MAX, Failure, Prepare, Reply, Validate, Validated
+from txn.messages import (
+    FAST_BYTES_MAX,
+    FAST_RANGES_MAX,
+    FAST_SPANS_MAX,
+    Failure,
+    Prepare,
+    Reply,
+    Validate,
+    Validated,
+)
 from txn.types import (
     Expect,
     ExpectKind,
@@ -67,6 +76,16 @@ def test_the_others_are_asked_as_of_the_commit_timestamp_and_only_then_one_entry
     assert isinstance(command, Commit)
     assert (asked.reply.status, asked.reply.ts) == (PartStatus.COMMITTED, at)
     assert here.evaluator.counters["fast_guards_total"] == 1
+
+
+def test_an_entry_that_raft_refuses_is_no_commit(here):
+    asked = writer(here)
+    here.stamp()
+    answer(here, Validated(0, True))
+    here.evaluator.dropped(here.take(), "throttled")
+    assert asked.reply.code == "throttled"
+    assert here.evaluator.counters["fast_guards_total"] == 0
+    assert here.evaluator.latches.held() == 0
 
 
 def test_while_the_others_are_asked_the_writes_are_latched(here):
@@ -178,6 +197,10 @@ def test_a_timestamp_below_what_is_closed_is_taken_anew_before_anybody_is_asked(
         {"elsewhere": [[READ]], "one_range": False},
         {"elsewhere": [[READ]], "lock_owner": txn_id(1)},
         {"elsewhere": [[]]},
+        {"elsewhere": [[Guard(b"n", b"n", 90)]]},
+        {"elsewhere": [[Guard(b"n", b"", 90)]]},
+        {"elsewhere": [[READ] * (FAST_SPANS_MAX + 1)]},
+        {"elsewhere": [[Guard(b"n", b"n" * FAST_BYTES_MAX, 90)]]},
         {"elsewhere": [[READ]] * (FAST_RANGES_MAX + 1)},
     ],
 )
@@ -279,6 +302,29 @@ def test_what_is_not_of_this_range_is_not_spoken_about(there):
     assert validate(there, 100, Guard(b"a", b"b", 90)).reply.code == "epoch_mismatch"
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        Validate(0, 0, 0, 100, b"short", 0, [READ]),
+        Validate(0, 0, 0, 100, txn_id(9), 0, []),
+        Validate(0, 0, 0, 100, txn_id(9), 0, [Guard(b"p", b"", 90)]),
+        Validate(0, 0, 0, 100, txn_id(9), 0, [Guard(b"p", b"q" * FAST_BYTES_MAX, 90)]),
+        Validate(0, 0, 0, 100, txn_id(9), 0, [READ] * (FAST_SPANS_MAX + 1)),
+    ],
+)
+def test_a_malformed_question_is_refused_unread(there, question):
+    """Its answer names a key of it, and has to fit into a message."""
+    there.prepare(5, put(b"p"), elsewhere=[[Guard(b"a", b"b", 90)]])
+    assert there.ask(question).reply.code == "invalid_argument"
+
+
+def test_who_meets_a_span_is_told_the_key_where_they_met(there):
+    there.prepare(5, put(b"p"), elsewhere=[[Guard(b"a", b"b", 90)]], begin_ts=60)
+    there.stamp()
+    reply = validate(there, there.clock, Guard(b"n", b"z", 90), number=6, age=61).reply
+    assert (reply.unchanged, reply.key, reply.other_version) == (False, b"p", 0)
+
+
 def test_who_waits_is_told_when_the_leader_stops(there):
     there.prepare(1, put(b"n"))
     asked = validate(there, there.clock + 5, READ)
@@ -320,6 +366,7 @@ def test_one_range_is_written_and_others_only_read():
         [part(b"a", put(b"a")), part(b"n", guards=1, expects=1)],
         [part(b"a", put(b"a")), part(b"n", guards=FAST_SPANS_MAX + 1)],
         [part(b"a", guards=1), part(b"n", guards=1)],
+        [part(b"a", put(b"a")), part(b"n" * (FAST_BYTES_MAX // 2), guards=1)],
         [part(b"a", put(b"a")), *[part(b"n%d" % n, guards=1) for n in range(FAST_RANGES_MAX + 1)]],
     ],
 )
