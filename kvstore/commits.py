@@ -263,8 +263,7 @@ class Committer:
         """
         failures = 0
         failure: KVError | None = None  # of the last attempt
-        fast = not age and bool(write_set.guards) and not write_set.lock_owner
-        fast = fast and self._router.monotonic() >= self._fast_from and renames()
+        fast = not age and self._fast(write_set) and renames()
         while True:
             if not txn_id:
                 begin_ts = await self.begin_ts(deadline)
@@ -274,9 +273,7 @@ class Committer:
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or int.from_bytes(txn_id[:8], "big")
-            parts = cut(write_set, self._router.ranges)
-            if parts is None:
-                parts = await self._cut(write_set, deadline)
+            parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
             if fast and not failures:  # later attempts guard in the log, where the older one waits
                 parts = with_fast_guards(parts)
             self.attempts += 1
@@ -310,6 +307,11 @@ class Committer:
             self.retries += 1
             txn_id = b""
             await asyncio.sleep(wait_s)
+
+    def _fast(self, write_set: WriteSet) -> bool:
+        """Whether what it has read elsewhere may be asked about, instead of being guarded in the log."""
+        asks = bool(write_set.guards) and not write_set.lock_owner
+        return asks and self._router.monotonic() >= self._fast_from
 
     def _pause(self, failures: int) -> float:
         longest = min(CONFLICT_BACKOFF_S_MAX, CONFLICT_BACKOFF_S * (1 << min(failures, 10)))
