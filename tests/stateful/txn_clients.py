@@ -173,9 +173,14 @@ class Client:
         plain = not read_only and rng.random() < 0.2
         spans = [] if plain else self._plan_reads(read_only)
         writes = [] if read_only else self._plan_one() if plain else self._plan_writes()
-        if len(writes) > 1 and rng.random() < 0.4:  # what is read elsewhere can be guarded fast
-            first = world.group_of(writes[0].key)
-            writes = [write for write in writes if world.group_of(write.key) is first]
+        if world.fast_rng.random() < 0.4 and not any(
+            write.kind == WriteKind.STAMPED_KEY for write in writes
+        ):  # then what is read elsewhere can be guarded fast
+            writes = [
+                write
+                for write in writes
+                if world.group_of(write.key) is world.group_of(writes[0].key)
+            ]
         guarded = rng.random() < 0.85
         age = 0
         for _ in range(1 if read_only else rng.randint(1, ATTEMPTS_MAX)):
@@ -393,7 +398,7 @@ class Client:
             Part(share.participant(share.locus()), share.writes, share.expects, share.guards)
             for share in shares.values()
         ]
-        if not attempt.lock_owner and self.rng.random() < 0.7:
+        if not attempt.lock_owner and self.world.fast_rng.random() < 0.7:
             parts = with_fast_guards(parts)
         self.world.history.attempts.append(attempt)
         self.world.anchors[attempt.txn_id] = parts[0].participant.locus

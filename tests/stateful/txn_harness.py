@@ -112,6 +112,9 @@ class World:
         self.profile = draw_profile(self.rng)
         # Of locks alone: a seed without them is the same run as before there were any.
         self.lock_rng = random.Random(f"locks/{seed}")
+        self.fast_rng = random.Random(
+            f"fast/{seed}"
+        )  # of its own, as that is: so other draws stay what they were
         self.profile.p_lock = self.lock_rng.choice([0.0, 0.3, 0.9])
         self.profile.limits = msgspec.structs.replace(
             self.profile.limits, lock_lease_s=self.lock_rng.choice([0.3, 1.0])
