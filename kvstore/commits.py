@@ -60,8 +60,8 @@ DECISION_TIMEOUT_S: Final = 5.0  # it is repeated for so long; the ranges' timer
 ASK_AGAIN_S: Final = 0.02
 DRIVES_MAX: Final = 4_096  # commits over several ranges under way, abandoned ones included
 CONFLICT_BACKOFF_S: Final = 0.001
-SLOW_FOR_S: Final = 5.0  # without fast guards, after a range was asked in vain
 CONFLICT_BACKOFF_S_MAX: Final = 0.1
+NO_FAST_GUARDS_S: Final = 5.0  # after a range was asked in vain
 
 _DELETE_RANGE: Final = int(WriteKind.DELETE_RANGE)  # as plain numbers: asked for each write
 _STAMPED_KEY: Final = int(WriteKind.STAMPED_KEY)
@@ -87,7 +87,7 @@ class Done(NamedTuple):
 
 
 class _Share(msgspec.Struct, eq=False, gc=False):
-    """What of a write set lies in one range, while it is being cut. (A Struct, as `Call` is one.)"""
+    """What of a write set lies in one range, while it is being cut. A Struct: many are made."""
 
     low: bytes
     high: bytes
@@ -292,7 +292,7 @@ class Committer:
                 return Done(coordinator.commit_ts, results, txn_id)
             failure = error = drive.error()
             if parts[0].elsewhere and drive.blameless:
-                self._fast_from = self._router.monotonic() + SLOW_FOR_S
+                self._fast_from = self._router.monotonic() + NO_FAST_GUARDS_S
             conflicted = isinstance(error, Conflict)
             self.conflicts += conflicted
             if not ((conflicted and patient) or (drive.blameless and renames())):
@@ -392,7 +392,9 @@ def _error_of(refusal: PrepareReply) -> KVError:
             "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range"
         )
     if reason in _BLAMELESS:
-        return Conflict(message="the attempt was given up by a range; nothing was written")
+        return Conflict(
+            message="a range gave the attempt up, and nothing was written: run the transaction again"
+        )
     return Conflict(refusal.key, refusal.other_txn, refusal.other_version)
 
 

@@ -18,7 +18,6 @@ from txn.messages import (
     FAST_RANGES_MAX,
     FAST_SPANS_MAX,
     Failure,
-    Prepare,
     Reply,
     Validate,
     Validated,
@@ -374,6 +373,10 @@ def test_others_take_part_as_they_always_did(parts):
     assert with_fast_guards(parts) is parts
 
 
-def test_a_plain_prepare_is_not_delayed(here):
-    """The field is appended, with a default: who does not know it says nothing."""
-    assert Prepare(0, 0, 0, txn_id(1), b"a", b"a", [put(b"a")]).elsewhere == []
+@pytest.mark.parametrize("key", [b"a", b"b"])
+def test_who_has_read_nothing_elsewhere_asks_nobody(here, key):
+    """By the way of single keys, and by the long one."""
+    asked = here.prepare(1, put(key), guards=[Guard(b"a", b"a\x00", 90)] if key == b"b" else [])
+    here.settle()
+    assert asked.reply.status == PartStatus.COMMITTED
+    assert here.calls == []
