@@ -138,6 +138,12 @@ class Installer:
             replica.cannot_read(self._now())
             self._host.touch(group)
 
+    def readable(self, group: int) -> None:
+        replica = self._replicas.get(group)
+        if replica is not None:
+            replica.can_read()
+            self._host.touch(group)
+
     def run_blocking(self, work: Then, then: Then) -> None:
         self._host.run_blocking(work, then)
 

@@ -46,6 +46,7 @@ class Replica:
         "reads",
         "routes",
         "stateless",
+        "stuck",
         "unreadable",
     )
 
@@ -58,9 +59,8 @@ class Replica:
         self.routes = Routes()
         self.held = False
         self.stateless = False  # an installation was cut short: the replica asks for a snapshot
-        self.unreadable = (
-            False  # rows of the state are damaged: it leads nothing until a snapshot replaces them
-        )
+        self.stuck = False  # the node's disk is
+        self.unreadable = False  # a read of the state failed: it leads nothing until one succeeds
         self.install: SnapshotMeta | None = None  # the core accepted this one
         self.proposed: deque[tuple[int, float]] = (
             deque()
@@ -131,25 +131,35 @@ class Replica:
     def storage_is_stuck(self, now: float) -> None:
         """Lead nothing, so that others may, and do not campaign."""
         reached("disk_stalled")
-        self.raft.electable = False
+        self.stuck = True
+        self._may_lead()
         self.raft.step_down(now)
 
     def storage_moves(self) -> None:
-        self.raft.electable = not (self.held or self.unreadable)
+        self.stuck = False
+        self._may_lead()
+
+    def _may_lead(self) -> None:
+        self.raft.electable = not (self.held or self.unreadable or self.stuck)
 
     # ------------------------------------------------------------ state from a snapshot
 
     def cannot_read(self, now: float) -> None:
-        """The machine's state is damaged: whoever leads owes its state to others, so let somebody else lead."""
+        """The machine's state could not be read: whoever leads owes it to others, so let somebody else lead."""
         reached("unreadable_leader")
         self.unreadable = True
-        self.raft.electable = False
+        self._may_lead()
         self.raft.step_down(now)
+
+    def can_read(self) -> None:
+        """It has been read whole since (`replication/trials.py`)."""
+        self.unreadable = False
+        self._may_lead()
 
     def hold(self) -> None:
         """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
         self.held = True
-        self.raft.electable = False
+        self._may_lead()
 
     def lose_state(self) -> None:
         """The machine's state is gone: apply nothing, lead nothing; the log and the vote are as good as ever."""
@@ -161,7 +171,7 @@ class Replica:
     def has_state(self, machine: Machine, index: int) -> None:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
         self.held = self.stateless = self.unreadable = False
-        self.raft.electable = True
+        self._may_lead()
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:
             self.raft.applied_to(handed_out)

@@ -33,6 +33,7 @@ from replication.snapshot import (
     decode,
     encode,
 )
+from replication.trials import Trials
 
 SLICE_S: Final = 0.001
 SLICE_CHUNKS: Final = 2  # also where the clock stands still within a turn
@@ -68,6 +69,9 @@ class Owner(Protocol):
 
     def unreadable(self, group: int) -> None:
         """The group's state here could not be read: another replica has to lead, and send its own."""
+
+    def readable(self, group: int) -> None:
+        """It has been read from its first row to its last since."""
 
     def run_blocking(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Do `work` away from the loop where there is one, and `then` on it. Failure is fatal."""
@@ -113,6 +117,7 @@ class Transfers:
         self._inbox: deque[tuple[int, bytes]] = deque()
         self._unsaid: deque[tuple[int, bytes]] = deque(maxlen=UNSAID_MAX)
         self._say_at = 0.0
+        self.trials = Trials(machine, owner.readable)
         self.counters = {
             "snapshots_sent": 0,
             "snapshots_failed": 0,
@@ -128,7 +133,12 @@ class Transfers:
     def busy(self) -> bool:
         """Whether `work` has, or will have, anything to do."""
         return bool(
-            self._inbox or self._sending or self._receiving or self._waiting or self._unsaid
+            self._inbox
+            or self._sending
+            or self._receiving
+            or self._waiting
+            or self._unsaid
+            or self.trials
         )
 
     def send(self, group: int, replica: int, node: int) -> None:
@@ -163,6 +173,7 @@ class Transfers:
 
     def drop_group(self, group: int) -> None:
         """The group goes away from this node: its streams end."""
+        self.trials.drop(group)
         for key in [key for key in self._waiting if key[0] == group]:
             del self._waiting[key]
         for sending in [s for s in self._sending.values() if s.sender.group == group]:
@@ -181,6 +192,7 @@ class Transfers:
         self._sending, self._receiving, self._waiting = {}, {}, {}
         self._inbox.clear()
         self._unsaid.clear()
+        self.trials.close()
 
     def deadline(self) -> float | None:
         """When `work` should be called even if nothing arrives."""
@@ -191,6 +203,9 @@ class Transfers:
             at = receiving.receiver.deadline()
             if at is not None:
                 times.append(at)
+        trial_at = self.trials.deadline()
+        if trial_at is not None:
+            times.append(trial_at)
         return min(times, default=None)
 
     def work(self, now: float) -> bool:
@@ -208,6 +223,8 @@ class Transfers:
                 self._say(receiving.receiver.node, credit)
         self._begin_sends(now)
         more = self._pump(now)
+        if self.trials:
+            self.trials.work(now)
         return more or bool(self._inbox)
 
     # ------------------------------------------------------------ sending
@@ -267,6 +284,7 @@ class Transfers:
                 except Exception as error:  # noqa: BLE001  # unreadable rows end this stream, not the node
                     sender.fail(f"cannot read: {error}")
                     self._end_sending(sending)
+                    self.trials.failed(sender.group, now)
                     self._owner.unreadable(sender.group)
                     return False
             sending.unsent = sender.next_frame(data, now)
@@ -370,6 +388,7 @@ class Transfers:
         def log_is_durable() -> None:
             if self._receiving.get(receiver.group) is receiving:
                 del self._receiving[receiver.group]
+            self.trials.drop(receiver.group)  # other rows now
             reached("snapshot_installed")
             self.counters["snapshots_installed"] += 1
             self._say(receiver.node, End(receiver.group, receiver.snapshot, True))

@@ -145,6 +145,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "crash_before_the_logs_reset",
     "oracle_bound_used_up",
     "read_given_up",
+    "readable_again",
     "resolved_unprepared",
     "snapshot_asked_for",
     "upgraded_lock_was_lost",
@@ -152,6 +153,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "snapshot_not_needed",
     "snapshot_replaced",
     "unreadable_leader",
+    "unreadable_still",
     "vote_given_again",
     "watch_goes_on",
 )

@@ -291,7 +291,7 @@ def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_
 
     leader.machine.snapshot_open = unreadable  # type: ignore[method-assign]
     world.heal()
-    world.advance(30.0)
+    world.advance(120.0)  # some trials of its own, all in vain
     assert world.leader() is not leader
     assert not slow.machine.states[1].installing
     assert slow.values(1) == world.leader().values(1)
@@ -299,3 +299,34 @@ def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_
     leader.host.campaign(1)
     world.advance(1.0)
     assert world.leader() is not leader
+
+
+def test_a_replica_that_can_read_its_state_again_leads_again():
+    """Seed 91128: a disk failed for a second, the others had no state, and the range had no leader ever after."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    (other,) = set(world.nodes) - {leader.number, slow.number}
+    world.heal()
+    world.nodes[other].crash()
+    opened = leader.machine.snapshot_open
+    broken_until = world.clock.now + 12.0
+
+    def failing(group):
+        source = opened(group)
+        chunk = source.chunk
+
+        def read() -> bytes | None:
+            if world.clock.now < broken_until:
+                raise OSError("the disk does not answer")
+            return chunk()
+
+        source.chunk = read  # type: ignore[method-assign]
+        return source
+
+    leader.machine.snapshot_open = failing  # type: ignore[method-assign]
+    world.advance(11.0)
+    assert not leader.host.raft(1).is_leader
+    world.advance(30.0)
+    assert leader.host.raft(1).is_leader
+    assert slow.values(1) == leader.values(1)
+    assert slow.host.stats()["snapshots_lost"] <= 1
