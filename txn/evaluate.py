@@ -23,12 +23,13 @@ from typing import Any
 import msgspec
 
 from replication.probes import chance, reached
-from txn import keycode, stamps
+from txn import stamps
 from txn.changes import Feed, Poll
 from txn.closed import Closing
 from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, ResolvePart
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
+from txn.guards import GuardCheck
 from txn.latches import LatchTable, Pending, Waiter
 from txn.locking import Locking
 from txn.messages import (
@@ -138,6 +139,7 @@ class Evaluator:
         self.closing = Closing(self)
         self.locking = Locking(self)
         self.validation = Validation(self)
+        self.guard_check = GuardCheck(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -199,6 +201,7 @@ class Evaluator:
                 self.out.reply(origin, Failure(request.id, "not_leader"), False)
         self.feed.stop()
         self.validation.stop()
+        self.guard_check.stop()
         self._early, self.await_fresh, self.await_read, self.runnable, self.proposals = (
             [],
             [],
@@ -266,6 +269,7 @@ class Evaluator:
             self.feed.deadline(),
             self.locking.deadline(),
             self.validation.deadline(),
+            self.guard_check.deadline(),
         ):
             if due is None or (other is not None and other < due):
                 due = other
@@ -282,6 +286,7 @@ class Evaluator:
         self.feed.tick(now)
         self.locking.tick(now)
         self.validation.tick(now)
+        self.guard_check.tick(now)
 
     # -- timestamps
 
@@ -491,7 +496,11 @@ class Evaluator:
         if blocker is not None:
             self.wait_for(blocker, request, origin, since)
             return
-        if self._in_conflict(request, origin, now, since):
+        if self._meets_part(request, origin, now, since):
+            return
+        outdated, unseen = self.guard_check.look(request.guards)
+        if outdated is not None:
+            self.refuse(request, origin, outdated)
             return
         pending = Pending(txn_id, request, origin)
         pending.since = since
@@ -503,7 +512,10 @@ class Evaluator:
         if pending.stamps:
             pending.stamp_spans = stamps.spans(pending.stamps, self.issued)
         self.latches.acquire(pending)
-        self.await_fresh.append(pending)
+        if unseen:
+            self.guard_check.begin(pending, unseen, now)
+        else:
+            self.await_fresh.append(pending)
 
     def _known_outcome(self, request: Prepare) -> Answer | None:
         """(a) answer from what stands, never evaluate twice."""
@@ -577,30 +589,12 @@ class Evaluator:
                 return found
         return None
 
-    def _in_conflict(self, request: Prepare, origin: Any, now: float, since: float) -> bool:
-        """(c): waits or refuses if so. Undecided parts of others first, then versions newer than what was read."""
-        state = self.state
-        if state.parts:
-            found = self._foreign_part(request)
-            if found is not None:
-                self._wait_or_refuse(request, origin, now, since, *found)
-                return True
-        refusal = self.outdated(request)
-        if refusal is not None:
-            self.refuse(request, origin, refusal)
-        return refusal is not None
-
-    def outdated(self, request: Prepare | Validate) -> Answer | None:
-        """The refusal of a transaction of which a read is no longer the newest."""
-        threshold = self.state.row.gc_threshold
-        for guard in request.guards:
-            newer = self._newer_than(guard.start, guard.end, guard.read_ts)
-            if newer is None and guard.read_ts < threshold:  # a tombstone may be gone
-                newer = guard.start, threshold, b""
-            if newer is not None:
-                key, ts, other = newer
-                return Answer(PartStatus.FENCED, 0, FenceReason.CONFLICT, key, other, ts)
-        return None
+    def _meets_part(self, request: Prepare, origin: Any, now: float, since: float) -> bool:
+        """(c): waits, or refuses, if an undecided part of another is in the way."""
+        found = self._foreign_part(request) if self.state.parts else None
+        if found is not None:
+            self._wait_or_refuse(request, origin, now, since, *found)
+        return found is not None
 
     def _foreign_part(self, request: Prepare) -> tuple[Part, bytes] | None:
         state, txn_id = self.state, request.txn_id
@@ -685,25 +679,15 @@ class Evaluator:
         """A Prepare whose time to wait is over."""
         self._prepare(waiter.request, waiter.origin, now, waiter.since)
 
-    def _newer_than(
-        self, start: bytes, end: bytes, read_ts: int
-    ) -> tuple[bytes, int, bytes] | None:
-        """A version above read_ts inside the span: (key, its timestamp, who wrote it)."""
-        if end == point_end(start):
-            row = self.rows.get(b"L" + start)
-            if row is not None and latest_ts(row) > read_ts:
-                return start, latest_ts(row), row[8:24]
-            return None
-        low, high = keycode.family_span(keycode.LATEST, start, end)
-        for found, row in self.rows.scan(low, high):
-            if latest_ts(row) > read_ts:
-                return found[1:], latest_ts(row), row[8:24]
-        return None
-
     def refuse(self, request: Prepare, origin: Any, refusal: Answer) -> None:
         """(g) a negative answer is durable before it is given."""
         pending = Pending(request.txn_id, request, origin)
-        pending.command = FencePart(
+        pending.command = self.fence_of(request, refusal)
+        self.latches.acquire(pending)
+        self.proposals.append(pending)
+
+    def fence_of(self, request: Prepare, refusal: Answer) -> FencePart:
+        return FencePart(
             request.txn_id,
             request.locus,
             request.anchor_key,
@@ -712,8 +696,6 @@ class Evaluator:
             refusal.other_txn,
             refusal.other_version,
         )
-        self.latches.acquire(pending)
-        self.proposals.append(pending)
 
     # -- Fence and QueryPart
 

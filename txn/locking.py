@@ -284,7 +284,7 @@ class Locking:
             else:
                 key, holder = write.key, table.foreign(write.key, owner_id)
             if holder is not None:
-                outdated = self.ev.outdated(request)
+                outdated, _ = self.ev.guard_check.look(request.guards)
                 if outdated is not None:  # it would wait in vain
                     self.ev.refuse(request, origin, outdated)
                 else:

@@ -116,7 +116,7 @@ class Validation:
         state, at = owner.state, request.at
         if len(request.txn_id) != TXN_ID_BYTES or not fast([request.guards]):
             return Failure(request.id, "invalid_argument", "malformed question")
-        if now > waiter.since + owner.limits.read_wait_s:
+        if now > waiter.since + owner.limits.validate_wait_s:  # who asked has given up
             return Failure(request.id, "unavailable", "an undecided write could not be decided")
         if at < state.row.gc_threshold:
             return Failure(request.id, "snapshot_too_old")
@@ -136,7 +136,9 @@ class Validation:
                 return None
         if state.parts and self._undecided(waiter):
             return None
-        outdated = owner.outdated(request)
+        outdated, unseen = owner.guard_check.look(request.guards)
+        if unseen:  # the node has others to serve; the next attempt guards in the log, and has time
+            return Failure(request.id, "unavailable", "too many rows to look through at once")
         if outdated is None:
             return Validated(request.id, True)
         return Validated(

@@ -139,6 +139,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "chance:search_slice_small",
     "fast_guards_given_up",
     "fast_guards_met",
+    "guards_in_slices",
     "word_of_a_snapshot_lost",
     "snapshot_refused",
     "committed_entries_skipped",

@@ -41,6 +41,8 @@ RARE = [  # paths that a run must take now and then; see Checker.told
     "a deposed leader's answer was not confirmed",
     "applied AbortUnstaged",
     "applied OutboxDone",
+    "guards_in_slices",
+    "guards_not_from_recent",
     "one-range Prepare: COMMITTED",
     "one-range Prepare: FENCED COMPARE_FAILED",
 ]

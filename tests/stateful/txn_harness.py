@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import msgspec
 
+from replication.probes import choosing, counting
 from tests.stateful.txn_checks import Checker
 from tests.stateful.txn_clients import Client
 from tests.stateful.txn_history import History
@@ -37,6 +38,7 @@ END_AT_S: Final = 24.0
 EVENTS_MAX: Final = 150_000
 CALL_TIMEOUT_S: Final = 0.3
 BOUNDS: Final = (b"", b"b", b"c", b"")
+RARE_WAYS: Final = ("guards_not_from_recent", "guards_walked_slowly")
 KEYS: Final = {  # the last of each is a counter
     1: [b"a", b"a\x00", b"a1", b"a2", b"a2\xff", b"an"],
     2: [b"b", b"b\x00\x01", b"b\x00\xff", b"b1", b"b3", b"bn"],
@@ -371,10 +373,21 @@ class World:
 def run_seed(seed: int, plant: str | None = None, trace: bool = False) -> World:
     """Run one seed, with a planted bug if one is named."""
     # A short memory of what was decided, so that seeds of some dozen transactions forget some.
-    with planted(plant) as switches, patch.object(decided, "REMEMBERED_MAX", 1 + seed % 5):
+    memory = patch.object(decided, "REMEMBERED_MAX", 1 + seed % 5)
+    with planted(plant) as switches, memory, choosing(_rare_ways(seed)), counting() as reached:
         world = World(seed, switches, trace)
         world.run()
+    for name in RARE_WAYS:
+        world.probes[name] = reached.get(f"chance:{name}", 0)
+    world.probes["guards_in_slices"] = reached.get("guards_in_slices", 0)
     return world
+
+
+def _rare_ways(seed: int) -> Callable[[str], bool]:
+    """One seed in two takes them, nearly always."""
+    rng = random.Random(f"{seed}/rare")
+    share = rng.choice([0.0, 0.9])
+    return lambda name: name in RARE_WAYS and rng.random() < share
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from txn.commands import AbortUnstaged, Collect, OutboxDone, PreparePart
 from txn.decided import RecentlyDecided
 from txn.evaluate import Evaluator, prepare_reply
 from txn.gc import Collector, Found
+from txn.guards import GuardCheck
 from txn.latches import LatchTable, Pending
 from txn.messages import Fence, PartReply, Prepare, QueryMode, QueryPart, QueryTxn
 from txn.ports import Rows
@@ -50,7 +51,7 @@ def _guards_not_held() -> Patches:
 
 def _guards_not_validated() -> Patches:
     """What a transaction read is protected, and not compared with what is there."""
-    return [(Evaluator, "_newer_than", lambda *_: None)]
+    return [(GuardCheck, "_newer_than", lambda _self, _guard, left: (None, None, left))]
 
 
 def _guards_until_prepared() -> Patches:

@@ -16,6 +16,7 @@ from txn import (
 from txn.changes import Feed, Poll, Search
 from txn.commands import PreparePart
 from txn.evaluate import Evaluator
+from txn.guards import GuardCheck
 from txn.latches import LatchTable, Pending
 from txn.locking import Locking
 from txn.locks import Lock, LockTable
@@ -211,15 +212,15 @@ def _watch_from_what_was_collected() -> Patches:
 
 def _locks_trusted() -> Patches:
     """What was read under a lock is not validated: the lock is taken for a proof."""
-    in_conflict = Evaluator._in_conflict
+    prepare = Evaluator._prepare
 
-    def trusting(self: Any, request: Prepare, *rest: Any) -> bool:
+    def trusting(self: Any, request: Prepare, *rest: Any) -> None:
         if not request.lock_owner:
-            return in_conflict(self, request, *rest)
-        with patch.object(Evaluator, "_newer_than", lambda *_: None):
-            return in_conflict(self, request, *rest)
+            return prepare(self, request, *rest)
+        with patch.object(GuardCheck, "look", lambda *_: (None, [])):
+            return prepare(self, request, *rest)
 
-    return [(Evaluator, "_in_conflict", trusting)]
+    return [(Evaluator, "_prepare", trusting)]
 
 
 def _lock_passes_intents() -> Patches:
@@ -324,6 +325,15 @@ def _validation_passes_intents() -> Patches:
     return [(Validation, "_undecided", lambda *_: False)]
 
 
+def _guards_half_walked() -> Patches:
+    """What was not looked at in the first slice of a walk is never looked at."""
+
+    def hasty(self: GuardCheck, pending: Pending, _rest: Any, _now: float) -> None:
+        self.owner.await_fresh.append(pending)
+
+    return [(GuardCheck, "begin", hasty)]
+
+
 # Each with the number of seeds, from 0 on, within which it must be found.
 FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stamp_is_the_parts": (_stamp_is_the_parts, 10),
@@ -358,4 +368,5 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "one_range_answers_for_all": (_one_range_answers_for_all, 40),
     "validation_passes_latches": (_validation_passes_latches, 40),
     "validation_passes_intents": (_validation_passes_intents, 200),
+    "guards_half_walked": (_guards_half_walked, 20),
 }

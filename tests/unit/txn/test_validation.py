@@ -273,7 +273,7 @@ def test_an_undecided_write_below_the_timestamp_is_asked_about_at_its_anchor(the
     there.resolve(1, b"n", 0)
     there.evaluator.recovery.on_reply(call_id, Failure(0, "unavailable"), there.now)
     there.settle()
-    there.pass_time(1.0)
+    there.pass_time(0.2)
     there.evaluator.tick(there.now)
     there.settle()
     assert asked.reply.unchanged
@@ -380,3 +380,16 @@ def test_who_has_read_nothing_elsewhere_asks_nobody(here, key):
     here.settle()
     assert asked.reply.status == PartStatus.COMMITTED
     assert here.calls == []
+
+
+def test_a_question_waits_no_longer_than_who_asks(there):
+    there.part(1, put(b"n"))
+    there.settle()
+    asked = validate(there, there.clock, READ)
+    there.now += there.evaluator.limits.validate_wait_s + 0.01
+    there.resolve(1, b"n", 0)
+    there.answer(Failure(0, "unavailable"))
+    there.settle()
+    there.pass_time(1.0)
+    there.settle()
+    assert asked.reply.code == "unavailable"
