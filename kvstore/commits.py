@@ -389,7 +389,8 @@ def _error_of(refusal: PrepareReply) -> KVError:
         )
     if reason == FenceReason.TOO_LARGE:
         return TransactionTooLarge(
-            "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range"
+            "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range "
+            "(clear_range deletes any number of rows)"
         )
     if reason in _BLAMELESS:
         return Conflict(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
+RANGE_LOOKED_MAX = 50_000  # by a delete_range, deleted rows included: it is one turn of the node
 
 
 def failed_condition(expects: Sequence[Expect], rows: Rows) -> tuple[bytes, int] | None:
@@ -88,7 +89,9 @@ def _compute_write(
                 final[found] = None
         low, high = keycode.family_span(keycode.LATEST, key, write.value)
         size = 0
-        for row_key, row in rows.scan(low, high):
+        for looked, (row_key, row) in enumerate(rows.scan(low, high)):
+            if looked >= RANGE_LOOKED_MAX:
+                return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
             if row[24]:
                 continue
             final[row_key[1:]] = None
