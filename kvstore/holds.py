@@ -8,8 +8,10 @@ read until it is closed, however long that takes, but for two bounds: a hold cou
 since somebody's forgotten snapshot must not fill every disk; and it ends LEASE_S after its client was last heard of.
 
 Holds are in the memory of the oracle's leader. A new one says "not known" (0) for LEASE_S: nothing is collected before each
-client that lives has told it. A hold that comes too late, or is lost with its client, costs `SnapshotTooOld`, never a wrong
-answer.
+client that lives has told it. The same holds after timestamps have leapt by half of the retention or more: a view that was opened
+a moment ago is old then at once, and not held yet. They leap when a clock that was behind is set, and with the first write after
+an idle time, since reads issue none. A hold that comes too late, or is lost with its client, costs `SnapshotTooOld`, never a
+wrong answer.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ RECKON_S: Final = 0.5  # a hold that has ended is felt so much later
 
 
 class Holds:
-    """Of one oracle. Args: hold_s: how far into the past a hold counts."""
+    """Of one oracle. Args: hold_s: how far into the past a hold counts. retention: in units of timestamps; 0: for ever."""
 
-    def __init__(self, hold_s: float) -> None:
+    def __init__(self, hold_s: float, retention: int = 0) -> None:
         self._hold = int(hold_s * 1000) << TIMESTAMP_SHIFT
+        self._leap_ms = (retention >> TIMESTAMP_SHIFT) / 2
+        self._ahead_ms = float("inf")  # of the last answer: its timestamp, less the time of its node
         self._sessions: dict[int, tuple[int, float]] = {}  # -> oldest timestamp, end of the lease
         self._known_from = float("inf")
         self._lowest = 0
@@ -42,6 +46,7 @@ class Holds:
     def start_term(self, now: float) -> None:
         self._sessions.clear()
         self._known_from, self._reckoned_at = now + LEASE_S, float("-inf")
+        self._ahead_ms = float("inf")
 
     def hold(self, session: int, oldest: int, now: float) -> None:
         """The session's oldest open view is at `oldest`; 0: it has none any more."""
@@ -55,6 +60,11 @@ class Holds:
 
     def floor(self, issued: int, now: float) -> int:
         """Nothing that can be seen from there on is to be collected; 0: not known. issued: the last timestamp."""
+        ahead_ms = (issued >> TIMESTAMP_SHIFT) - now * 1000
+        if self._leap_ms and ahead_ms - self._ahead_ms >= self._leap_ms:
+            reached("timestamps_leapt")
+            self._known_from = max(self._known_from, now + LEASE_S)
+        self._ahead_ms = ahead_ms
         if now < self._known_from:
             return 0
         if now >= self._reckoned_at + RECKON_S:

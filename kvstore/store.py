@@ -168,7 +168,7 @@ class Store:
         self._context = 0
         self._by_start: list[Replica] = []
         self._starts: list[bytes] = []
-        self._oracle_client = OracleClient(self, Holds(snapshot_hold_s))
+        self._oracle_client = OracleClient(self, Holds(snapshot_hold_s, limits.retention))
         self.closer = Closer(self, closed_lag_s)
         self._closing_due = float("-inf")
         self.replica_reads = ReplicaReads(self, self.closer)

@@ -42,6 +42,46 @@ def test_a_new_term_forgets_and_does_not_know_again():
     assert found.floor(ISSUED, now) == 0
 
 
+def leaping(retention_s: float = 600.0) -> tuple[Holds, float]:
+    """One that knows, of a cluster that keeps versions for so long, and the time; the last timestamp is ISSUED."""
+    found = Holds(3600.0, int(retention_s * 1000) << TIMESTAMP_SHIFT)
+    found.start_term(0.0)
+    assert found.floor(ISSUED, LEASE_S) == ISSUED
+    return found, LEASE_S
+
+
+@pytest.mark.parametrize("idle_s", [301, 3600])
+def test_after_timestamps_have_leapt_nothing_is_collected_until_everybody_could_tell(idle_s):
+    """Seed 944: a reader began, a stuck clock was set, and a sweep took what the reader had just begun to read."""
+    found, now = leaping()
+    leapt = ISSUED + (idle_s * 1000 << TIMESTAMP_SHIFT)
+    now += 0.1
+    assert found.floor(leapt, now) == 0
+    found.hold(1, ISSUED, now + 1.5)
+    assert found.floor(leapt, now + LEASE_S - 0.01) == 0
+    assert found.floor(leapt, now + LEASE_S) == ISSUED
+
+
+def test_timestamps_that_move_with_time_or_by_little_do_not_count_as_a_leap():
+    found, now = leaping()
+    issued = ISSUED
+    for step_s, gap_s in ((600.0, 600.0), (299.0, 0.5), (100.0, 500.0), (250.0, 1.0), (0.0, 3600.0)):
+        issued, now = issued + (int(step_s * 1000) << TIMESTAMP_SHIFT), now + gap_s
+        assert found.floor(issued, now) == issued
+
+
+def test_a_leap_from_one_term_to_the_next_is_covered_by_the_term_alone():
+    found, now = leaping()
+    found.start_term(now)
+    assert found.floor(ISSUED + 2 * HOUR, now + LEASE_S) == ISSUED + 2 * HOUR
+
+
+def test_who_keeps_all_versions_knows_no_leaps():
+    found, now = known()
+    assert found.floor(ISSUED, now) == ISSUED
+    assert found.floor(ISSUED + 2 * HOUR, now + RECKON_S) == ISSUED + 2 * HOUR
+
+
 def test_the_oldest_of_all_counts_at_once_and_until_it_is_given_back():
     found, now = known()
     assert found.floor(ISSUED, now) == ISSUED
