@@ -65,7 +65,8 @@ class Oracle:
         if self._serving and self.hi - target > self._window // RENEW_SHARE:
             return 0
         window = self._window >> 6 if chance("oracle_window_small") else self._window
-        self._asked = target + window
+        # Above the old one in any case: what raises nothing is not told as applied, and no other would be asked for.
+        self._asked = max(target + window, self.hi + 1)
         return self._asked
 
     def issue(self, count: int, wall_ms: int, now: float) -> int:

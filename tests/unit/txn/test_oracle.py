@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from replication.probes import choosing
 from txn.oracle import CATCH_UP_RATE, Oracle
 from txn.types import TIMESTAMP_SHIFT
 
@@ -80,6 +81,17 @@ def test_when_the_window_is_used_up_nothing_is_issued_until_the_next_bound():
     assert oracle.issue(1, 0, 0.0) == 0
     oracle.bound_applied(oracle.next_bound(0, 0.0))
     assert oracle.issue(1, 0, 0.0)
+
+
+def test_a_small_window_raises_the_bound_too():
+    """Seed 1322: a bound below the old one was asked for; applied, it raised nothing, and the oracle waited for it for ever."""
+    oracle = led()
+    oracle.issue(1, 2_000, 1.0)
+    with choosing(lambda name: name == "oracle_window_small"):
+        bound = oracle.next_bound(2_000, 1.0)
+    assert bound > oracle.hi
+    oracle.bound_applied(bound)
+    assert oracle.next_bound(2_000, 1.0) > bound
 
 
 def test_a_clock_that_is_far_ahead_is_followed_at_a_bounded_pace():
