@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -123,6 +124,38 @@ def test_the_search_agrees_with_trying_every_order() -> None:
         assert linearizable(history) == expected
         verdicts[expected] += 1
     assert min(verdicts.values()) > 50
+
+
+class Watched(RegisterOp):
+    """Counts how often the search looks at it."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "begin":
+            Watched.looks += 1
+        return super().__getattribute__(name)
+
+
+def test_the_search_through_a_long_history_of_one_key_looks_at_what_is_near_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neighbours overlap, and now and then a write stays unknown: one that was never seen, and one that was."""
+    monkeypatch.setattr(Watched, "looks", 0)
+    rounds = 300
+    history: list[RegisterOp] = []
+    for number in range(rounds):
+        at, value = 100 * number, b"%d" % number
+        history += [put(at, at + 50, value), get(at + 40, at + 110, value)]
+    for number in (10, 150):
+        history.append(unknown(put(100 * number + 60, 0, b"never seen")))
+        history.append(unknown(put(100 * number + 61, 0, b"seen/%d" % number)))
+        history.append(get(100 * number + 70, 100 * number + 90, b"seen/%d" % number))
+    watched = [Watched(**vars(op)) for op in history]
+    assert linearizable(watched)
+    assert Watched.looks < 20 * len(watched)
+    watched.append(Watched(**vars(get(100 * rounds, 100 * rounds + 1, b"0"))))
+    assert not linearizable(watched)
 
 
 def random_history(rng: random.Random) -> list[RegisterOp]:
