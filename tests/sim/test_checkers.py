@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,6 +250,17 @@ def test_without_markers_a_read_of_what_an_unknown_transaction_wrote_is_believed
     assert check_transactions(ZERO, [lost, before], {b"x": b"0"}) == []
     undone = txn(6, 7, 7, {b"x": b"0"})
     assert "read b'x' = b'0'" in check_transactions(ZERO, [lost, before, after, undone])[0]
+
+
+def test_the_version_of_an_acknowledged_transaction_need_not_be_known() -> None:
+    """Its marker tells it; without one, a read of what it wrote is believed."""
+    done, after = txn(1, 2, 0, {}, {b"x": b"1"}), txn(3, 4, 7, {b"x": b"1"})
+    for markers in ({b"t1": 5}, None):
+        history = [replace(done), replace(after)]
+        assert check_transactions(ZERO, history, {b"x": b"1"}, markers) == []
+    assert "is lost" in check_transactions(ZERO, [replace(done)], None, {})[0]
+    stale = txn(3, 4, 7, {b"x": b"0"})
+    assert "read b'x' = b'0'" in check_transactions(ZERO, [done, stale], None, {b"t1": 5})[0]
 
 
 @pytest.mark.parametrize(
