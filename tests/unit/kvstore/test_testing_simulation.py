@@ -19,6 +19,7 @@ import pytest
 from _pytest.outcomes import Skipped
 
 from kvstore import Client, Database
+from kvstore.errors import KVError
 from kvstore.sim.loop import SimError, SimTimeout
 from kvstore.sim.process import PROCESS
 from kvstore.testing import FAULTS, SimCluster, SimulationFailed, seeds, simulate
@@ -224,6 +225,31 @@ def test_a_process_that_fails_unseen_fails_the_test():
 
     with pytest.raises(KeyError, match="unseen"):
         passes()
+
+
+def test_what_starts_side_by_side_has_names_of_its_own_and_is_known():
+    names: list[str] = []
+
+    async def first_fails(own: Database) -> None:
+        names.append("")
+        if len(names) == 1:
+            raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def passes(cluster: SimCluster) -> None:
+        workers = await asyncio.gather(*(cluster.spawn(first_fails) for _ in range(3)))
+        clients = await asyncio.gather(cluster.connect(), cluster.connect())
+        cluster.partition(cluster.nodes)  # from everybody else
+        for client in clients:
+            with pytest.raises(KVError):
+                await client.get(b"k", timeout=1.0)
+        with pytest.raises(ValueError, match="there is a 'mine' already"):
+            await asyncio.gather(cluster.connect("mine"), cluster.connect("mine"))
+        names[:] = [worker.name for worker in workers]
+
+    with pytest.raises(KeyError, match="unseen"):
+        passes()
+    assert names == ["worker1", "worker2", "worker3"]
 
 
 def test_every_fault_has_its_effect_somewhere_and_the_note_tells_of_it():
