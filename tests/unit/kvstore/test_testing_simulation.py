@@ -84,6 +84,8 @@ def test_the_command_line_goes_over_the_environment_and_that_over_the_test(monke
     monkeypatch.setattr(seeds, "command_lines", [Wish(seed=4)])
     assert chosen(3, {"KVORUM_SEED": "9"}) == [4]
     monkeypatch.setattr(seeds, "command_lines", [])
+    with pytest.raises(ValueError, match="no seeds"):
+        chosen((), {"KVORUM_SEEDS": "2"})
     for wrong in ({"KVORUM_SEED": "x"}, {"KVORUM_SEEDS": "0"}):
         with pytest.raises(ValueError, match="seeds|number"):
             chosen(3, wrong)
