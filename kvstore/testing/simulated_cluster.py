@@ -84,6 +84,7 @@ class Run:
 
     seed: int
     clusters: list[SimCluster] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # what failed, while there was no cluster
 
 
 RUN: ContextVar[Run | None] = ContextVar("simulated run", default=None)

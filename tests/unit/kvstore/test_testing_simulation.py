@@ -215,6 +215,15 @@ def test_a_task_that_fails_unseen_fails_the_test():
     with pytest.raises(SimulationFailed, match="unseen"):
         passes()
 
+    @simulate(seeds=1)
+    async def passes_without_a_cluster() -> None:
+        task = asyncio.create_task(broken())
+        await asyncio.sleep(1.0)
+        del task
+
+    with pytest.raises(SimulationFailed, match="unseen"):
+        passes_without_a_cluster()
+
 
 def test_a_process_that_fails_unseen_fails_the_test():
     async def broken(own: Database) -> None:
