@@ -150,6 +150,7 @@ class SimCluster:
         self._workers: dict[str, Worker[Any]] = {}
         self._chaos: list[asyncio.Task[None]] = []
         self._nemeses: list[Nemesis] = []
+        self._waves = 0
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -374,7 +375,9 @@ class SimCluster:
         seconds = min(CHAOS_S, mean_s * CHAOS_FAULTS)
         of_clients = [name for name in kinds if name in CLIENT_FAULTS]
         of_nodes = [name for name in kinds if name not in CLIENT_FAULTS]
-        nemesis = Nemesis(inner, random.Random(draw.getrandbits(64)), self._client_hosts)
+        rng = random.Random(draw.getrandbits(64))
+        nemesis = Nemesis(inner, rng, self._client_hosts, wave=self._waves)
+        self._waves += 1
         self._nemeses.append(nemesis)
         workers: asyncio.Task[None] | None = None
         if of_clients:

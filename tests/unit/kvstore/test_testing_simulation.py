@@ -457,6 +457,22 @@ async def test_chaos_comes_in_waves_and_leaves_everything_running(
     assert await db.get(b"n", timeout=5.0) == b"9"
 
 
+@simulate(seeds=1, faults=False)
+async def test_each_wave_is_another(cluster: SimCluster) -> None:
+    """`mean_s` 1: a wave of ten seconds, and five of peace."""
+
+    def told() -> list[str]:
+        return [line.partition(" s  ")[2] for line in cluster.story() if " fault " in line]
+
+    cluster.begin_chaos(("break",), mean_s=1.0, waves=2)
+    await asyncio.sleep(12.0)
+    first = told()
+    await asyncio.sleep(15.0)
+    second = told()[len(first) :]
+    assert min(len(first), len(second)) > 3
+    assert first[:4] != second[:4]
+
+
 @simulate(seeds=3, faults=False)
 async def test_at_the_end_of_a_wave_every_fault_of_it_ends(
     cluster: SimCluster, db: Database
