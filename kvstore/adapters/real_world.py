@@ -5,7 +5,8 @@ error that says what to use instead; other threads (of a debugger, say) are left
 `os.urandom` (so `uuid4`) draw from the seed, and go on afterwards as if nothing had been.
 
 Clocks are refused to the code under test only: the standard library and installed packages (logging, the test runner)
-may read them. What has been bound before (`from time import time`) and `datetime.now` cannot be seen from here.
+may read them. What has been bound before (`from time import time`), `datetime.now`, and what asks the system for random
+bits by itself (`random.Random()`, `secrets`) cannot be seen from here.
 """
 
 from __future__ import annotations

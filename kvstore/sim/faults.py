@@ -39,7 +39,7 @@ class Fault(NamedTuple):
 
 class Nemesis:
     """Args: rng: draws the kinds and their rate. victims: names of client processes that may be paused or killed, asked
-    for at each use. kept: numbers of the faults that take place; None: all."""
+    for at each use. kept: numbers of the faults that take place; None: all. wave: of one cluster each has its own draws."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Nemesis:
         victims: Callable[[], list[str]] = list,
         on_client_crash: Callable[[str], None] = lambda _name: None,
         kept: frozenset[int] | None = None,
+        wave: int = 0,
     ) -> None:
         self.counts: dict[str, int] = {}
         self.happened: dict[int, Fault] = {}  # by number, in their order
@@ -61,7 +62,8 @@ class Nemesis:
         shares = {name: RARE_SHARE if name in RARE else SHARE for name in KINDS}
         self.kinds = [name for name, share in shares.items() if rng.random() < share]
         self._kept = kept
-        self._times = random.Random(f"{cluster.seed}/faults")
+        self._seed = f"{cluster.seed}/wave {wave}" if wave else cluster.seed
+        self._times = random.Random(f"{self._seed}/faults")
         self._tasks: list[asyncio.Task[None]] = []
         self.flushes: list[asyncio.Task[None]] = []  # kept until the end
         self._over = False
@@ -94,7 +96,7 @@ class Nemesis:
 
     def inflict(self, number: int, name: str) -> None:
         """Do this one now. It may find nothing to do: then it leaves no trace."""
-        rng = random.Random(f"{self.cluster.seed}/fault/{number}")
+        rng = random.Random(f"{self._seed}/fault/{number}")
         KINDS[name](Kinds(self, rng, number, name))
 
     async def heal(self) -> None:

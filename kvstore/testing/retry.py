@@ -165,7 +165,9 @@ class InjectedDatabase(Database):
 
     def begin(self, options: TransactionOptions, age: int = 0) -> Transaction:
         router = self._started_router()
-        tx = _Transaction(router, self._committer, self._timeout_s, options, age=age)
+        tx = _Transaction(
+            router, self._committer, self._timeout_s, options, age=age, views=self._views
+        )
         tx.faults = self._faults
         return tx
 

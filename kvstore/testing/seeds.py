@@ -30,13 +30,15 @@ command_lines: list[Wish] = []  # of the pytest runs in this process; the last o
 def chosen(seeds: int | Sequence[int], environment: Mapping[str, str] = os.environ) -> list[int]:
     """The seeds to play, in order. Args: seeds: what the test says: 1 to so many, or exactly these.
 
-    Raises: ValueError for what is no number, or not from 1 to SEEDS_MAX.
+    Raises: ValueError for what is no number, or not from 1 to SEEDS_MAX, or for no seeds at all.
     """
     line = command_lines[-1] if command_lines else Wish()
     one = line.seed if line.seed is not None else _number(environment, ONE_VARIABLE)
     if one is not None:
         return [one]
     if not isinstance(seeds, int):
+        if not seeds:
+            raise ValueError("a test that plays no seeds would pass whatever it does")
         return list(seeds)
     many = line.seeds if line.seeds is not None else _number(environment, MANY_VARIABLE)
     count = seeds if many is None else many

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import bisect
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -84,6 +84,7 @@ class Run:
 
     seed: int
     clusters: list[SimCluster] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # what failed, while there was no cluster
 
 
 RUN: ContextVar[Run | None] = ContextVar("simulated run", default=None)
@@ -145,9 +146,11 @@ class SimCluster:
         self._inner: internal.SimCluster | None = None
         self._story: Story | None = None
         self._names: dict[str, str] = {}  # of clients: as users call them -> as the network does
+        self._taken: dict[str, None] = {}  # names of these, and of those that are starting
         self._workers: dict[str, Worker[Any]] = {}
         self._chaos: list[asyncio.Task[None]] = []
         self._nemeses: list[Nemesis] = []
+        self._waves = 0
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -226,11 +229,12 @@ class SimCluster:
 
         Args: timeout_s: of each of its calls, virtual; the cluster's if None.
         """
-        name = self._new_name(name or f"client{len(self._names) + 1}")
-        client = await self._cluster().client(
-            name, timeout_s or self._call_timeout_s, process=PROCESS.get()
-        )
-        self._names[name] = client.name
+        inner = self._cluster()
+        with self._new_name(name, "client", len(self._names)) as own:
+            client = await inner.client(
+                own, timeout_s or self._call_timeout_s, process=PROCESS.get()
+            )
+        self._names[own] = client.name
         return client.database
 
     async def spawn(
@@ -243,20 +247,30 @@ class SimCluster:
         """Run `await work(db)` as a process of its own, with a client of its own. It may be killed and paused by name, and
         is by the random faults client_crash and client_pause: then it stops at whatever it awaits, without `finally`.
         """
-        name = self._new_name(name or f"worker{len(self._workers) + 1}")
         inner = self._cluster()
-        client = await self._as_world(inner.client(name, timeout_s or self._call_timeout_s))
-        self._names[name] = client.name
+        with self._new_name(name, "worker", len(self._workers)) as own:
+            client = await self._as_world(inner.client(own, timeout_s or self._call_timeout_s))
+        self._names[own] = client.name
         running = client.process.call(work(client.database))
         task: asyncio.Task[T] = outside(inner.loop.create_task, running)
         outside(task.add_done_callback, _looked_at)
-        worker = self._workers[name] = Worker(name, client.process, task)
+        worker = self._workers[own] = Worker(own, client.process, task)
         return worker
 
-    def _new_name(self, name: str) -> str:
-        if name in self._names or name in self._cluster().servers:
+    @contextmanager
+    def _new_name(self, name: str, kind: str, count: int) -> Iterator[str]:
+        """This name, or the next free one of its kind. It is taken at once, since others may start side by side."""
+        while not name:
+            count += 1
+            name = "" if f"{kind}{count}" in self._taken else f"{kind}{count}"
+        if name in self._taken or name in self._cluster().servers:
             raise ValueError(f"there is a {name!r} already")
-        return name
+        self._taken[name] = None
+        try:
+            yield name
+        except BaseException:  # its owner has not come to be
+            del self._taken[name]
+            raise
 
     # --- faults by name ---------------------------------------------------------------------------
 
@@ -361,7 +375,9 @@ class SimCluster:
         seconds = min(CHAOS_S, mean_s * CHAOS_FAULTS)
         of_clients = [name for name in kinds if name in CLIENT_FAULTS]
         of_nodes = [name for name in kinds if name not in CLIENT_FAULTS]
-        nemesis = Nemesis(inner, random.Random(draw.getrandbits(64)), self._client_hosts)
+        rng = random.Random(draw.getrandbits(64))
+        nemesis = Nemesis(inner, rng, self._client_hosts, wave=self._waves)
+        self._waves += 1
         self._nemeses.append(nemesis)
         workers: asyncio.Task[None] | None = None
         if of_clients:

@@ -17,6 +17,7 @@ import functools
 import gc
 import inspect
 import logging
+import traceback
 import unittest
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,10 @@ async def _played(
     run: Run, options: Options, ours: list[str], test: Test, args: Any, kwargs: Any
 ) -> None:
     RUN.set(run)
+    # a cluster has a handler of its own
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _loop, found: _failed_unseen(run, found)
+    )
     process = Process(TEST)
     given = dict(kwargs)
     cluster: SimCluster | None = None
@@ -203,7 +208,17 @@ async def _played(
         asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
 
+def _failed_unseen(run: Run, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    text = f"{context.get('message')}: {error!r}"
+    if error is not None:
+        text += "\n" + "".join(traceback.format_exception(error))
+    run.unseen.append(text)
+
+
 def _judge(run: Run) -> None:
+    if run.unseen:
+        raise SimulationFailed("the test passed, but\n" + "\n".join(run.unseen))
     for cluster in run.clusters:
         for failure in cluster.failures():
             failure.add_note(
@@ -223,6 +238,7 @@ def _note(run: Run) -> str:
         f"Kvorum: seed {run.seed} fails. To play it again, alone:",
         f"    {wishes.replay_line(run.seed)}",
     ]
+    lines += [f"Besides: {text}" for text in run.unseen]
     for cluster in run.clusters:
         story = cluster.story()
         lines.append(

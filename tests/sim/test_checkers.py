@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -125,6 +127,38 @@ def test_the_search_agrees_with_trying_every_order() -> None:
     assert min(verdicts.values()) > 50
 
 
+class Watched(RegisterOp):
+    """Counts how often the search looks at it."""
+
+    looks = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "begin":
+            Watched.looks += 1
+        return super().__getattribute__(name)
+
+
+def test_the_search_through_a_long_history_of_one_key_looks_at_what_is_near_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neighbours overlap, and now and then a write stays unknown: one that was never seen, and one that was."""
+    monkeypatch.setattr(Watched, "looks", 0)
+    rounds = 300
+    history: list[RegisterOp] = []
+    for number in range(rounds):
+        at, value = 100 * number, b"%d" % number
+        history += [put(at, at + 50, value), get(at + 40, at + 110, value)]
+    for number in (10, 150):
+        history.append(unknown(put(100 * number + 60, 0, b"never seen")))
+        history.append(unknown(put(100 * number + 61, 0, b"seen/%d" % number)))
+        history.append(get(100 * number + 70, 100 * number + 90, b"seen/%d" % number))
+    watched = [Watched(**vars(op)) for op in history]
+    assert linearizable(watched)
+    assert Watched.looks < 20 * len(watched)
+    watched.append(Watched(**vars(get(100 * rounds, 100 * rounds + 1, b"0"))))
+    assert not linearizable(watched)
+
+
 def random_history(rng: random.Random) -> list[RegisterOp]:
     instants = list(range(10))
     rng.shuffle(instants)
@@ -216,6 +250,17 @@ def test_without_markers_a_read_of_what_an_unknown_transaction_wrote_is_believed
     assert check_transactions(ZERO, [lost, before], {b"x": b"0"}) == []
     undone = txn(6, 7, 7, {b"x": b"0"})
     assert "read b'x' = b'0'" in check_transactions(ZERO, [lost, before, after, undone])[0]
+
+
+def test_the_version_of_an_acknowledged_transaction_need_not_be_known() -> None:
+    """Its marker tells it; without one, a read of what it wrote is believed."""
+    done, after = txn(1, 2, 0, {}, {b"x": b"1"}), txn(3, 4, 7, {b"x": b"1"})
+    for markers in ({b"t1": 5}, None):
+        history = [replace(done), replace(after)]
+        assert check_transactions(ZERO, history, {b"x": b"1"}, markers) == []
+    assert "is lost" in check_transactions(ZERO, [replace(done)], None, {})[0]
+    stale = txn(3, 4, 7, {b"x": b"0"})
+    assert "read b'x' = b'0'" in check_transactions(ZERO, [done, stale], None, {b"t1": 5})[0]
 
 
 @pytest.mark.parametrize(

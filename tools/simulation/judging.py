@@ -14,8 +14,8 @@ from typing import Final, TextIO
 
 from kvstore.sim.scenario import Options, Result, run
 
-CODE: Final = (
-    r"([A-Z][A-Za-z]*[0-9]*[a-z]?(?:-[a-z]+)*|hang|died):"  # V2:, G1c:, G-single:, SimDeadlock:
+CODE: Final = (  # V2:, G1c:, G-single:, SimDeadlock:, lost-append:
+    r"([A-Z][A-Za-z]*[0-9]*[a-z]?(?:-[a-z]+)*|[a-z]+(?:-[a-z]+)+|internal|hang|died):"
 )
 CODED: Final = re.compile(CODE)
 ASSERTED: Final = re.compile(rf"\bAssertionError\(['\"]{CODE}")

@@ -131,6 +131,9 @@ def _take_reads(facts: Facts, number: int) -> None:
             if before < 0 or value[before:] != mine:
                 why = f"{label(number)} appended {shown(mine)} to {quoted(key)} and then read {shown(value)}"
                 facts.report("internal", key, why, number)
+            elif twice := [each for each in mine if each in value[:before]]:
+                why = f"{label(number)} read {quoted(key)} as {shown(value)}, with {twice[0]} more than once"
+                facts.report("duplicate-elements", key, why, number)
             else:
                 found = value[:before] if mine else value
                 facts.reads.setdefault(key, []).append(Read(number, found))

@@ -9,8 +9,8 @@ Unknown operations may have happened at any time after their begin, or never; fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 from kvstore.testing.checkers.anomaly import MISTAKES_MAX
 from kvstore.testing.history import FOREVER, Outcome, RegisterOp
@@ -36,26 +36,34 @@ def check_registers(ops: Iterable[RegisterOp]) -> list[str]:
     return wrong[:MISTAKES_MAX]
 
 
+class _Place(NamedTuple):
+    """How far a search has come. All sure operations before `first` are done: so a place is as small as what overlaps is
+    wide, however long the history.
+    """
+
+    first: int
+    done: int  # bits: sure operations from `first` on
+    taken: int  # bits: unknown operations that have happened
+    value: bytes | None
+
+
 def linearizable(ops: Sequence[RegisterOp], initial: bytes | None = None) -> bool:
     """Whether one register explains these operations (all of one key). Raises: CheckTooLong."""
-    useful = [op for op in ops if _counts(op)]
-    useful.sort(key=lambda op: op.begin)
-    must = 0
-    for number, op in enumerate(useful):
-        if op.outcome is Outcome.OK:
-            must |= 1 << number
-    seen: set[tuple[int, bytes | None]] = set()
-    stack: list[tuple[int, bytes | None]] = [(0, initial)]
+    useful = sorted((op for op in ops if _counts(op)), key=lambda op: op.begin)
+    sure = [op for op in useful if op.outcome is Outcome.OK]
+    unsure = [op for op in useful if op.outcome is not Outcome.OK]
+    seen: set[_Place] = set()
+    stack = [_Place(0, 0, 0, initial)]
     while stack:
-        done, value = stack.pop()
-        if done & must == must:
+        place = stack.pop()
+        if place.first == len(sure):
             return True
-        if (done, value) in seen:
+        if place in seen:
             continue
-        seen.add((done, value))
+        seen.add(place)
         if len(seen) > CONFIGURATIONS_MAX:
             raise CheckTooLong(f"more than {CONFIGURATIONS_MAX} configurations")
-        stack.extend(_steps(useful, done, value))
+        stack.extend(_steps(sure, unsure, place))
     return False
 
 
@@ -66,28 +74,39 @@ def _counts(op: RegisterOp) -> bool:
 
 
 def _steps(
-    ops: Sequence[RegisterOp], done: int, value: bytes | None
-) -> list[tuple[int, bytes | None]]:
-    """Every operation that may come next: begun before any other that is not done has ended."""
+    sure: Sequence[RegisterOp], unsure: Sequence[RegisterOp], place: _Place
+) -> Iterator[_Place]:
+    """Every operation that may come next: begun before any sure one that is not done has ended. The first to end is last."""
+    first, done, taken, value = place
     first_end = FOREVER + 1
-    steps = []
-    for number, op in enumerate(ops):
-        if done >> number & 1:
-            continue
+    waiting: list[int] = []
+    for number in range(first, len(sure)):
+        op = sure[number]
         if op.begin > first_end:
             break
-        if op.outcome is Outcome.OK and op.end < first_end:
-            first_end = op.end
-    for number, op in enumerate(ops):
+        if not done >> number - first & 1:
+            waiting.append(number)
+            first_end = min(first_end, op.end)
+    for number, op in enumerate(unsure):
         if op.begin > first_end:
             break
-        if done >> number & 1:
-            continue
-        after = _apply(op, value)
+        if not taken >> number & 1:
+            after = _apply(op, value)
+            if after is not None:
+                yield _Place(first, done, taken | 1 << number, after[0])
+    waiting.sort(key=lambda number: sure[number].end, reverse=True)
+    for number in waiting:
+        op = sure[number]
+        after = _apply(op, value) if op.begin <= first_end else None
         if after is not None:
-            steps.append((done | 1 << number, after[0]))
-    steps.sort(key=lambda step: ops[(step[0] & ~done).bit_length() - 1].end, reverse=True)
-    return steps
+            yield _Place(*_with(first, done, number), taken, after[0])
+
+
+def _with(first: int, done: int, number: int) -> tuple[int, int]:
+    """(first, done) once this sure operation is done, too."""
+    done |= 1 << number - first
+    settled = (done ^ done + 1).bit_length() - 1  # ones at its end
+    return first + settled, done >> settled
 
 
 def _apply(op: RegisterOp, value: bytes | None) -> tuple[bytes | None] | None:

@@ -2,7 +2,8 @@
 
 Every read must be what the replay has, and the order must respect real time: strict serializability, complete for what
 the versions claim, in O(n log n). Markers (a row that each transaction writes for itself) decide unknown outcomes.
-Without markers an unknown transaction may have happened or not: a read of what it wrote is believed.
+Without markers an unknown transaction may have happened or not: a read of what it wrote is believed. So is one of what a
+transaction wrote that was acknowledged, and whose version is not known (0).
 Each check returns what is wrong, in words; an empty list means that nothing was found.
 """
 
@@ -22,7 +23,7 @@ def check_transactions(
 ) -> list[str]:
     """Replay by version.
 
-    Without markers, a read of a value that an unknown transaction wrote is believed.
+    Without markers, a read of a value is believed that a transaction wrote whose version or outcome is unknown.
 
     Args: markers: name -> version of every transaction whose own row was found at the end (None: none was looked for);
     it decides unknown outcomes, and must agree with the known ones. final: the values found at the end.
@@ -71,7 +72,7 @@ def _version_of(op: TxnOp, markers: Mapping[bytes, int] | None, wrong: list[str]
     found = markers.get(op.name, 0)
     if op.outcome is Outcome.OK and not found:
         wrong.append(f"{op.name!r} was acknowledged at {op.version} and is lost")
-    elif op.outcome is Outcome.OK and found != op.version:
+    elif op.outcome is Outcome.OK and op.version and found != op.version:
         wrong.append(f"{op.name!r} was acknowledged at {op.version} and stands at {found}")
     elif op.outcome is Outcome.FAILED and found:
         wrong.append(f"{op.name!r} failed ({op.error}) and stands at {found}")
@@ -79,10 +80,10 @@ def _version_of(op: TxnOp, markers: Mapping[bytes, int] | None, wrong: list[str]
 
 
 def _undecided(ops: Iterable[TxnOp]) -> dict[bytes, list[bytes | None]]:
-    """By key, what unknown transactions may have written."""
+    """By key, what transactions have or may have written of which nobody knows when."""
     maybe: dict[bytes, list[bytes | None]] = {}
     for op in ops:
-        if op.outcome is Outcome.UNKNOWN:
+        if op.outcome is Outcome.UNKNOWN or (op.outcome is Outcome.OK and not op.version):
             for key, value in op.writes.items():
                 maybe.setdefault(key, []).append(value)
     return maybe

@@ -125,6 +125,18 @@ def test_one_seed_injects_the_same():
     assert injected(1) == injected(1) != injected(2)
 
 
+def test_its_transactions_keep_what_they_read_as_others_do():
+    """While one is open, the oracle is told not to let its snapshot go (kvstore/open_views.py)."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with inject_retry_errors(db, 0.0).transaction() as tx:
+            await tx.get(b"n")
+            assert len(db._views) == 1
+        assert len(db._views) == 0
+
+    simulate(test)
+
+
 def test_it_wraps_open_clients_only_and_refuses_what_makes_no_sense():
     async def test(cluster: FakeCluster, db: Database) -> None:
         for wrong in ({"rate": 1.5}, {"rate": -0.1}, {"points": ["nowhere"]}, {"in_a_row": 0}):

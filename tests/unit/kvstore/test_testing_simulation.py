@@ -19,6 +19,7 @@ import pytest
 from _pytest.outcomes import Skipped
 
 from kvstore import Client, Database
+from kvstore.errors import KVError
 from kvstore.sim.loop import SimError, SimTimeout
 from kvstore.sim.process import PROCESS
 from kvstore.testing import FAULTS, SimCluster, SimulationFailed, seeds, simulate
@@ -83,6 +84,8 @@ def test_the_command_line_goes_over_the_environment_and_that_over_the_test(monke
     monkeypatch.setattr(seeds, "command_lines", [Wish(seed=4)])
     assert chosen(3, {"KVORUM_SEED": "9"}) == [4]
     monkeypatch.setattr(seeds, "command_lines", [])
+    with pytest.raises(ValueError, match="no seeds"):
+        chosen((), {"KVORUM_SEEDS": "2"})
     for wrong in ({"KVORUM_SEED": "x"}, {"KVORUM_SEEDS": "0"}):
         with pytest.raises(ValueError, match="seeds|number"):
             chosen(3, wrong)
@@ -212,6 +215,15 @@ def test_a_task_that_fails_unseen_fails_the_test():
     with pytest.raises(SimulationFailed, match="unseen"):
         passes()
 
+    @simulate(seeds=1)
+    async def passes_without_a_cluster() -> None:
+        task = asyncio.create_task(broken())
+        await asyncio.sleep(1.0)
+        del task
+
+    with pytest.raises(SimulationFailed, match="unseen"):
+        passes_without_a_cluster()
+
 
 def test_a_process_that_fails_unseen_fails_the_test():
     async def broken(own: Database) -> None:
@@ -224,6 +236,31 @@ def test_a_process_that_fails_unseen_fails_the_test():
 
     with pytest.raises(KeyError, match="unseen"):
         passes()
+
+
+def test_what_starts_side_by_side_has_names_of_its_own_and_is_known():
+    names: list[str] = []
+
+    async def first_fails(own: Database) -> None:
+        names.append("")
+        if len(names) == 1:
+            raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def passes(cluster: SimCluster) -> None:
+        workers = await asyncio.gather(*(cluster.spawn(first_fails) for _ in range(3)))
+        clients = await asyncio.gather(cluster.connect(), cluster.connect())
+        cluster.partition(cluster.nodes)  # from everybody else
+        for client in clients:
+            with pytest.raises(KVError):
+                await client.get(b"k", timeout=1.0)
+        with pytest.raises(ValueError, match="there is a 'mine' already"):
+            await asyncio.gather(cluster.connect("mine"), cluster.connect("mine"))
+        names[:] = [worker.name for worker in workers]
+
+    with pytest.raises(KeyError, match="unseen"):
+        passes()
+    assert names == ["worker1", "worker2", "worker3"]
 
 
 def test_every_fault_has_its_effect_somewhere_and_the_note_tells_of_it():
@@ -418,6 +455,22 @@ async def test_chaos_comes_in_waves_and_leaves_everything_running(
     assert cluster.running == cluster.nodes
     assert any("crash" in line for line in cluster.story())
     assert await db.get(b"n", timeout=5.0) == b"9"
+
+
+@simulate(seeds=1, faults=False)
+async def test_each_wave_is_another(cluster: SimCluster) -> None:
+    """`mean_s` 1: a wave of ten seconds, and five of peace."""
+
+    def told() -> list[str]:
+        return [line.partition(" s  ")[2] for line in cluster.story() if " fault " in line]
+
+    cluster.begin_chaos(("break",), mean_s=1.0, waves=2)
+    await asyncio.sleep(12.0)
+    first = told()
+    await asyncio.sleep(15.0)
+    second = told()[len(first) :]
+    assert min(len(first), len(second)) > 3
+    assert first[:4] != second[:4]
 
 
 @simulate(seeds=3, faults=False)

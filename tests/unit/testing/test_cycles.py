@@ -132,6 +132,11 @@ LISTS = [  # name, bad, repaired. A line: client begin..end steps; "?" after the
         ["a 1..2 append x 1", "b 3..4 r x 1"],
     ),
     (
+        "duplicate-elements",  # of the reader's own
+        ["a 1..2 append x 1; r x 1,1"],
+        ["a 1..2 append x 1; r x 1"],
+    ),
+    (
         "incompatible-order",
         ["a 1..9 append x 1", "b 1..9 append x 2", "c 1..9 r x 1,2", "d 1..9 r x 2,1"],
         ["a 1..9 append x 1", "b 1..9 append x 2", "c 1..9 r x 1,2", "d 1..9 r x 1"],
