@@ -222,6 +222,22 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
     simulate(test)
 
 
+class Text(bytes):
+    """As numpy's bytes_: it is bytes, and a message cannot hold it."""
+
+
+def test_an_argument_that_no_message_can_hold_takes_no_other_call_along():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        odd, plain = await asyncio.gather(
+            db.put(b"k", Text(b"v")), db.put(b"a", b"1"), return_exceptions=True
+        )
+        assert isinstance(odd, InvalidArgument)
+        assert isinstance(plain, int)
+        assert await db.get(b"a") == b"1"
+
+    simulate(test)
+
+
 def test_a_batch_beyond_the_limits_is_refused_before_anything_is_sent():
     async def test(cluster: FakeCluster, db: Database) -> None:
         megabyte = bytes(limits.VALUE_BYTES_MAX)
