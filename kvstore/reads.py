@@ -330,8 +330,8 @@ class SpanPages:
         self._view = view
         self._start = start
         self._end = end
-        self._reverse = reverse
-        self._keys_only = keys_only
+        self._reverse = bool(reverse)  # nodes take no number for it
+        self._keys_only = bool(keys_only)
         self._left = rows_max
         self._page_rows = PAGE_ROWS_FIRST
 

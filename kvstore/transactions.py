@@ -260,7 +260,7 @@ class Transaction(BufferedWrites):
             self._begin_locks(await self._committer.begin_ts(self._until()))
         try:
             for key in sorted(wanted):
-                await self._locks.lock(key, shared, until)
+                await self._locks.lock(key, bool(shared), until)
         except (Deadlock, LockTimeout) as error:
             self._end()
             self._ended_by = error

@@ -238,6 +238,26 @@ def test_an_argument_that_no_message_can_hold_takes_no_other_call_along():
     simulate(test)
 
 
+class Seconds(float):
+    """As numpy's float64."""
+
+
+def test_arguments_of_nearly_the_right_type_are_understood_or_refused_and_end_no_connection():
+    async def test(cluster: FakeCluster, database: Database) -> None:
+        db: Any = database
+        cluster.seed(a=b"1", b=b"2")
+        for priority in ("high", 1.5, True, 1 << 63):
+            with pytest.raises(InvalidArgument):
+                db.transaction(priority=priority)
+        assert await db.scan(reverse=1, keys_only=1).to_list() == [(b"b", b""), (b"a", b"")]
+        async with db.transaction(timeout=Seconds(3.0)) as tx:
+            assert await tx.scan(reverse=1).to_list() == [(b"b", b"2"), (b"a", b"1")]
+            assert await tx.get_for_update(b"a", shared=1, timeout=Seconds(1.0)) == b"1"
+        assert not any(pipe.closed for pipe in cluster.network.pipes)
+
+    simulate(test)
+
+
 def test_a_batch_beyond_the_limits_is_refused_before_anything_is_sent():
     async def test(cluster: FakeCluster, db: Database) -> None:
         megabyte = bytes(limits.VALUE_BYTES_MAX)
