@@ -335,7 +335,11 @@ class Transaction(BufferedWrites):
 
         Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
         """
-        self._require_open()
+        try:
+            self._require_open()
+        except TransactionTooOld:
+            self._end()
+            raise
         if self._result_due:
             raise InvalidArgument("run commits by itself, with the result: its function must not")
         if not self._buffer and not self._locks.found:
@@ -456,7 +460,8 @@ class Transaction(BufferedWrites):
         if self._stage is not Stage.OPEN:
             raise TransactionClosed(f"the transaction is {self._stage.value}")
         if self._router.monotonic() - self._begun_at > limits.TXN_AGE_S_MAX:
-            self._end()
+            # it stays open, so that the end of its block says so again; and nothing may be sent here: the blocking
+            # client writes on its caller's thread
             raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
 
     async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:

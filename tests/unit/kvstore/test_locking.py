@@ -7,8 +7,9 @@ import contextlib
 
 import pytest
 
+from kvstore import limits
 from kvstore.client import Database
-from kvstore.errors import LockTimeout, TransactionClosed
+from kvstore.errors import LockTimeout, TransactionClosed, TransactionTooOld
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import LockPending, LockRead, Prepare, ReadReply, Unlock
 
@@ -54,6 +55,40 @@ def test_writes_of_a_transaction_that_a_lock_has_ended_are_not_lost_in_silence(w
         else:
             await skip_if_busy()
         assert cluster.of(Prepare) == []
+
+    simulate(test)
+
+
+def test_writes_of_a_transaction_that_is_too_old_are_not_lost_in_silence():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        with pytest.raises(TransactionTooOld):  # noqa: PT012 - the end of the block is what raises
+            async with db.transaction() as tx:
+                tx.put(b"a", b"1")
+                await asyncio.sleep(limits.TXN_AGE_S_MAX + 1)
+                with contextlib.suppress(TransactionTooOld):
+                    await tx.get(b"b")
+        with pytest.raises(TransactionClosed):
+            tx.put(b"a", b"2")
+        assert cluster.of(Prepare) == []
+
+    simulate(test)
+
+
+def test_a_buffered_write_of_one_that_is_too_old_gives_no_lock_back_on_whatever_thread_it_is():
+    """The blocking client writes on its caller's thread, where nothing may be sent."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.transaction() as tx:
+            await tx.get_for_update(b"a")
+            tx._begun_at -= limits.TXN_AGE_S_MAX  # before the timer of the locks comes
+            await asyncio.sleep(0.1)
+            with pytest.raises(TransactionTooOld):
+                tx.put(b"a", b"1")
+            await asyncio.sleep(0.1)
+            assert cluster.of(Unlock) == []
+            await tx.rollback()
+        await asyncio.sleep(0.1)
+        assert [each.key for each in cluster.of(Unlock)] == [b"a"]
 
     simulate(test)
 
