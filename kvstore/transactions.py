@@ -535,10 +535,13 @@ def validate_keys(keys: Iterable[bytes]) -> list[bytes]:
     """Each once, in order. Raises: InvalidArgument, KeyTooLarge."""
     if isinstance(keys, bytes | str):
         raise InvalidArgument("keys must be several")
-    wanted = list(dict.fromkeys(keys))
-    for key in wanted:
-        limits.validate_key(key)
-    return wanted
+    wanted: dict[bytes, None] = {}
+    for key in keys:
+        limits.validate_key(
+            key
+        )  # first: a bytearray cannot be looked up, a memoryview is taken for its bytes
+        wanted[key] = None
+    return list(wanted)
 
 
 def present(keys: list[bytes], found: dict[bytes, Found]) -> dict[bytes, bytes]:

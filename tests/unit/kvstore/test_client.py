@@ -194,6 +194,8 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             (InvalidArgument, lambda: db.get(b"")),
             (InvalidArgument, lambda: db.get_many([b"k", b""])),
             (InvalidArgument, lambda: db.get_many(b"keys")),
+            (InvalidArgument, lambda: db.get_many([b"k", bytearray(b"k")])),
+            (InvalidArgument, lambda: db.get_many([b"k", memoryview(b"k")])),
             (KeyTooLarge, lambda: db.delete(long_key)),
             (InvalidArgument, lambda: db.increment(b"k", 1 << 63)),
             (InvalidArgument, lambda: db.increment(b"k", 1.5)),
