@@ -558,6 +558,7 @@ def decode_token(token: str) -> tuple[bytes, bytes]:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         raise InvalidArgument("that is not a transaction's id") from error
-    if not TXN_ID_BYTES < len(raw) <= TXN_ID_BYTES + limits.KEY_BYTES_MAX:
+    # the start of a delete_range may be the anchor
+    if not TXN_ID_BYTES < len(raw) <= TXN_ID_BYTES + limits.BOUND_BYTES_MAX:
         raise InvalidArgument("that is not a transaction's id")
     return raw[:TXN_ID_BYTES], raw[TXN_ID_BYTES:]

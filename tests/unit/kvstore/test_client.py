@@ -23,6 +23,7 @@ from kvstore.errors import (
     Unavailable,
     ValueTooLarge,
 )
+from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     Ack,
@@ -356,6 +357,16 @@ def test_a_write_that_was_never_sent_is_simply_unavailable():
         await asyncio.sleep(0.01)
         with pytest.raises(Unavailable):
             await db.put(b"k", b"v", timeout=0.5)
+
+    simulate(test)
+
+
+def test_the_id_of_a_transaction_that_first_deletes_from_behind_the_longest_key_can_be_asked_for():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.transaction() as tx:
+            tx.delete_range(b"k" * limits.KEY_BYTES_MAX + b"\x00", b"l")
+            token = tx.id
+        assert await db.outcome(token) == Committed(tx.commit_version or 0)
 
     simulate(test)
 
