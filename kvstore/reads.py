@@ -344,6 +344,10 @@ class SpanPages:
         """No more than this many rows are wanted from here on (0: all)."""
         self._left = rows_max
 
+    def at_once(self, rows: int) -> None:
+        """So many rows, if a message holds them, with the first page already."""
+        self._page_rows = rows
+
     async def next(self) -> Page:
         view = self._view
         if self._start >= self._end:
