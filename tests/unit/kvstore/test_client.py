@@ -23,7 +23,7 @@ from kvstore.errors import (
     Unavailable,
     ValueTooLarge,
 )
-from kvstore.transactions import Committed
+from kvstore.transactions import Committed, encode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     Ack,
@@ -89,6 +89,19 @@ def test_begin_ts_is_what_was_seen_within_a_second_and_else_asked_for():
         cluster.ts += 100
         await db.put(b"k", b"3")
         assert len(cluster.of(GetTimestamps)) == asked + 1
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) == cluster.ts - 1
+
+    simulate(test)
+
+
+def test_begin_ts_is_not_that_of_an_old_outcome():
+    """Below the outcome horizon soon: what began there cannot be told from what is forgotten."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        token = encode_token(b"\x00" * 16, b"k")
+        cluster.records[b"\x00" * 16] = TxnStatus.COMMITTED, 7 << 18
+        assert await db.outcome(token) == Committed(7 << 18)
+        await db.put(b"k", b"v")
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) == cluster.ts - 1
 
     simulate(test)
