@@ -489,6 +489,7 @@ class Transaction(BufferedWrites):
             found = await self._view.read(left) if left else {}
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._require_open()  # still: else nothing guards what was read
         self._lay_over(asked, left, found, values)
         return values
 
@@ -498,6 +499,7 @@ class Transaction(BufferedWrites):
             found = await self._view.get(key)
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._require_open()  # still: else nothing guards what was read
         if self._buffer or self._locks.found:  # by another task, meanwhile
             values: dict[bytes, bytes | None] = {}
             self._lay_over([key], [key], {key: found}, values)

@@ -10,8 +10,9 @@ import pytest
 from kvstore import limits
 from kvstore.client import Database
 from kvstore.errors import LockTimeout, TransactionClosed, TransactionTooOld
+from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import LockPending, LockRead, Prepare, ReadReply, Unlock
+from txn.messages import LockPending, LockRead, Prepare, Read, ReadReply, Scan, Unlock
 
 
 def test_who_goes_on_locking_beside_a_transaction_that_has_ended_locks_nothing_more():
@@ -104,5 +105,29 @@ def test_a_transaction_that_ends_before_its_first_lock_takes_none():
             await task
         assert not cluster.of(LockRead)
         assert len(db._committer.keeper) == 0
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("kind", ["get", "get_many", "scan"])
+def test_a_read_that_is_answered_after_the_commit_raises_for_nothing_guards_it(kind: str):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def held(tx: Transaction) -> None:
+            if kind == "get":
+                await tx.get(b"b")
+            elif kind == "get_many":
+                await tx.get_many([b"b", b"c"])
+            else:
+                await tx.scan().to_list()
+
+        cluster.fault(Read, lambda *_: None, where=lambda request: request.keys != [b"a"])
+        cluster.fault(Scan, lambda *_: None)  # no answer, before the client asks again
+        async with db.transaction() as tx:
+            await tx.get(b"a")
+            task = asyncio.create_task(held(tx))
+            await asyncio.sleep(0.01)
+            tx.put(b"a", b"1")
+        with pytest.raises(TransactionClosed):
+            await task
 
     simulate(test)
