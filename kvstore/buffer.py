@@ -196,13 +196,13 @@ class WriteBuffer:
         start = start or b"\x00"  # the least key that there can be
         if start >= end:
             return
+        self._clear(start, end)  # first: it may refuse, and nothing has happened then
         if not self.anchor_key:
             self.anchor_key = start
         anchored = self.anchor_key in self.points
         for key in self._between(start, end):
             self._forget(key, self.points.pop(key))
             self._order = None
-        self._clear(start, end)
         if anchored and start <= self.anchor_key < end:  # B2
             self._set(self.anchor_key, Point(WriteKind.DELETE))
 

@@ -24,6 +24,7 @@ async def clearing(db: Database, low: bytes, high: bytes) -> AsyncIterator[tuple
         pages = db.snapshot().view.pages(
             low, high, reverse=False, keys_only=True, rows_max=PAGE_ROWS
         )
+        pages.at_once(PAGE_ROWS)
         page = await pages.next()
         if page.rows:
             try:

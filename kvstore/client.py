@@ -387,6 +387,8 @@ class Database(DatabaseReads, AtomicCalls):
 
     def begin(self, options: TransactionOptions, age: int = 0) -> Transaction:
         router = self._started_router()
+        if type(options.priority) is not int or not -1 << 63 <= options.priority < 1 << 63:
+            raise InvalidArgument("priority must be an int of at most 64 bits")
         return Transaction(
             router, self._committer, self._timeout_s, options, age=age, views=self._views
         )

@@ -46,7 +46,7 @@ def validate_key(key: bytes) -> None:
     """Refuse what no user key can be. Raises: InvalidArgument (not bytes, empty, the system's),
     KeyTooLarge.
     """
-    if isinstance(key, bytes) and 0 < len(key) <= KEY_BYTES_MAX and key[0] != _SYSTEM_BYTE:
+    if type(key) is bytes and 0 < len(key) <= KEY_BYTES_MAX and key[0] != _SYSTEM_BYTE:
         return
     _require_bytes("key", key)
     if not key:
@@ -58,7 +58,7 @@ def validate_key(key: bytes) -> None:
 
 def validate_value(value: bytes) -> None:
     """Raises: InvalidArgument (not bytes), ValueTooLarge. An empty value is a value."""
-    if isinstance(value, bytes) and len(value) <= VALUE_BYTES_MAX:
+    if type(value) is bytes and len(value) <= VALUE_BYTES_MAX:
         return
     _require_bytes("value", value)
     raise ValueTooLarge(f"the value has {len(value)} bytes; at most {VALUE_BYTES_MAX} are allowed")
@@ -135,5 +135,6 @@ def _too_large(what: str, amount: int, limit: int) -> TransactionTooLarge:
 
 
 def _require_bytes(name: str, value: object) -> None:
-    if not isinstance(value, bytes):
+    """Nor a subclass: messages do not encode those, and all requests of a turn are one message."""
+    if type(value) is not bytes:
         raise InvalidArgument(f"{name} must be bytes, not {type(value).__name__}")

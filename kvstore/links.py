@@ -26,6 +26,7 @@ from txn.messages import (
     Failure,
     GetDirectory,
     GetTimestamps,
+    Outcome,
     Read,
     Reply,
     Request,
@@ -111,9 +112,11 @@ class Call(msgspec.Struct, eq=False):
 
     @property
     def is_stale(self) -> bool:
-        """The timestamp of its answer may be as old as the reader allowed."""
+        """The timestamp of its answer may be as old as the reader allowed, or as the transaction that it asks about."""
         request = self.request
-        return isinstance(request, Read | Scan) and request.stale is not None
+        if isinstance(request, Read | Scan):
+            return request.stale is not None
+        return isinstance(request, Outcome)
 
     def refused(self, failure: Failure) -> None:
         """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""

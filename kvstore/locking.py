@@ -127,7 +127,7 @@ class TransactionLocks:
         try:
             while True:
                 left_s = max(0.0, until - router.monotonic())
-                wait_s = min(left_s, LOCK_POLL_S)
+                wait_s = float(min(left_s, LOCK_POLL_S))  # messages hold no subclass of it
                 request = LockRead(0, 0, 0, key, self.owner, self.age, shared, wait_s, fresh)
                 deadline = min(router.monotonic() + left_s + GRACE_S, self._deadline)
                 waiting = True

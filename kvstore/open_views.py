@@ -30,7 +30,7 @@ class OpenViews:
         self.session = session
         self._router = router
         self._views: dict[int, tuple[View, bool]] = {}  # by id; kept until it is removed
-        self._held = False
+        self._held = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class OpenViews:
         noted = self._views.get(id(view))
         if noted is not None:
             self._views[id(view)] = view, kept or noted[1]
-        elif len(self._views) < VIEWS_MAX:
+        elif len(self._views) < VIEWS_MAX and not self._closed:
             self._views[id(view)] = view, kept
             if self._timer is None:
                 self._arm(HOLD_AFTER_S)
@@ -50,6 +50,7 @@ class OpenViews:
         self._views.pop(id(view), None)
 
     def close(self) -> None:
+        self._closed = True
         self._views.clear()
         if self._timer is not None:
             self._timer.cancel()

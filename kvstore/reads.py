@@ -330,8 +330,8 @@ class SpanPages:
         self._view = view
         self._start = start
         self._end = end
-        self._reverse = reverse
-        self._keys_only = keys_only
+        self._reverse = bool(reverse)  # nodes take no number for it
+        self._keys_only = bool(keys_only)
         self._left = rows_max
         self._page_rows = PAGE_ROWS_FIRST
 
@@ -343,6 +343,10 @@ class SpanPages:
     def want(self, rows_max: int) -> None:
         """No more than this many rows are wanted from here on (0: all)."""
         self._left = rows_max
+
+    def at_once(self, rows: int) -> None:
+        """So many rows, if a message holds them, with the first page already."""
+        self._page_rows = rows
 
     async def next(self) -> Page:
         view = self._view

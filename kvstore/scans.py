@@ -117,6 +117,7 @@ class OwnPages:
             page = await self._below.next()
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._require_open()  # still: else nothing guards what was read
         rows = self._overlaid(page)
         start, end = page.start, page.end
         if self._left is not None:

@@ -11,7 +11,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, overload
 
@@ -19,7 +19,7 @@ from kvstore.attempts import KeptResult
 from kvstore.batch import Batch
 from kvstore.buffer import NumberFormat, WriteBuffer
 from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Database, over_websockets
-from kvstore.errors import ClientClosed, KVError
+from kvstore.errors import ClientClosed, InvalidArgument, KVError
 from kvstore.limits import VALUE_BYTES_MAX
 from kvstore.reads import Entry
 from kvstore.scans import RowScan
@@ -43,6 +43,7 @@ class LoopThread:
         self._lock = threading.Lock()
         self._waited_for: dict[concurrent.futures.Future[Any], None] = {}
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
@@ -52,6 +53,12 @@ class LoopThread:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it there and wait. An interrupt (Ctrl-C) cancels it."""
+        if self._process != os.getpid():  # its thread is not here
+            work.close()
+            raise ClientClosed("it was opened before the fork: open another client here")
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise InvalidArgument("the client's own thread cannot wait for itself")
         with self._lock:
             if self._closed:
                 work.close()
@@ -341,7 +348,8 @@ class Client:
         if opened is not None:
             thread, database = opened
             try:
-                thread.call(database.close())
+                with suppress(ClientClosed):  # after a fork it is the parent's
+                    thread.call(database.close())
             finally:
                 thread.close()
 
@@ -539,7 +547,7 @@ class Client:
         prefix: bytes | None = None,
         on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
-        """As there; `on_progress` is called on the client's thread."""
+        """As there; `on_progress` is called on the client's thread, and must not call the client."""
         thread, database = self._open()
         return thread.call(database.clear_range(start, end, prefix=prefix, on_progress=on_progress))
 

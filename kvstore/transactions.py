@@ -260,7 +260,7 @@ class Transaction(BufferedWrites):
             self._begin_locks(await self._committer.begin_ts(self._until()))
         try:
             for key in sorted(wanted):
-                await self._locks.lock(key, shared, until)
+                await self._locks.lock(key, bool(shared), until)
         except (Deadlock, LockTimeout) as error:
             self._end()
             self._ended_by = error
@@ -335,7 +335,11 @@ class Transaction(BufferedWrites):
 
         Raises: Conflict and the like (nothing happened); CommitUnknown when the time ran out first.
         """
-        self._require_open()
+        try:
+            self._require_open()
+        except TransactionTooOld:
+            self._end()
+            raise
         if self._result_due:
             raise InvalidArgument("run commits by itself, with the result: its function must not")
         if not self._buffer and not self._locks.found:
@@ -456,7 +460,8 @@ class Transaction(BufferedWrites):
         if self._stage is not Stage.OPEN:
             raise TransactionClosed(f"the transaction is {self._stage.value}")
         if self._router.monotonic() - self._begun_at > limits.TXN_AGE_S_MAX:
-            self._end()
+            # it stays open, so that the end of its block says so again; and nothing may be sent here: the blocking
+            # client writes on its caller's thread
             raise TransactionTooOld(f"the transaction was open for over {limits.TXN_AGE_S_MAX:g} s")
 
     async def _read(self, keys: list[bytes]) -> dict[bytes, bytes | None]:
@@ -484,6 +489,7 @@ class Transaction(BufferedWrites):
             found = await self._view.read(left) if left else {}
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._require_open()  # still: else nothing guards what was read
         self._lay_over(asked, left, found, values)
         return values
 
@@ -493,6 +499,7 @@ class Transaction(BufferedWrites):
             found = await self._view.get(key)
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
+        self._require_open()  # still: else nothing guards what was read
         if self._buffer or self._locks.found:  # by another task, meanwhile
             values: dict[bytes, bytes | None] = {}
             self._lay_over([key], [key], {key: found}, values)
@@ -530,10 +537,13 @@ def validate_keys(keys: Iterable[bytes]) -> list[bytes]:
     """Each once, in order. Raises: InvalidArgument, KeyTooLarge."""
     if isinstance(keys, bytes | str):
         raise InvalidArgument("keys must be several")
-    wanted = list(dict.fromkeys(keys))
-    for key in wanted:
-        limits.validate_key(key)
-    return wanted
+    wanted: dict[bytes, None] = {}
+    for key in keys:
+        limits.validate_key(
+            key
+        )  # first: a bytearray cannot be looked up, a memoryview is taken for its bytes
+        wanted[key] = None
+    return list(wanted)
 
 
 def present(keys: list[bytes], found: dict[bytes, Found]) -> dict[bytes, bytes]:
@@ -550,6 +560,7 @@ def decode_token(token: str) -> tuple[bytes, bytes]:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         raise InvalidArgument("that is not a transaction's id") from error
-    if not TXN_ID_BYTES < len(raw) <= TXN_ID_BYTES + limits.KEY_BYTES_MAX:
+    # the start of a delete_range may be the anchor
+    if not TXN_ID_BYTES < len(raw) <= TXN_ID_BYTES + limits.BOUND_BYTES_MAX:
         raise InvalidArgument("that is not a transaction's id")
     return raw[:TXN_ID_BYTES], raw[TXN_ID_BYTES:]

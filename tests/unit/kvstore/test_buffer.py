@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore import limits
 from kvstore.buffer import NumberKind, ReadSpans, WriteBuffer, number_write
-from kvstore.errors import InvalidArgument
+from kvstore.errors import InvalidArgument, TransactionTooLarge
 from txn.types import Write, WriteKind
 
 
@@ -74,6 +75,19 @@ def test_deleted_ranges_that_touch_become_one():
     assert buffer.clears == [(b"a", b"y")]
     buffer.clear(b"", b"\x00")  # no key is there
     assert buffer.clears == [(b"a", b"y")]
+
+
+def test_a_range_that_is_one_too_many_is_refused_and_takes_no_earlier_write_along():
+    buffer = WriteBuffer()
+    buffer.put(b"y", b"first")
+    for number in range(limits.TXN_READ_SPANS_MAX):
+        buffer.clear(b"a%05d" % number, b"a%05d!" % number)
+    before = buffer.writes()
+    with pytest.raises(TransactionTooLarge):
+        buffer.clear(b"x", b"z")
+    assert buffer.writes() == before
+    buffer.delete(b"y")
+    assert buffer.writes()[-1] == Write(WriteKind.DELETE, b"y")
 
 
 def number(key: bytes, kind: NumberKind, by: int, wide: bool = False) -> Write:

@@ -23,6 +23,7 @@ from kvstore.errors import (
     Unavailable,
     ValueTooLarge,
 )
+from kvstore.transactions import Committed, encode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     Ack,
@@ -88,6 +89,19 @@ def test_begin_ts_is_what_was_seen_within_a_second_and_else_asked_for():
         cluster.ts += 100
         await db.put(b"k", b"3")
         assert len(cluster.of(GetTimestamps)) == asked + 1
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) == cluster.ts - 1
+
+    simulate(test)
+
+
+def test_begin_ts_is_not_that_of_an_old_outcome():
+    """Below the outcome horizon soon: what began there cannot be told from what is forgotten."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        token = encode_token(b"\x00" * 16, b"k")
+        cluster.records[b"\x00" * 16] = TxnStatus.COMMITTED, 7 << 18
+        assert await db.outcome(token) == Committed(7 << 18)
+        await db.put(b"k", b"v")
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) == cluster.ts - 1
 
     simulate(test)
@@ -194,6 +208,8 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             (InvalidArgument, lambda: db.get(b"")),
             (InvalidArgument, lambda: db.get_many([b"k", b""])),
             (InvalidArgument, lambda: db.get_many(b"keys")),
+            (InvalidArgument, lambda: db.get_many([b"k", bytearray(b"k")])),
+            (InvalidArgument, lambda: db.get_many([b"k", memoryview(b"k")])),
             (KeyTooLarge, lambda: db.delete(long_key)),
             (InvalidArgument, lambda: db.increment(b"k", 1 << 63)),
             (InvalidArgument, lambda: db.increment(b"k", 1.5)),
@@ -218,6 +234,42 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             with pytest.raises(InvalidArgument):
                 scan()
         assert len(cluster.requests) == sent
+
+    simulate(test)
+
+
+class Text(bytes):
+    """As numpy's bytes_: it is bytes, and a message cannot hold it."""
+
+
+def test_an_argument_that_no_message_can_hold_takes_no_other_call_along():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        odd, plain = await asyncio.gather(
+            db.put(b"k", Text(b"v")), db.put(b"a", b"1"), return_exceptions=True
+        )
+        assert isinstance(odd, InvalidArgument)
+        assert isinstance(plain, int)
+        assert await db.get(b"a") == b"1"
+
+    simulate(test)
+
+
+class Seconds(float):
+    """As numpy's float64."""
+
+
+def test_arguments_of_nearly_the_right_type_are_understood_or_refused_and_end_no_connection():
+    async def test(cluster: FakeCluster, database: Database) -> None:
+        db: Any = database
+        cluster.seed(a=b"1", b=b"2")
+        for priority in ("high", 1.5, True, 1 << 63):
+            with pytest.raises(InvalidArgument):
+                db.transaction(priority=priority)
+        assert await db.scan(reverse=1, keys_only=1).to_list() == [(b"b", b""), (b"a", b"")]
+        async with db.transaction(timeout=Seconds(3.0)) as tx:
+            assert await tx.scan(reverse=1).to_list() == [(b"b", b"2"), (b"a", b"1")]
+            assert await tx.get_for_update(b"a", shared=1, timeout=Seconds(1.0)) == b"1"
+        assert not any(pipe.closed for pipe in cluster.network.pipes)
 
     simulate(test)
 
@@ -318,6 +370,16 @@ def test_a_write_that_was_never_sent_is_simply_unavailable():
         await asyncio.sleep(0.01)
         with pytest.raises(Unavailable):
             await db.put(b"k", b"v", timeout=0.5)
+
+    simulate(test)
+
+
+def test_the_id_of_a_transaction_that_first_deletes_from_behind_the_longest_key_can_be_asked_for():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.transaction() as tx:
+            tx.delete_range(b"k" * limits.KEY_BYTES_MAX + b"\x00", b"l")
+            token = tx.id
+        assert await db.outcome(token) == Committed(tx.commit_version or 0)
 
     simulate(test)
 

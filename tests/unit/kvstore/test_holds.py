@@ -9,7 +9,8 @@ import pytest
 
 from kvstore import holds
 from kvstore.client import Database
-from kvstore.holds import LEASE_S, RECKON_S, Holds
+from kvstore.errors import ClientClosed
+from kvstore.holds import HOLD_AFTER_S, LEASE_S, RECKON_S, Holds
 from kvstore.open_views import IDLE_S
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import GetTimestamps
@@ -139,5 +140,19 @@ def test_a_snapshot_is_held_until_its_end_even_if_it_was_read_before_its_beginni
             assert cluster.of(GetTimestamps)[-1].oldest == at
         await asyncio.sleep(10.0)
         assert cluster.of(GetTimestamps)[-1].oldest == 0
+
+    simulate(test)
+
+
+def test_a_snapshot_that_is_read_after_its_client_was_closed_keeps_nothing():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        snapshot = db.snapshot()
+        await snapshot.get(b"k")
+        await asyncio.sleep(HOLD_AFTER_S + 1.0)
+        await db.close()
+        with pytest.raises(ClientClosed):
+            await snapshot.get(b"k")
+        assert len(db._views) == 0
+        assert db._views._timer is None
 
     simulate(test)

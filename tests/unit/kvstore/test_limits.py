@@ -19,6 +19,10 @@ from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Prepare, Read, Request
 
 
+class Text(bytes):
+    """As numpy's bytes_: it is bytes, and a message cannot hold it."""
+
+
 @pytest.mark.parametrize("key", [b"a", b"\x00", b"\xfe\xff", b"k" * 4096])
 def test_a_key_within_the_limits_passes(key: bytes):
     limits.validate_key(key)
@@ -33,6 +37,7 @@ def test_a_key_within_the_limits_passes(key: bytes):
         (b"\xffmeta", InvalidArgument),
         ("text", InvalidArgument),
         (bytearray(b"k"), InvalidArgument),
+        (Text(b"k"), InvalidArgument),
         (None, InvalidArgument),
         (7, InvalidArgument),
     ],
@@ -48,7 +53,7 @@ def test_a_value_has_up_to_a_mebibyte_and_may_be_empty():
     limits.validate_value(b"v" * 1024 * 1024)
     with pytest.raises(ValueTooLarge):
         limits.validate_value(b"v" * (1024 * 1024 + 1))
-    for wrong in ("text", None, bytearray(b"v"), memoryview(b"v")):
+    for wrong in ("text", None, bytearray(b"v"), memoryview(b"v"), Text(b"v")):
         with pytest.raises(InvalidArgument):
             limits.validate_value(wrong)  # type: ignore[arg-type]
 

@@ -7,10 +7,12 @@ import contextlib
 
 import pytest
 
+from kvstore import limits
 from kvstore.client import Database
-from kvstore.errors import LockTimeout, TransactionClosed
+from kvstore.errors import LockTimeout, TransactionClosed, TransactionTooOld
+from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import LockPending, LockRead, Prepare, ReadReply, Unlock
+from txn.messages import LockPending, LockRead, Prepare, Read, ReadReply, Scan, Unlock
 
 
 def test_who_goes_on_locking_beside_a_transaction_that_has_ended_locks_nothing_more():
@@ -58,6 +60,40 @@ def test_writes_of_a_transaction_that_a_lock_has_ended_are_not_lost_in_silence(w
     simulate(test)
 
 
+def test_writes_of_a_transaction_that_is_too_old_are_not_lost_in_silence():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        with pytest.raises(TransactionTooOld):  # noqa: PT012 - the end of the block is what raises
+            async with db.transaction() as tx:
+                tx.put(b"a", b"1")
+                await asyncio.sleep(limits.TXN_AGE_S_MAX + 1)
+                with contextlib.suppress(TransactionTooOld):
+                    await tx.get(b"b")
+        with pytest.raises(TransactionClosed):
+            tx.put(b"a", b"2")
+        assert cluster.of(Prepare) == []
+
+    simulate(test)
+
+
+def test_a_buffered_write_of_one_that_is_too_old_gives_no_lock_back_on_whatever_thread_it_is():
+    """The blocking client writes on its caller's thread, where nothing may be sent."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.transaction() as tx:
+            await tx.get_for_update(b"a")
+            tx._begun_at -= limits.TXN_AGE_S_MAX  # before the timer of the locks comes
+            await asyncio.sleep(0.1)
+            with pytest.raises(TransactionTooOld):
+                tx.put(b"a", b"1")
+            await asyncio.sleep(0.1)
+            assert cluster.of(Unlock) == []
+            await tx.rollback()
+        await asyncio.sleep(0.1)
+        assert [each.key for each in cluster.of(Unlock)] == [b"a"]
+
+    simulate(test)
+
+
 def test_a_transaction_that_ends_before_its_first_lock_takes_none():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await asyncio.sleep(2.0)
@@ -69,5 +105,29 @@ def test_a_transaction_that_ends_before_its_first_lock_takes_none():
             await task
         assert not cluster.of(LockRead)
         assert len(db._committer.keeper) == 0
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("kind", ["get", "get_many", "scan"])
+def test_a_read_that_is_answered_after_the_commit_raises_for_nothing_guards_it(kind: str):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def held(tx: Transaction) -> None:
+            if kind == "get":
+                await tx.get(b"b")
+            elif kind == "get_many":
+                await tx.get_many([b"b", b"c"])
+            else:
+                await tx.scan().to_list()
+
+        cluster.fault(Read, lambda *_: None, where=lambda request: request.keys != [b"a"])
+        cluster.fault(Scan, lambda *_: None)  # no answer, before the client asks again
+        async with db.transaction() as tx:
+            await tx.get(b"a")
+            task = asyncio.create_task(held(tx))
+            await asyncio.sleep(0.01)
+            tx.put(b"a", b"1")
+        with pytest.raises(TransactionClosed):
+            await task
 
     simulate(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import subprocess
 import sys
 import threading
@@ -228,6 +229,47 @@ def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
         assert watch.version == began
         assert [(event.key, event.version) for event in watch.pull()] == [(b"k", began + 1)]
         assert watch.version == began + 1
+
+
+def test_a_call_from_the_clients_own_thread_is_refused_and_does_not_wait_for_itself():
+    """As `on_progress` of `clear_range` would make it."""
+    thread = LoopThread("t")
+
+    async def callback() -> None:
+        thread.call(asyncio.sleep(0))
+
+    try:
+        with pytest.raises(InvalidArgument, match="own thread"):
+            thread.call(callback())
+        assert thread.call(asyncio.sleep(0, "goes on")) == "goes on"
+    finally:
+        thread.close()
+
+
+def test_in_a_forked_process_it_is_closed_and_its_parents_goes_on(
+    db: Client, monkeypatch: pytest.MonkeyPatch
+):
+    db.put(b"a", b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 0)
+        with pytest.raises(ClientClosed, match="fork"):
+            db.get(b"a")
+    assert db.get(b"a") == b"1"
+
+
+def test_leaving_its_block_in_a_forked_process_raises_nothing(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    with Client.over(make) as client:
+        thread, database = client._open()
+        thread.call(database.close())  # the parent's, of which there is no copy here
+        monkeypatch.setattr(os, "getpid", lambda: 0)
 
 
 def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
