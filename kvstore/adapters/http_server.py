@@ -446,7 +446,7 @@ async def _run(database: Database, wanted: TransactionRequest, timeout_s: float)
 
     async def attempt(tx: Transaction) -> list[dict[str, Any]]:
         last[:] = [tx]
-        return await operations.run_operations(tx, wanted.operations)
+        return await operations.run_operations(tx, wanted.operations, operations.RESULTS_BYTES_MAX)
 
     results = await database.run(attempt, timeout=timeout_s, idempotency_key=wanted.idempotency_key)
     version = last[0].commit_version if last else None

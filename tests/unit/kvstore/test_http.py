@@ -378,6 +378,15 @@ async def test_a_transaction_with_too_many_operations_is_refused(http):
     assert await refusal(answer) == (400, "invalid_argument")
 
 
+@pytest.mark.parametrize("reads", [[{"op": "get", "key": "YmlnMA=="}] * 17, [{"op": "scan"}]])
+async def test_a_transaction_that_reads_more_than_an_answer_holds_is_refused(http, database, reads):
+    database.commit({b"big%d" % number: bytes(1 << 20) for number in range(17)})
+    operations = [{"op": "put", "key": b64(b"n"), "value": b64(b"5")}, *reads]
+    answer = await http.post("/v1/txn", json={"operations": operations})
+    assert await refusal(answer) == (413, "transaction_too_large")
+    assert b"n" not in database.rows
+
+
 # --- errors
 
 
