@@ -464,7 +464,8 @@ async def _reading(timeout_s: float) -> AsyncIterator[None]:
 
 
 def _key_of(request: web.Request) -> bytes:
-    key = unquote(request.rel_url.raw_path[len(_KV_PATH) :], "the key")
+    # routes match what is unescaped, but for slashes: `/v1/%6Bv/` is the path as well, and longer
+    key = unquote(request.rel_url.raw_path.split("/", 3)[3], "the key")
     limits.validate_key(key)
     return key
 

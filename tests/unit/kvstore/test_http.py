@@ -130,8 +130,9 @@ def test_quoting_and_unquoting_give_the_key_back(key):
     assert http_wire.unquote(http_wire.quote(key), "the key") == key
 
 
-async def test_a_key_may_be_sent_without_escapes_where_urls_allow_it(http, database):
-    assert (await http.put(URL("/v1/kv/a/b:c@d", encoded=True), data=b"")).status == 200
+@pytest.mark.parametrize("path", ["/v1/kv/a/b:c@d", "/v1/%6Bv/a%2Fb:c@%64"])
+async def test_a_key_may_be_escaped_less_or_more_than_it_must(http, database, path):
+    assert (await http.put(URL(path, encoded=True), data=b"")).status == 200
     assert b"a/b:c@d" in database.rows
 
 
