@@ -177,7 +177,7 @@ class NetworkSection(Section, frozen=True, kw_only=True):
     ] = 5.0
     ping_interval_s: Annotated[
         Duration,
-        says("How often an idle connection is tried; below stall_timeout."),
+        says("How often an idle connection is tried; at most half of stall_timeout."),
     ] = 1.0
     queue_bytes: Annotated[
         QueueSize,
@@ -554,13 +554,14 @@ def _agreements(config: NodeConfig) -> Iterator[tuple[bool, str]]:
         raft.append_bytes <= raft.inflight_bytes <= raft.uncommitted_bytes,
         "raft.append_bytes, raft.inflight_bytes and raft.uncommitted_bytes must not descend",
     )
+    yield raft.append_bytes <= MESSAGE_BYTES_MAX - MIB, "raft.append_bytes must be at most 8MiB"
     yield (
         config.log.segment_bytes % SEGMENT_ALIGNMENT_BYTES == 0,
         "log.segment_bytes must be a multiple of 4KiB",
     )
     yield (
-        network.ping_interval_s < network.stall_timeout_s,
-        "network.ping_interval must be below network.stall_timeout",
+        network.ping_interval_s * 2 <= network.stall_timeout_s,
+        "network.ping_interval must be at most half of network.stall_timeout",
     )
     yield (
         config.txn.anchor_timer_s < config.txn.orphan_timer_s,

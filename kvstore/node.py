@@ -19,7 +19,7 @@ from kvstore.bootstrap import InitRequest, check
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
-from kvstore.link import Hello, LinkLimits, WrongNode
+from kvstore.link import MESSAGE_OVERHEAD_BYTES, Hello, LinkLimits, WrongNode
 from kvstore.measures import NodeMeasures
 from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
@@ -139,7 +139,7 @@ class Node:
             int, tuple[int, float]
         ] = {}  # range -> (in vain so far, not again before)
         self._link_limits = LinkLimits(
-            queue_bytes_max=config.network.queue_bytes,
+            queue_bytes_max=config.network.queue_bytes + MESSAGE_OVERHEAD_BYTES,
             ping_interval_s=config.network.ping_interval_s,
             stall_timeout_s=config.network.stall_timeout_s,
         )

@@ -14,7 +14,7 @@ import msgspec
 
 from kvstore import limits
 from kvstore.buffer import NumberFormat
-from kvstore.errors import CompareFailed, InvalidArgument
+from kvstore.errors import CompareFailed, InvalidArgument, TransactionTooLarge
 from kvstore.keytext import escape
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OPERATIONS_MAX: Final = limits.TXN_ROWS_MAX
 SCAN_ROWS_MAX: Final = 10_000
 SCAN_ROWS_DEFAULT: Final = 1_000
+RESULTS_BYTES_MAX: Final = 16 * limits.MIB  # of one run by a node, which holds them all at once
+ROW_OVERHEAD_BYTES: Final = 64  # of a row in a result
 
 _QUOTED: Final = re.compile(r"""\"[^"]*"|'[^']*'""")
 _TOKEN: Final = re.compile(
@@ -160,12 +162,30 @@ Operation: TypeAlias = (
 )
 
 
-async def run_operations(tx: Transaction, operations: Sequence[Operation]) -> list[dict[str, Any]]:
+class _Room:
+    """What the results of one run may still take."""
+
+    def __init__(self, bytes_max: float) -> None:
+        self._bytes_max = self._left = bytes_max
+
+    def take(self, size_bytes: int) -> None:
+        self._left -= size_bytes
+        if self._left < 0:
+            raise TransactionTooLarge(
+                f"the results are longer than {self._bytes_max} bytes: read less in one transaction"
+            )
+
+
+async def run_operations(
+    tx: Transaction, operations: Sequence[Operation], bytes_max: float = float("inf")
+) -> list[dict[str, Any]]:
     """Run them in order inside `tx`. One result per operation: {} for writes.
 
-    Raises: CompareFailed for a `check` that does not hold, and whatever the transaction raises.
+    Raises: CompareFailed for a `check` that does not hold, TransactionTooLarge for results of more than `bytes_max`,
+    and whatever the transaction raises.
     """
-    return [await _run_one(tx, operation) for operation in operations]
+    room = _Room(bytes_max)
+    return [await _run_one(tx, operation, room) for operation in operations]
 
 
 def check_operations(operations: Sequence[Operation]) -> None:
@@ -201,12 +221,15 @@ def parse_script(text: str, unescape: Callable[[str], bytes]) -> list[Operation]
     return operations
 
 
-async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
+async def _run_one(tx: Transaction, operation: Operation, room: _Room) -> dict[str, Any]:
     match operation:
-        case Get(key=key, lock=None):
-            return {"value": await tx.get(key)}
         case Get(key=key, lock=lock):
-            return {"value": await tx.get_for_update(key, shared=lock == "shared")}
+            if lock is None:
+                found = await tx.get(key)
+            else:
+                found = await tx.get_for_update(key, shared=lock == "shared")
+            room.take(len(found or b""))
+            return {"value": found}
         case Put(key=key, value=value):
             tx.put(key, value)
         case Delete(key=key):
@@ -228,22 +251,26 @@ async def _run_one(tx: Transaction, operation: Operation) -> dict[str, Any]:
         case PutVersionstampedValue(key=key, head=head):
             return {"number": tx.put_versionstamped_value(key, head)}
         case Scan():
-            return {"items": await _scan(tx, operation)}
+            return {"items": await _scan(tx, operation, room)}
         case Check(key=key, value=wanted):
             present = await tx.get(key)
             if present != wanted:
                 shown = escape(key)
                 if wanted is None:
-                    found = f"the key {shown} is not absent"
+                    why = f"the key {shown} is not absent"
                 else:
-                    found = f"the key {shown} does not have the value {escape(wanted[:64])}"
-                raise CompareFailed(message=f"{found}; nothing was written")
+                    why = f"the key {shown} does not have the value {escape(wanted[:64])}"
+                raise CompareFailed(message=f"{why}; nothing was written")
     return {}
 
 
-async def _scan(tx: Transaction, scan: Scan) -> list[dict[str, bytes]]:
+async def _scan(tx: Transaction, scan: Scan, room: _Room) -> list[dict[str, bytes]]:
     rows = tx.scan(scan.start, scan.end, prefix=scan.prefix, limit=scan.limit, reverse=scan.reverse)
-    return [{"key": key, "value": value} async for key, value in rows]
+    items = []
+    async for key, value in rows:
+        room.take(len(key) + len(value) + ROW_OVERHEAD_BYTES)
+        items.append({"key": key, "value": value})
+    return items
 
 
 def _statements(text: str) -> list[list[str]]:

@@ -74,14 +74,17 @@ class PeerSet:
         if len(messages) == 1:  # of bounded size, whatever it is
             self._send(link, messages)
             return
-        size, part = 0, []
+        size = 0
+        part: list[Message] = []
         for message in messages:
-            part.append(message)
+            cost = 0
             if type(message) is AppendRequest:
-                size += sum(len(entry.data) for entry in message.entries)
-                if size > PAYLOAD_BYTES_MAX:
-                    self._send(link, part)
-                    size, part = 0, []
+                cost = sum(len(entry.data) for entry in message.entries)
+            if part and size + cost > PAYLOAD_BYTES_MAX:  # one may be nearly a message by itself
+                self._send(link, part)
+                size, part = 0, []
+            part.append(message)
+            size += cost
         if part:
             self._send(link, part)
 

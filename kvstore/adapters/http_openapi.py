@@ -239,7 +239,11 @@ def _txn() -> _Json:
             "anyOf": [_VERSION, {"type": "null"}],
             "description": "null if nothing was written, or by an earlier run with this idempotency_key.",
         },
-        results={"type": "array", "items": {"type": "object"}},
+        results={
+            "type": "array",
+            "items": {"type": "object"},
+            "description": f"At most {operations.RESULTS_BYTES_MAX >> 20} MiB of keys and values; 413 if there would be more.",
+        },
     )
     return {
         "summary": "Run operations in order in one transaction: all of them or none.",

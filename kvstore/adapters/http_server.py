@@ -446,7 +446,7 @@ async def _run(database: Database, wanted: TransactionRequest, timeout_s: float)
 
     async def attempt(tx: Transaction) -> list[dict[str, Any]]:
         last[:] = [tx]
-        return await operations.run_operations(tx, wanted.operations)
+        return await operations.run_operations(tx, wanted.operations, operations.RESULTS_BYTES_MAX)
 
     results = await database.run(attempt, timeout=timeout_s, idempotency_key=wanted.idempotency_key)
     version = last[0].commit_version if last else None
@@ -464,7 +464,8 @@ async def _reading(timeout_s: float) -> AsyncIterator[None]:
 
 
 def _key_of(request: web.Request) -> bytes:
-    key = unquote(request.rel_url.raw_path[len(_KV_PATH) :], "the key")
+    # routes match what is unescaped, but for slashes: `/v1/%6Bv/` is the path as well, and longer
+    key = unquote(request.rel_url.raw_path.split("/", 3)[3], "the key")
     limits.validate_key(key)
     return key
 

@@ -231,6 +231,7 @@ class WsNetwork:
             shutdown_timeout=shutdown_timeout_s,
             handle_signals=False,
             max_line_size=REQUEST_LINE_BYTES_MAX,
+            auto_decompress=False,  # a value is kept as it was sent, and no few bytes become many
         )
         await runner.setup()
         self._runners.append(runner)

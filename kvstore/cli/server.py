@@ -242,13 +242,23 @@ async def _serve(settings: configuration.NodeConfig, asked: Start) -> int:
     if node.fatal.done():
         return await _die(node)
     stopping = asyncio.ensure_future(node.stop(drain=True))
-    drain.add_done_callback(lambda _: stopping.cancel())
+    drain.add_done_callback(lambda _: _end_drain(node, stopping))
+    node.fatal.add_done_callback(lambda _: stopping.cancel())
     try:
         await stopping
-    except asyncio.CancelledError:  # a second signal
-        await node.stop(drain=False)
+    except asyncio.CancelledError:  # a second signal, or the node failed
+        if not node.fatal.done():
+            await node.stop(drain=False)
+    if node.fatal.done():
+        return await _die(node)
     log.info("stopped")
     return 0
+
+
+def _end_drain(node: Node, stopping: asyncio.Future[None]) -> None:
+    """What comes after the drain is needed in any case: it would not be begun again."""
+    if node.state != "stopped":
+        stopping.cancel()
 
 
 async def _started(node: Node, stop: asyncio.Future[str]) -> bool:

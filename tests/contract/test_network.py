@@ -4,6 +4,7 @@ simulated network alike; and, at the end, what only the WebSockets must do."""
 from __future__ import annotations
 
 import asyncio
+import gzip
 import random
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
@@ -356,6 +357,23 @@ async def test_a_request_may_hold_two_of_the_longest_keys_with_every_byte_escape
     url = URL(f"http://{address}/v1/kv?{query}", encoded=True)
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         assert await response.text() == str(len(query))
+
+
+@websockets
+async def test_a_body_is_given_as_it_was_sent_whatever_its_encoding(world: World) -> None:
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(body=await request.read())
+
+    app = web.Application()
+    app.add_routes([web.put("/v1/kv", echo)])
+    assert isinstance(world.far, WsNetwork)
+    address = await world.far.serve("127.0.0.1:0", world.on_pipe, app)
+    async with aiohttp.ClientSession() as session:
+        for body in (gzip.compress(b"value"), b"no gzip at all"):
+            headers = {"Content-Encoding": "gzip"}
+            url = f"http://{address}/v1/kv"
+            async with session.put(url, data=body, headers=headers) as response:
+                assert (response.status, await response.read()) == (200, body)
 
 
 @websockets

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import subprocess
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import kvstore
-from kvstore import config as configuration
 from kvstore import errors
 from kvstore.cli import admin, data, server, shape
 from kvstore.cli.output import Notation
@@ -37,7 +35,7 @@ from kvstore.operations import (
     Scan,
     parse_script,
 )
-from replication.errors import LogFormatError, LogWriteFailed
+from replication.errors import LogFormatError
 from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase
 
 # --- bytes as text
@@ -497,101 +495,3 @@ def test_the_address_is_written_whole(tmp_path: Path):
     server._write_address(file, "127.0.0.1:7400")
     assert file.read_text() == "127.0.0.1:7400"
     assert list(tmp_path.iterdir()) == [file]
-
-
-# --- how a node is run
-
-
-class FakeRunNode:
-    """A node that starts and stops as it is told; `events` tells what was asked of it."""
-
-    def __init__(self, *_, **__):
-        self.address = "127.0.0.1:1"
-        self.events: list[str] = []
-        self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.hangs_at = ""
-
-    async def start(self):
-        self.events.append("start")
-        if self.hangs_at == "start":
-            await self.never
-
-    async def stop(self, drain=True):
-        self.events.append(f"stop drain={drain}")
-        if drain and self.hangs_at == "stop":
-            await self.never
-
-
-@pytest.fixture
-def served(monkeypatch, tmp_path):
-    """Run `kvstore start`'s loop with a fake node; `signals` are (what happened, futures) hooks in between."""
-    import kvstore.node
-
-    def run(hangs_at="", after=()):
-        made = []
-
-        async def script():
-            def make(*arguments, **options):
-                node = FakeRunNode()
-                node.hangs_at = hangs_at
-                made.append(node)
-                return node
-
-            monkeypatch.setattr(kvstore.node, "Node", make)
-            monkeypatch.setattr(kvstore.node, "production_adapters", lambda settings: None)
-            futures: list[asyncio.Future[str]] = []
-
-            def watch(loop, stop):
-                futures.extend([stop, loop.create_future()])
-                return futures[1]
-
-            monkeypatch.setattr(server, "_watch_signals", watch)
-            asked = server.Start(tmp_path / "address", None)
-            serving = asyncio.ensure_future(server._serve(configuration.NodeConfig(), asked))
-            for step in after:
-                for _ in range(5):
-                    await asyncio.sleep(0)
-                step(made[0], *futures)
-            return await serving
-
-        return asyncio.run(script()), made[0].events
-
-    return run
-
-
-def first_signal(_node, stop, _again):
-    stop.set_result("SIGTERM")
-
-
-def second_signal(_node, _stop, again):
-    again.set_result("SIGTERM")
-
-
-def test_a_signal_drains_and_stops(served, tmp_path):
-    assert served(after=[first_signal]) == (0, ["start", "stop drain=True"])
-    assert (tmp_path / "address").read_text() == "127.0.0.1:1"
-
-
-def test_a_second_signal_does_not_wait_for_the_drain(served):
-    status, events = served(hangs_at="stop", after=[first_signal, second_signal])
-    assert (status, events) == (0, ["start", "stop drain=True", "stop drain=False"])
-
-
-def test_a_signal_ends_a_node_that_still_starts(served):
-    status, events = served(hangs_at="start", after=[first_signal])
-    assert (status, events) == (0, ["start", "stop drain=False"])
-
-
-def test_a_failed_log_ends_the_process_at_once_with_one_line(served, monkeypatch, capfd):
-    def exit_(status):
-        raise SystemExit(status)
-
-    def fails(node, _stop, _again):
-        node.fatal.set_exception(LogWriteFailed("write failed: EIO"))
-
-    monkeypatch.setattr("kvstore.cli.server.os._exit", exit_)
-    with pytest.raises(SystemExit) as ended:
-        served(after=[fails])
-    assert ended.value.code == 1
-    assert "error: log_write_failed: write failed: EIO: the disk failed" in capfd.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from kvstore import config
 from kvstore.config import KEYS, NodeConfig
 from kvstore.errors import ConfigError, InvalidArgument
+from kvstore.node import Node
 
 
 @pytest.fixture
@@ -193,8 +195,12 @@ def test_a_value_that_is_malformed_or_out_of_its_limits_is_told_with_its_source(
         ({"raft.inflight_bytes": "65MiB"}, "must not descend"),
         ({"log.segment_bytes": (16 << 20) + 1}, "multiple of 4KiB"),
         (
-            {"network.ping_interval": "5s"},
-            "network.ping_interval must be below network.stall_timeout",
+            {"raft.append_bytes": "9MiB", "raft.inflight_bytes": "9MiB"},
+            "raft.append_bytes must be at most 8MiB",
+        ),
+        (
+            {"network.ping_interval": "2501ms"},
+            "network.ping_interval must be at most half of network.stall_timeout",
         ),
         ({"txn.anchor_timer": "2s"}, "txn.anchor_timer must be below txn.orphan_timer"),
     ],
@@ -202,6 +208,13 @@ def test_a_value_that_is_malformed_or_out_of_its_limits_is_told_with_its_source(
 def test_two_keys_at_odds_are_refused(flags, rule):
     with pytest.raises(ConfigError, match=rule.replace(".", r"\.")):
         config.load(flags=flags)
+
+
+async def test_the_least_that_the_network_may_have_is_enough_for_a_node():
+    settings = config.load(flags={"network.queue_bytes": "9MiB", "network.ping_interval": "2500ms"})
+    world = SimpleNamespace(clock=SimpleNamespace(monotonic=lambda: 0.0))
+    node = Node("n1", "127.0.0.1:7400", "", settings, world)
+    assert node.state == "starting"
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,9 @@ def test_quoting_and_unquoting_give_the_key_back(key):
     assert http_wire.unquote(http_wire.quote(key), "the key") == key
 
 
-async def test_a_key_may_be_sent_without_escapes_where_urls_allow_it(http, database):
-    assert (await http.put(URL("/v1/kv/a/b:c@d", encoded=True), data=b"")).status == 200
+@pytest.mark.parametrize("path", ["/v1/kv/a/b:c@d", "/v1/%6Bv/a%2Fb:c@%64"])
+async def test_a_key_may_be_escaped_less_or_more_than_it_must(http, database, path):
+    assert (await http.put(URL(path, encoded=True), data=b"")).status == 200
     assert b"a/b:c@d" in database.rows
 
 
@@ -376,6 +377,15 @@ async def test_a_transaction_with_too_many_operations_is_refused(http):
     operations = [{"op": "get", "key": b64(b"a")}] * (limits.TXN_ROWS_MAX + 1)
     answer = await http.post("/v1/txn", json={"operations": operations})
     assert await refusal(answer) == (400, "invalid_argument")
+
+
+@pytest.mark.parametrize("reads", [[{"op": "get", "key": "YmlnMA=="}] * 17, [{"op": "scan"}]])
+async def test_a_transaction_that_reads_more_than_an_answer_holds_is_refused(http, database, reads):
+    database.commit({b"big%d" % number: bytes(1 << 20) for number in range(17)})
+    operations = [{"op": "put", "key": b64(b"n"), "value": b64(b"5")}, *reads]
+    answer = await http.post("/v1/txn", json={"operations": operations})
+    assert await refusal(answer) == (413, "transaction_too_large")
+    assert b"n" not in database.rows
 
 
 # --- errors
