@@ -198,6 +198,47 @@ def test_a_lost_last_entry_is_told_by_the_next_head():
     assert (log.entries[-1].index, log.entries[-1].term) == (3, 1)
 
 
+def test_a_lost_batch_at_the_end_of_a_segment_does_not_cost_the_next_segment():
+    """Its only batch was durable and acknowledged, and was cut as a torn tail with the damage before it."""
+    node, _ = node_of(1, 2)
+    node.append(1, entry(3))
+    lost = node.commit()
+    node.wal.rotate()
+    node.append(1, entry(4))
+    node.hard(1, 1, vote=2, commit=2)
+    node.commit()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    for _ in range(3):
+        wal, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
+        assert wal.recovery is not None
+        assert [hole[:2] for hole in wal.recovery.damage] == [place(lost)]
+        log = logs[1]
+        assert not log.suspect
+        assert log.hard_state == HardState(1, 2, 2)
+        assert [fault.index for fault in log.faulty] == [3]
+        assert log.entries[-1] == entry(4)
+        node.disk = node.disk.kill()
+
+
+def test_a_torn_segment_behind_a_lost_batch_is_cut_and_the_hole_is_still_told():
+    node, _ = node_of(1, 2)
+    node.append(1, entry(3))
+    lost = node.commit()
+    node.wal.rotate()
+    node.append(1, entry(4))
+    torn = node.write()
+    assert torn is not None
+    node.disk.write(torn.segment, BATCH_HEADER_BYTES + 20, b"torn")
+    node.disk.flip(lost.segment, lost.offset + 20)
+    for _ in range(3):
+        wal, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
+        assert wal.recovery is not None
+        assert [hole[:2] for hole in wal.recovery.damage] == [place(lost)]
+        assert logs[1].suspect
+        assert logs[1].entries == [entry(1), entry(2)]
+        node.disk = node.disk.kill()
+
+
 def test_a_lost_overwrite_is_not_taken_for_what_it_replaced():
     """2 and 3 of term 1 were replaced by a batch that is lost; 4 of term 3 came behind. Only the commit is believed."""
     node = Node()
