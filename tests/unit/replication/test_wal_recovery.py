@@ -326,6 +326,38 @@ def test_suspicion_outlives_the_damaged_segment():
     assert not wal.recovery.damage
 
 
+def test_suspicion_of_a_group_that_no_record_names_outlives_the_damaged_segment():
+    """It was known from the damage alone, and once that was deleted the group began anew, its vote forgotten."""
+    node, batches = node_of(1, 2, 3)
+    node.append(2, entry(1))
+    lost = node.commit()
+    node.mark()
+    node.mark()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    disk = node.disk
+    wal, logs = Wal.recover(disk, segment_bytes=node.segment_bytes)
+    assert 2 not in logs
+    assert wal.doubt(2).suspect
+    wal.carry(1, logs[1].entries)
+    for _ in range(2):
+        batch = wal.take()
+        assert batch is not None
+        if batch.create_bytes:
+            disk.create(batch.segment, batch.create_bytes)
+        disk.write(batch.segment, batch.offset, batch.data)
+        disk.sync(batch.segment)
+        wal.synced(batch.number)
+        wal.rotate()
+        wal.sync_mark()
+    for segment in wal.obsolete():
+        disk.delete(segment)
+    assert batches[0].segment not in disk.segments()
+    wal, logs = Wal.recover(disk.kill())
+    assert wal.recovery is not None
+    assert not wal.recovery.damage
+    assert logs[2].suspect
+
+
 def test_rot_is_still_told_after_the_tail_that_proved_it_was_cut():
     """Only the header of the torn batch says that the damaged one was durable."""
     node = Node()
