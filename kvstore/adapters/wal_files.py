@@ -16,7 +16,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -123,6 +123,7 @@ class DirectoryLogFiles:
             return False
         self._spare = None
         if not spare.ready or spare.size_bytes != size_bytes:
+            spare.path.unlink(missing_ok=True)  # its blocks may be what this segment lacks
             return False
         os.rename(spare.path, path)
         return True
@@ -203,8 +204,10 @@ class _Spare:
                     os.fsync(handle)
             finally:
                 os.close(handle)
-        except OSError:
-            return  # nothing depends on it: `create` meets the same disk, and says so
+        except OSError:  # nothing depends on it: `create` meets the same disk, and says so
+            with suppress(OSError):
+                self.path.unlink()  # on a full disk, others need the space now
+            return
         self.ready = True
 
 

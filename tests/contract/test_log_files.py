@@ -207,6 +207,29 @@ def test_a_spare_of_another_size_is_not_taken(tmp_path):
     files.close()
 
 
+def test_a_spare_that_nobody_takes_keeps_no_space(tmp_path, monkeypatch):
+    """The space that it held was what the next segment lacked."""
+    files = DirectoryLogFiles(tmp_path)
+    files.create(1, SIZE)
+    files.write(1, SIZE // 2, b"x")
+    assert files._spare is not None
+    files._spare._thread.join()
+    files.create(2, 2 * SIZE)
+    assert not (tmp_path / "spare").exists()
+
+    def full(handle: int, start: int, end: int) -> None:
+        os.pwrite(handle, b"some of it", start)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(wal_files, "_fill_zeros", full)
+    files.write(2, SIZE, b"x")
+    assert files._spare is not None
+    files._spare._thread.join()
+    assert not files._spare.ready
+    assert not (tmp_path / "spare").exists()
+    files.close()
+
+
 def test_a_spare_left_by_a_crash_is_not_used(tmp_path):
     (tmp_path / "spare").write_bytes(b"unknown" * 10000)
     files = DirectoryLogFiles(tmp_path)
