@@ -179,6 +179,16 @@ def test_files_with_other_names_are_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    "kind", [DirectoryLogFiles, lambda path: DirectoryFiles(path).write_file("f", b"")]
+)
+def test_every_directory_that_is_made_has_a_durable_name(tmp_path, monkeypatch, kind):
+    synced: list[Path] = []
+    monkeypatch.setattr(wal_files, "_sync_directory", synced.append)
+    kind(tmp_path / "data" / "n1" / "wal")
+    assert synced[:3] == [tmp_path, tmp_path / "data", tmp_path / "data" / "n1"]
+
+
 def test_a_spare_becomes_the_next_segment_and_is_full_of_zeros(tmp_path):
     files = DirectoryLogFiles(tmp_path)
     files.create(1, SIZE)
