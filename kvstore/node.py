@@ -37,7 +37,6 @@ from replication.host import Host
 from replication.ports import LogFiles
 from replication.probes import chance, reached
 from replication.turns import HostLimits
-from replication.types import HardState
 from replication.wal import GroupLog, Wal
 from txn import keycode
 from txn.state import decode_range_row
@@ -277,7 +276,7 @@ class Node:
         store.on_deadline = self._arm
         store.on_settled = self.connections.flush
         store.send_closed = peers.send_closed
-        self._add_replicas(recovered, damaged=bool(wal.recovery and wal.recovery.damage))
+        self._add_replicas(wal, recovered)
         for node in found.nodes:
             if node.node_id != found.node_id:
                 peers.add(node.node_id, node.address)
@@ -293,10 +292,10 @@ class Node:
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
 
-    def _add_replicas(self, recovered: dict[int, GroupLog], *, damaged: bool) -> None:
+    def _add_replicas(self, wal: Wal, recovered: dict[int, GroupLog]) -> None:
         """Every range that the engine has a row of. Raises: LogMismatch: the log knows of others, so rows were lost.
 
-        damaged: records of any range may be lost. A range without any may have voted, so it is not begun anew.
+        If the log is damaged, records of any range may be lost: one without any may have voted, and is not begun anew.
         """
         assert self.store is not None
         assert self.host is not None
@@ -309,8 +308,11 @@ class Node:
         ]
         if lost:
             raise LogMismatch(f"the log has ranges {lost} of which the engine has no rows")
-        unknown = GroupLog(HardState(), (0, 0), [], suspect=True) if damaged else None
+        damaged = bool(wal.recovery and wal.recovery.damage)
         for row in rows:
+            kept = recovered.get(row.range_id)
+            if kept is None and damaged:
+                kept = wal.doubt(row.range_id)
             stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
             assert stored is not None, "a range has its configuration row"
             config = _decode_config(stored)
@@ -319,7 +321,7 @@ class Node:
             self.host.add_group(
                 row.range_id,
                 config.replica_id,
-                recovered.get(row.range_id, unknown),
+                kept,
                 decode_membership(config.membership),
                 replica.applied,
                 installed=(config.installed_index, config.installed_term),

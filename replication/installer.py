@@ -6,7 +6,8 @@ the log is told to begin anew; that is durable; the core hears `installed` and a
 
 If commit passed the snapshot meanwhile (a new leader had the log), the core declines: the state is good all the same,
 and what is committed after it follows from the log. If the core knows less than the snapshot holds, entries that the
-state contains are skipped when they come (Replica.take_committed).
+state contains are skipped when they come (Replica.take_committed). If the sender's term ended meanwhile, the core takes
+the snapshot all the same: the rows are in, and the log must reach as far as they do.
 
 A replica whose installation was cut short has no state (`stateless`): it goes on voting with its log, applies and
 serves nothing, does not campaign, and asks the leader for a snapshot until one is installed.
@@ -104,7 +105,9 @@ class Installer:
             return  # removed meanwhile
         meta = offer.meta
         message = InstallSnapshot(group, replica.id, offer.sender, offer.term, meta)
-        replica.raft.step(message, self._now())
+        now = self._now()
+        replica.raft.step(message, now)
+        replica.raft.overtaken(meta, now)
         self._host.touch(group)
         self._host.visit()  # the core's word: Ready.install, or nothing
 

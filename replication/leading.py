@@ -84,6 +84,8 @@ class Leader:
         self._outgoing = [counted[voter] for voter in membership.voters_outgoing]
         if self.transfer_to and self.transfer_to not in membership.voters:
             self._end_transfer()
+        if state.sole_voter:  # nobody is left to answer the rounds that wait
+            state.read_states += self.reads.confirm(self._probe)
         self._lease_start = None
         self._quorum_since = state.now
         self._quorum_at = state.now + state.config.election_timeout_s

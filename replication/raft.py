@@ -367,6 +367,16 @@ class RaftNode(ReplicaState):
         elif self.role is Role.CANDIDATE and token.vote == self.replica:
             self._count_ballot(self.replica, granted=True)
 
+    def overtaken(self, meta: SnapshotMeta, now: float) -> None:
+        """The state machine has a snapshot whose sender's term is over: the log has to follow all the same.
+
+        A replica whose state is ahead of its log could be helped by nobody: appends do not fit, and it refuses what
+        its state has. Ready.install says that the log begins anew; nothing does that the log or the commit index has it.
+        """
+        self.now = max(self.now, now)
+        if self._leading is None and meta.index > self.commit_index:
+            self._follow_snapshot(meta)
+
     def installed(self, meta: SnapshotMeta, now: float) -> None:
         """The snapshot from Ready.install is in the state machine, flushed, and RESET is durable in the log."""
         self.now = max(self.now, now)
@@ -672,7 +682,10 @@ class RaftNode(ReplicaState):
 
     def _on_install(self, message: InstallSnapshot) -> None:
         self._hear(message.sender)
-        meta = message.meta
+        self._follow_snapshot(message.meta)
+
+    def _follow_snapshot(self, meta: SnapshotMeta) -> None:
+        """What a snapshot holds is committed, whoever sent it."""
         if self._installing is not None:
             return  # one at a time (pitfall 10)
         if meta.index > self.commit_index:

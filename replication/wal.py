@@ -216,6 +216,16 @@ class Wal:
         self._stage(RecordType.CARRY, group, index=index, term=term)
         self.append(group, entries)
 
+    def doubt(self, group: int) -> GroupLog:
+        """A group that recovery did not find though records are lost, and had been here: suspect, until `trust`.
+
+        Staged, since the damage that tells of it goes with its segment.
+        """
+        state = self._state(group)
+        state.suspect = True
+        self.set_hard_state(group, state.hard_state)
+        return GroupLog(state.hard_state, (0, 0), [], suspect=True)
+
     def trust(self, group: int) -> None:
         """The host has made sure of a suspect group (its replica joined anew, say): what is staged now counts."""
         state = self._state(group)

@@ -154,7 +154,8 @@ def _judge(
             if expected >= synced:
                 return expected
             replay.lost(expected, min(synced, header.start))
-            if header.start > synced:
+            next_segment = header.offset == 0 and header.previous_end == synced
+            if header.start > synced and not next_segment:
                 return synced
         if header.segment != loaded:
             data, loaded = files.read(header.segment), header.segment
@@ -162,7 +163,7 @@ def _judge(
         if header.start >= synced and any(
             record is None or record.body is None for record in records
         ):
-            return header.start if header.offset else expected
+            return header.start if header.offset else max(expected, synced)
         replay.batch(header, records)
         expected = header.end
     if expected < synced:

@@ -15,7 +15,7 @@ from aiohttp import web
 from kvstore.adapters.http_server import add_routes
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
-from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
+from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_directory
 from kvstore.adapters.ws_transport import WsNetwork
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
@@ -55,7 +55,7 @@ class ProductionAdapters:
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self._directory)
             self._lock = os.open(
                 self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
             )

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -40,9 +40,7 @@ class DirectoryLogFiles:
         self._spare: _Spare | None = None
         self._failed: str | None = None
         self._closed = False
-        if not self._directory.is_dir():
-            self._directory.mkdir(parents=True)
-            _sync_directory(self._directory.parent)
+        make_directory(self._directory)
         (self._directory / _SPARE).unlink(missing_ok=True)
 
     def segments(self) -> list[int]:
@@ -123,6 +121,7 @@ class DirectoryLogFiles:
             return False
         self._spare = None
         if not spare.ready or spare.size_bytes != size_bytes:
+            spare.path.unlink(missing_ok=True)  # its blocks may be what this segment lacks
             return False
         os.rename(spare.path, path)
         return True
@@ -159,7 +158,7 @@ class DirectoryFiles:
 
         Raises: OSError; the old content is then still there, or the new one.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         fresh = self._directory / f"{name}.new"
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -203,8 +202,10 @@ class _Spare:
                     os.fsync(handle)
             finally:
                 os.close(handle)
-        except OSError:
-            return  # nothing depends on it: `create` meets the same disk, and says so
+        except OSError:  # nothing depends on it: `create` meets the same disk, and says so
+            with suppress(OSError):
+                self.path.unlink()  # on a full disk, others need the space now
+            return
         self.ready = True
 
 
@@ -219,6 +220,17 @@ def _reserve(handle: int, size_bytes: int) -> None:
 def _fill_zeros(handle: int, start: int, end: int) -> None:
     while start < end:
         start += os.pwrite(handle, _ZEROS[: end - start], start)
+
+
+def make_directory(directory: Path) -> None:
+    """Make it and what is missing above it, each name durable: what is acknowledged stands below them. Raises: OSError."""
+    missing = []
+    while not directory.is_dir():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directory(directory: Path) -> None:

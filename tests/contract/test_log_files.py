@@ -179,6 +179,16 @@ def test_files_with_other_names_are_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    "kind", [DirectoryLogFiles, lambda path: DirectoryFiles(path).write_file("f", b"")]
+)
+def test_every_directory_that_is_made_has_a_durable_name(tmp_path, monkeypatch, kind):
+    synced: list[Path] = []
+    monkeypatch.setattr(wal_files, "_sync_directory", synced.append)
+    kind(tmp_path / "data" / "n1" / "wal")
+    assert synced[:3] == [tmp_path, tmp_path / "data", tmp_path / "data" / "n1"]
+
+
 def test_a_spare_becomes_the_next_segment_and_is_full_of_zeros(tmp_path):
     files = DirectoryLogFiles(tmp_path)
     files.create(1, SIZE)
@@ -204,6 +214,29 @@ def test_a_spare_of_another_size_is_not_taken(tmp_path):
     files._spare._thread.join()
     files.create(2, 2 * SIZE)
     assert files.read(2) == bytes(2 * SIZE)
+    files.close()
+
+
+def test_a_spare_that_nobody_takes_keeps_no_space(tmp_path, monkeypatch):
+    """The space that it held was what the next segment lacked."""
+    files = DirectoryLogFiles(tmp_path)
+    files.create(1, SIZE)
+    files.write(1, SIZE // 2, b"x")
+    assert files._spare is not None
+    files._spare._thread.join()
+    files.create(2, 2 * SIZE)
+    assert not (tmp_path / "spare").exists()
+
+    def full(handle: int, start: int, end: int) -> None:
+        os.pwrite(handle, b"some of it", start)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(wal_files, "_fill_zeros", full)
+    files.write(2, SIZE, b"x")
+    assert files._spare is not None
+    files._spare._thread.join()
+    assert not files._spare.ready
+    assert not (tmp_path / "spare").exists()
     files.close()
 
 

@@ -391,6 +391,18 @@ def test_read_pending_reads_fail_when_leadership_is_lost():
     assert replica.reads_failed == [7]
 
 
+def test_read_that_waits_is_confirmed_when_the_leader_becomes_the_only_voter():
+    """Nobody is left who could answer its round: it waited for the next read, or for ever."""
+    replica = Replica(membership=plain([1, 2]))
+    replica.lead()
+    replica.acknowledge(2, 1)
+    replica.raft.read_index(7, 0.0)
+    assert of(Heartbeat, replica.work())
+    replica.raft.propose_membership(replica.raft.term, plain([1]), 0.0)
+    replica.work()
+    assert replica.reads == [(7, 1)]
+
+
 def test_read_a_group_of_one_confirms_at_once():
     replica = Replica(membership=plain([1]))
     replica.tick()

@@ -206,6 +206,43 @@ def test_commit_that_passes_a_snapshot_on_its_way_makes_it_no_worse():
     assert not slow.fatal
 
 
+def test_a_snapshot_whose_senders_term_ended_on_the_way_takes_the_log_along():
+    """State without its log was refused every other snapshot: of two replicas out of three, nothing was committed."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    third = world.nodes[6 - leader.number - slow.number]
+    third.host.flushed(third.machine.flush())
+    paused: list[tuple[int, int, bool, bytes]] = []
+    deliver = world.deliver
+
+    def hold_the_end() -> None:
+        sender, _, snapshot, payload = world.frames[0]
+        frame = decode(payload) if snapshot else None
+        if isinstance(frame, Chunk) and (frame.last or sender == third.number):
+            held = world.frames.popleft()
+            if sender == leader.number:
+                paused.append(held)
+            return
+        deliver()
+
+    world.deliver = hold_the_end  # type: ignore[method-assign]
+    world.heal()
+    world.advance(0.5)
+    assert paused
+    leader.crash()
+    world.advance(4.0)
+    assert third.host.raft(1).is_leader
+    world.deliver = deliver  # type: ignore[method-assign]
+    world.frames.extend(paused)
+    world.settle()
+    assert slow.host.stats()["snapshots_installed"] == 1
+    world.propose(b"by two")
+    world.advance(30.0)
+    assert slow.values(1) == third.values(1)
+    assert slow.values(1)[-1] == b"by two"
+    assert slow.host.raft(1).term_at(slow.machine.states[1].installed[0]) is not None
+
+
 def test_a_full_queue_delays_a_stream_and_does_not_break_it():
     world = World(nodes=3)
     leader, slow = behind(world)

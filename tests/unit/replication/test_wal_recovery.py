@@ -198,6 +198,47 @@ def test_a_lost_last_entry_is_told_by_the_next_head():
     assert (log.entries[-1].index, log.entries[-1].term) == (3, 1)
 
 
+def test_a_lost_batch_at_the_end_of_a_segment_does_not_cost_the_next_segment():
+    """Its only batch was durable and acknowledged, and was cut as a torn tail with the damage before it."""
+    node, _ = node_of(1, 2)
+    node.append(1, entry(3))
+    lost = node.commit()
+    node.wal.rotate()
+    node.append(1, entry(4))
+    node.hard(1, 1, vote=2, commit=2)
+    node.commit()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    for _ in range(3):
+        wal, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
+        assert wal.recovery is not None
+        assert [hole[:2] for hole in wal.recovery.damage] == [place(lost)]
+        log = logs[1]
+        assert not log.suspect
+        assert log.hard_state == HardState(1, 2, 2)
+        assert [fault.index for fault in log.faulty] == [3]
+        assert log.entries[-1] == entry(4)
+        node.disk = node.disk.kill()
+
+
+def test_a_torn_segment_behind_a_lost_batch_is_cut_and_the_hole_is_still_told():
+    node, _ = node_of(1, 2)
+    node.append(1, entry(3))
+    lost = node.commit()
+    node.wal.rotate()
+    node.append(1, entry(4))
+    torn = node.write()
+    assert torn is not None
+    node.disk.write(torn.segment, BATCH_HEADER_BYTES + 20, b"torn")
+    node.disk.flip(lost.segment, lost.offset + 20)
+    for _ in range(3):
+        wal, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
+        assert wal.recovery is not None
+        assert [hole[:2] for hole in wal.recovery.damage] == [place(lost)]
+        assert logs[1].suspect
+        assert logs[1].entries == [entry(1), entry(2)]
+        node.disk = node.disk.kill()
+
+
 def test_a_lost_overwrite_is_not_taken_for_what_it_replaced():
     """2 and 3 of term 1 were replaced by a batch that is lost; 4 of term 3 came behind. Only the commit is believed."""
     node = Node()
@@ -283,6 +324,38 @@ def test_suspicion_outlives_the_damaged_segment():
     assert logs[1].suspect
     assert wal.recovery is not None
     assert not wal.recovery.damage
+
+
+def test_suspicion_of_a_group_that_no_record_names_outlives_the_damaged_segment():
+    """It was known from the damage alone, and once that was deleted the group began anew, its vote forgotten."""
+    node, batches = node_of(1, 2, 3)
+    node.append(2, entry(1))
+    lost = node.commit()
+    node.mark()
+    node.mark()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    disk = node.disk
+    wal, logs = Wal.recover(disk, segment_bytes=node.segment_bytes)
+    assert 2 not in logs
+    assert wal.doubt(2).suspect
+    wal.carry(1, logs[1].entries)
+    for _ in range(2):
+        batch = wal.take()
+        assert batch is not None
+        if batch.create_bytes:
+            disk.create(batch.segment, batch.create_bytes)
+        disk.write(batch.segment, batch.offset, batch.data)
+        disk.sync(batch.segment)
+        wal.synced(batch.number)
+        wal.rotate()
+        wal.sync_mark()
+    for segment in wal.obsolete():
+        disk.delete(segment)
+    assert batches[0].segment not in disk.segments()
+    wal, logs = Wal.recover(disk.kill())
+    assert wal.recovery is not None
+    assert not wal.recovery.damage
+    assert logs[2].suspect
 
 
 def test_rot_is_still_told_after_the_tail_that_proved_it_was_cut():
