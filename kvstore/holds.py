@@ -8,10 +8,10 @@ read until it is closed, however long that takes, but for two bounds: a hold cou
 since somebody's forgotten snapshot must not fill every disk; and it ends LEASE_S after its client was last heard of.
 
 Holds are in the memory of the oracle's leader. A new one says "not known" (0) for LEASE_S: nothing is collected before each
-client that lives has told it. The same holds after timestamps have leapt by half of the retention or more: a view that was opened
-a moment ago is old then at once, and not held yet. They leap when a clock that was behind is set, and with the first write after
-an idle time, since reads issue none. A hold that comes too late, or is lost with its client, costs `SnapshotTooOld`, never a
-wrong answer.
+client that lives has told it. The same holds after timestamps have leapt by half of the retention or more: a view that was
+opened a moment ago is old then at once, and not held yet. They leap when a clock that was behind is set, and with the first
+write after an idle time, since reads issue none. A hold that comes too late, or is lost with its client, costs
+`SnapshotTooOld`, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Holds:
     def __init__(self, hold_s: float, retention: int = 0) -> None:
         self._hold = int(hold_s * 1000) << TIMESTAMP_SHIFT
         self._leap_ms = (retention >> TIMESTAMP_SHIFT) / 2
-        self._ahead_ms = float("inf")  # of the last answer: its timestamp, less the time of its node
+        self._ahead_ms = float(
+            "inf"
+        )  # of the last answer: its timestamp, less the time of its node
         self._sessions: dict[int, tuple[int, float]] = {}  # -> oldest timestamp, end of the lease
         self._known_from = float("inf")
         self._lowest = 0

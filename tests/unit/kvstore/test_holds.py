@@ -66,7 +66,13 @@ def test_after_timestamps_have_leapt_nothing_is_collected_until_everybody_could_
 def test_timestamps_that_move_with_time_or_by_little_do_not_count_as_a_leap():
     found, now = leaping()
     issued = ISSUED
-    for step_s, gap_s in ((600.0, 600.0), (299.0, 0.5), (100.0, 500.0), (250.0, 1.0), (0.0, 3600.0)):
+    for step_s, gap_s in (
+        (600.0, 600.0),
+        (299.0, 0.5),
+        (100.0, 500.0),
+        (250.0, 1.0),
+        (0.0, 3600.0),
+    ):
         issued, now = issued + (int(step_s * 1000) << TIMESTAMP_SHIFT), now + gap_s
         assert found.floor(issued, now) == issued
 

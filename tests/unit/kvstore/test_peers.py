@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 from kvstore import limits
 from kvstore.link import LinkLimits
@@ -26,10 +27,11 @@ class KeptLink:
         return True
 
 
-def peer_set(link: KeptLink) -> PeerSet:
+def peer_set(link: Any) -> PeerSet:
+    nobody: Any = None
     peers = PeerSet(
         network=SimpleNamespace(),
-        hello=lambda _kind, _to: None,
+        hello=nobody,
         rng=random.Random(1),
         clock=SimpleNamespace(monotonic=lambda: 0.0),
         limits=LinkLimits(),
