@@ -381,14 +381,16 @@ class Database(DatabaseReads, AtomicCalls):
     ) -> Transaction:
         """One attempt: `async with db.transaction() as tx`. Commits on a clean exit, rolls back on an exception.
 
-        Args: timeout: seconds for the whole transaction; without it each call has the client's.
+        Args: timeout: seconds for the whole transaction; without it each call has the client's. priority: -1,000 to 1,000;
+        it meets others as one that began so many seconds earlier, and of two that meet the older one waits and goes on.
         """
         return self.begin(TransactionOptions(read_only, self._optional(timeout), priority))
 
     def begin(self, options: TransactionOptions, age: int = 0) -> Transaction:
         router = self._started_router()
-        if type(options.priority) is not int or not -1 << 63 <= options.priority < 1 << 63:
-            raise InvalidArgument("priority must be an int of at most 64 bits")
+        if type(options.priority) is not int or abs(options.priority) > limits.PRIORITY_MAX:
+            most = limits.PRIORITY_MAX
+            raise InvalidArgument(f"priority must be an int from -{most} to {most}")
         return Transaction(
             router, self._committer, self._timeout_s, options, age=age, views=self._views
         )
@@ -406,9 +408,9 @@ class Database(DatabaseReads, AtomicCalls):
 
         `fn` may thus run several times: let it have no effects of its own. Its own exceptions end it at once. After a
         Conflict the next attempt first locks the key, for a second at most; its reads are of one snapshot as ever.
-        Args: timeout: seconds for all attempts together. idempotency_key: `fn` takes effect at most once for a key, and a
-        second run returns the first one's result, which must be what msgpack holds, within 1 KiB. The key is remembered
-        for 24 h.
+        Args: timeout: seconds for all attempts together. priority: as of `transaction`. idempotency_key: `fn` takes effect
+        at most once for a key, and a second run returns the first one's result, which must be what msgpack holds, within
+        1 KiB. The key is remembered for 24 h.
         """
         attempts = self.attempts(read_only, timeout, priority)
         kept = None if idempotency_key is None else KeptResult(idempotency_key)

@@ -49,6 +49,8 @@ from txn.types import (
     TxnStatus,
     Write,
     WriteKind,
+    age_of,
+    begin_ts_of,
     make_txn_id,
     point_end,
 )
@@ -272,14 +274,12 @@ class Committer:
                 txn_id = self.txn_id(begin_ts)
                 if on_rename is not None:
                     on_rename(txn_id)
-            age = age or int.from_bytes(txn_id[:8], "big")
+            age = age or age_of(begin_ts_of(txn_id), priority)
             parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
             if fast and not failures:  # later attempts guard in the log, where the older one waits
                 parts = with_fast_guards(parts)
             self.attempts += 1
-            coordinator = Coordinator(
-                txn_id, parts, age=age, priority=priority, lock_owner=write_set.lock_owner
-            )
+            coordinator = Coordinator(txn_id, parts, age=age, lock_owner=write_set.lock_owner)
             drive = _Drive(self, coordinator, deadline)
             if first is not None:
                 drive.resume(*first)

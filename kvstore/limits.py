@@ -26,6 +26,7 @@ TXN_RANGE_ROWS_MAX: Final = 5_000
 TXN_PARTICIPANTS_MAX: Final = 128
 TXN_READ_SPANS_MAX: Final = 10_000  # beyond it, neighbouring spans are merged
 TXN_LOCKS_MAX: Final = 10_000  # keys that one transaction locks
+PRIORITY_MAX: Final = 1_000  # of a transaction, either way
 TXN_AGE_S_MAX: Final = 300.0
 
 FRAME_BYTES_MAX: Final = 256 * KIB

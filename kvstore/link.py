@@ -46,10 +46,8 @@ from kvstore.limits import FRAME_BYTES_MAX, KIB, MESSAGE_BYTES_MAX, MIB
 from replication.errors import FrameError
 from replication.probes import reached
 
-PROTOCOL_VERSION: Final = (
-    2  # 2: a Prepare may speak of other ranges; who does not look at that would commit too much
-)
-PROTOCOL_VERSION_MIN: Final = 2  # the oldest that this program still speaks
+PROTOCOL_VERSION: Final = 3  # 3: a Prepare has no priority, its age has it
+PROTOCOL_VERSION_MIN: Final = 3  # the oldest that this program still speaks
 
 _HEADER = struct.Struct("<II")
 HEADER_BYTES: Final = _HEADER.size

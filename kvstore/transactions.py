@@ -37,7 +37,7 @@ from kvstore.router import Router
 from kvstore.scans import OwnPages, RowScan, scan_bounds
 from kvstore.writes import BufferedWrites
 from replication.probes import reached
-from txn.types import TXN_ID_BYTES, WriteKind, point_end
+from txn.types import TXN_ID_BYTES, WriteKind, age_of, begin_ts_of, point_end
 
 RESERVE_S: Final = 2.0  # to wait for what an earlier attempt lost; then it is tried without a lock
 ID_AGE_S_MAX: Final = 60.0  # a transaction's id may rest on a timestamp seen so long ago
@@ -207,8 +207,10 @@ class Transaction(BufferedWrites):
 
     @property
     def age(self) -> int:
-        """begin_ts of the first attempt, for the next one to inherit (0: it got no id)."""
-        return self._age or self._locks.age or int.from_bytes(self._txn_id[:8], "big")
+        """begin_ts and priority of the first attempt, for the next one to inherit (0: it got no id)."""
+        if self._age or self._locks.age or not self._txn_id:
+            return self._age or self._locks.age
+        return age_of(begin_ts_of(self._txn_id), self._options.priority)
 
     # --- reads ------------------------------------------------------------------------------------
 
@@ -447,7 +449,8 @@ class Transaction(BufferedWrites):
         return Contested(error.key, self._buffer.writes_key(error.key))
 
     def _begin_locks(self, begin_ts: int) -> None:
-        self._locks.begin(self._txn_id or self._committer.txn_id(begin_ts), self._age)
+        owner = self._txn_id or self._committer.txn_id(begin_ts)
+        self._locks.begin(owner, self._age or age_of(begin_ts_of(owner), self._options.priority))
 
     def _until(self) -> float:
         return min(self._deadline, self._router.monotonic() + self._timeout_s)

@@ -149,7 +149,6 @@ class Coordinator:
         "lock_owner",
         "one_range",
         "parts",
-        "priority",
         "refusal",
         "results",
         "state",
@@ -162,7 +161,6 @@ class Coordinator:
         parts: Sequence[Part],
         *,
         age: int = 0,
-        priority: int = 0,
         lock_owner: bytes = b"",
     ) -> None:
         assert parts
@@ -171,7 +169,6 @@ class Coordinator:
         self.one_range = len(parts) == 1
         self.anchor_key = parts[0].participant.locus
         self.age = age or begin_ts_of(txn_id)
-        self.priority = priority
         self.lock_owner = lock_owner
         self.state = State.PREPARING
         self.commit_ts = 0
@@ -202,7 +199,6 @@ class Coordinator:
                 participants=everybody if number == 0 else [],
                 one_range=self.one_range,
                 age=self.age,
-                priority=self.priority,
                 lock_owner=self.lock_owner,
                 elsewhere=part.elsewhere,
             )

@@ -75,8 +75,7 @@ class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
         Participant
     ] = []  # only in the anchor's part of a transaction over several ranges
     one_range: bool = True
-    age: int = 0  # begin_ts of the first attempt: the older waits, the younger is refused
-    priority: int = 0
+    age: int = 0  # begin_ts of the first attempt, and its priority: the older waits, the younger is refused
     lock_owner: bytes = b""  # the id under which its locks are held; b"": it has none
     elsewhere: list[
         list[Guard]

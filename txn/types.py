@@ -117,6 +117,11 @@ def begin_ts_of(txn_id: bytes) -> int:
     return int.from_bytes(txn_id[:8], "big")
 
 
+def age_of(begin_ts: int, priority: int) -> int:
+    """What conflicts are ordered by: the smaller is the older. A step of priority is a second."""
+    return max(1, begin_ts - priority * (1000 << TIMESTAMP_SHIFT))
+
+
 def make_txn_id(begin_ts: int, random_bits: int) -> bytes:
     """An id from an issued timestamp and 64 random bits."""
     return begin_ts.to_bytes(8, "big") + random_bits.to_bytes(8, "big")

@@ -262,7 +262,7 @@ def test_arguments_of_nearly_the_right_type_are_understood_or_refused_and_end_no
     async def test(cluster: FakeCluster, database: Database) -> None:
         db: Any = database
         cluster.seed(a=b"1", b=b"2")
-        for priority in ("high", 1.5, True, 1 << 63):
+        for priority in ("high", 1.5, True, 1_001, -1_001):
             with pytest.raises(InvalidArgument):
                 db.transaction(priority=priority)
         assert await db.scan(reverse=1, keys_only=1).to_list() == [(b"b", b""), (b"a", b"")]

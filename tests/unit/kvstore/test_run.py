@@ -21,7 +21,14 @@ from kvstore.errors import (
 from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import LockPending, LockRead, Outcome, Prepare, Read, Unlock
-from txn.types import KEPT_PREFIX, FenceReason, Guard, begin_ts_of, point_end
+from txn.types import (
+    KEPT_PREFIX,
+    TIMESTAMP_SHIFT,
+    FenceReason,
+    Guard,
+    begin_ts_of,
+    point_end,
+)
 
 
 def now() -> float:
@@ -281,6 +288,31 @@ def test_transactional_owns_a_transaction_of_a_client_and_joins_one_that_is_give
             await move(None, b"a", b"z", 1)  # type: ignore[arg-type]
 
     simulate(test, FakeCluster(b"m"))
+
+
+@pytest.mark.parametrize("priority", [7, -7])
+def test_a_priority_makes_every_attempt_older_by_so_many_seconds(priority):
+    """It was carried to the range, where nobody looked at it."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ts = 60_000 << TIMESTAMP_SHIFT  # a minute
+        cluster.seed(a=b"0")
+
+        async def move(tx: Transaction) -> None:
+            await tx.get_for_update(b"a")
+            tx.put(b"a", b"mine")
+            if len(cluster.of(Prepare)) == 0:
+                await db.put(b"b", b"other")
+                raise Conflict(b"b")
+
+        await db.run(move, priority=priority)
+        locks, (*_, prepare) = cluster.of(LockRead), cluster.of(Prepare)
+        begun = begin_ts_of(locks[0].owner)
+        second = 1000 << TIMESTAMP_SHIFT
+        ages = {lock.age for lock in locks if lock.key == b"a"} | {prepare.age}
+        assert ages == {begun - priority * second}
+
+    simulate(test)
 
 
 def test_the_package_exports_what_users_need():

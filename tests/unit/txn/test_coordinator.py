@@ -97,11 +97,11 @@ def test_only_the_anchors_part_lists_the_participants_itself_included():
 
 
 def test_a_part_carries_its_writes_and_guards_and_the_first_attempts_age():
-    one = coordinator(2, age=123, priority=4)
+    one = coordinator(2, age=123)
     prepare = one.start()[1]
     assert prepare.writes == one.parts[1].writes
     assert prepare.guards == one.parts[1].guards
-    assert (prepare.age, prepare.priority) == (123, 4)
+    assert prepare.age == 123
 
 
 def test_one_range_that_committed_is_committed_and_nobody_need_be_told():

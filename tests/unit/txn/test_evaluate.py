@@ -11,6 +11,7 @@ from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn.commands import Commit, FencePart, PreparePart
 from txn.messages import Failure, Prepare, QueryMode, Read, TxnReply
 from txn.types import (
+    TIMESTAMP_SHIFT,
     Expect,
     ExpectKind,
     FenceReason,
@@ -20,6 +21,7 @@ from txn.types import (
     TxnStatus,
     Write,
     WriteKind,
+    age_of,
     point_end,
 )
 from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX
@@ -384,6 +386,18 @@ def test_an_undecided_delete_range_keeps_writers_out_of_its_gaps():
     settled(place, place.part(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
     asked = settled(place, place.part(2, put(b"bb"), age=50))
     assert asked.reply.reason == FenceReason.CONFLICT
+
+
+def test_whose_priority_is_higher_waits_where_a_younger_one_would_be_refused():
+    place = Range()
+    begun = 100 * (1000 << TIMESTAMP_SHIFT)
+    settled(place, place.part(1, put(b"a"), begin_ts=begun, age=age_of(begun, 0)))
+    later = begun + (3000 << TIMESTAMP_SHIFT)
+    refused = settled(place, place.part(2, put(b"a"), begin_ts=later, age=age_of(later, 2)))
+    assert refused.reply.reason == FenceReason.CONFLICT
+    waits = settled(place, place.part(3, put(b"a"), begin_ts=later, age=age_of(later, 4)))
+    assert waits.open
+    assert age_of(5, 1_000) == 1
 
 
 def test_a_delete_range_in_flight_makes_writers_inside_it_wait():
