@@ -15,7 +15,8 @@ batch. Only touched groups are visited; there is one heap of deadlines and one l
 - H3 after any failure of a write, or of the machine, the host stops at once and says nothing more (pitfall 11).
 - H4 a node whose disk is stuck leads nothing and does not campaign until it moves again (pitfall 15).
 - H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices.
-- H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why).
+- H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why). Damaged entries that
+  the engine has are of no consequence: the log begins behind what is applied.
 """
 
 from __future__ import annotations
@@ -36,16 +37,7 @@ from replication.raft import RaftNode
 from replication.ready import RaftConfig, Ready
 from replication.replica import Applier, Replica, open_replica
 from replication.transfer import Transfers
-from replication.turns import (
-    Deadlines,
-    HostLimits,
-    Inbox,
-    Outbox,
-    SyncMode,
-    SyncPolicy,
-    refusal_of,
-    start_of,
-)
+from replication.turns import Deadlines, HostLimits, Inbox, Outbox, SyncMode, SyncPolicy, begin_of
 from replication.types import Membership, SnapshotMeta
 from replication.wal import GroupLog, Wal
 
@@ -139,17 +131,16 @@ class Host:
         applied: (index, term) as the engine has it; membership as of there. installed: the `applied` that the last
         snapshot, or the group's creation, set: where the engine may stand though the log does not know yet.
         installing: the engine found the marker of an unfinished installation: the replica has no state, votes with its
-        log, and asks for a snapshot. A damaged log makes the group `refused`. Raises: LogMismatch (pitfall 19).
+        log, and asks for a snapshot. A log that is damaged above `applied` makes the group `refused`.
+        Raises: LogMismatch (pitfall 19).
         """
         assert group > 0
         assert group not in self._replicas
         self.refused.pop(group, None)
-        if recovered is not None:
-            reason = refusal_of(recovered, replica)
-            if reason:
-                self.refused[group] = reason
-                return
-        start = start_of(recovered, applied, installed=installed, installing=installing)
+        start = begin_of(recovered, replica, applied, installed=installed, installing=installing)
+        if isinstance(start, str):
+            self.refused[group] = start
+            return
         added = open_replica(
             group,
             replica,

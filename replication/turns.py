@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple
 
 from replication.errors import LogMismatch
@@ -365,6 +365,44 @@ def _at_least(state: HardState, term: int, commit: int) -> HardState:
     return HardState(state.term, state.vote, commit)
 
 
+def begin_of(
+    log: GroupLog | None,
+    replica: int,
+    applied: tuple[int, int],
+    *,
+    installed: tuple[int, int] = (0, 0),
+    installing: bool = False,
+) -> Start | str:
+    """With what a replica begins (see `start_of`), or why it is refused. Raises: LogMismatch."""
+    if log is not None:
+        if log.faulty:
+            reached("entry_rotten")
+        if not installing:
+            log = _behind_faults(log, applied)
+        refusal = refusal_of(log, replica)
+        if refusal:
+            return refusal
+    return start_of(log, applied, installed=installed, installing=installing)
+
+
+def _behind_faults(log: GroupLog, applied: tuple[int, int]) -> GroupLog:
+    """If all damaged entries are in the engine: the log as if it were compacted to there, which it might have been.
+
+    Nothing is asked of those entries again: they are committed, so a leader's are skipped, and a follower that lacks
+    them gets a snapshot. The term at the new start must be known, for what follows is checked against it.
+    """
+    (index, term), first = applied, log.start[0]
+    if (
+        not log.faulty
+        or log.faulty[-1].index > index
+        or index > first + len(log.entries)
+        or log.entries[index - first - 1].term != term
+    ):
+        return log
+    reached("rot_below_applied")
+    return replace(log, start=applied, entries=log.entries[index - first :], faulty=[])
+
+
 def refusal_of(log: GroupLog, replica: int) -> str:
     """Why a recovered log cannot serve as it is; empty if it can. Peers repair it, or it is replaced."""
     if log.tombstone >= replica:
@@ -373,7 +411,6 @@ def refusal_of(log: GroupLog, replica: int) -> str:
         reached("vote_in_doubt")
         return "records of this group may be lost, its vote included"
     if log.faulty:
-        reached("entry_rotten")
         fault = log.faulty[0]
         return (
             f"{len(log.faulty)} damaged entries; the first is {fault.index}, segment {fault.segment} "

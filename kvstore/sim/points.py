@@ -168,6 +168,7 @@ UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tes
     "lock_table_full",
     "outcome_expired",
     "participant_forgot",
+    "rot_below_applied",
     "poll_given_up",
     "peer_takes_nothing",
     "timestamp_too_old",

@@ -15,6 +15,7 @@ from replication.turns import (
     Outbox,
     Routes,
     SyncPolicy,
+    begin_of,
     message_bytes,
     refusal_of,
     start_of,
@@ -272,3 +273,36 @@ def test_damage_doubt_and_removal_refuse_a_log():
     assert "segment 4 offset 8192" in refusal_of(faulty, 1)
     assert "removed" in refusal_of(removed, 2)
     assert refusal_of(removed, 3) == ""
+
+
+def rotten(*indices: int, last: int = 5) -> GroupLog:
+    """A log whose entries at these indices are stand-ins."""
+    found = log(last=last)
+    for index in indices:
+        found.faulty.append(Fault(1, index, 1, 0, 4, 8192, 1, 7))
+        found.entries[index - 1] = Entry(index, 1, 0, b"")
+    return found
+
+
+def test_damaged_entries_that_the_engine_has_are_left_behind():
+    for index in (3, 4, 5):
+        start = begin_of(rotten(1, 3), 1, (index, 1))
+        assert not isinstance(start, str)
+        assert (start.log_start, start.applied, start.reset) == ((index, 1), index, False)
+        assert [left.index for left in start.entries] == list(range(index + 1, 6))
+        assert start.state.commit == max(index, STATE.commit)
+
+
+@pytest.mark.parametrize(
+    ("applied", "installing"),
+    [((2, 1), False), ((3, 2), False), ((6, 1), False), ((3, 1), True)],
+    ids=["not applied", "another term", "beyond the log", "an engine without a state"],
+)
+def test_damaged_entries_that_the_engine_may_lack_refuse_a_log(applied, installing):
+    assert "the first is 1," in str(begin_of(rotten(1, 3), 1, applied, installing=installing))
+
+
+def test_doubt_is_not_cured_by_what_the_engine_has():
+    found = rotten(1)
+    found.suspect = True
+    assert "vote" in str(begin_of(found, 1, (5, 1)))
