@@ -85,6 +85,8 @@ class Host:
         self.measures = Measures()
         self._lane = LogLane(wal, files, clock, self.sync_policy, self.measures)
         self._deadlines = Deadlines()
+        if wal.needs_mark:  # recovered, and perhaps nothing is written for long
+            self._deadlines.set(IDLE, clock.monotonic() + self.limits.idle_mark_s)
         self._outbox = Outbox()
         self._installer = Installer(self, self._replicas, machine, clock.monotonic)
         self._transfers = Transfers(

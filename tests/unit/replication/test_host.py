@@ -406,6 +406,22 @@ def test_an_idle_log_is_marked_once():
     assert not node.wal.needs_mark
 
 
+def test_a_node_that_stays_idle_after_its_start_marks_what_it_found():
+    world = World(nodes=3)
+    world.settle()
+    world.isolate(1)
+    node = world.nodes[1]
+    node.host.receive(2, [append(1, b"A" * 5000)])
+    node.host.turn()
+    assert node.wal.needs_mark
+    restarted(world)
+    world.advance(world.limits.idle_mark_s)
+    assert not node.wal.needs_mark
+    segment = node.disk.segments()[-1]
+    node.disk.flip(segment, node.disk.read(segment).index(b"A" * 5000) + 100)
+    assert restarted(world).refused  # rot, and no torn write
+
+
 def test_segments_are_made_before_they_are_written_and_go_when_nobody_needs_them():
     world = World(nodes=1, groups=(1, 2))
     world.settle()
