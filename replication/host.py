@@ -14,7 +14,8 @@ batch. Only touched groups are visited; there is one heap of deadlines and one l
 - H2 an entry reaches the machine once, in order, and only when it is durable here (the core hands out no other).
 - H3 after any failure of a write, or of the machine, the host stops at once and says nothing more (pitfall 11).
 - H4 a node whose disk is stuck leads nothing and does not campaign until it moves again (pitfall 15).
-- H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices.
+- H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices, what is left after
+  one in a later iteration of the loop.
 - H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why). Damaged entries that
   the engine has are of no consequence: the log begins behind what is applied.
 """
@@ -466,6 +467,11 @@ class Host:
         self._apply_asked = False
         for replica in self._applier.apply():
             self._dirty[replica.group] = None
+        if (
+            self._applier.groups and self._loop is not None
+        ):  # H5: first the sockets, and other turns
+            self._apply_asked = True
+            self._loop.call_soon(self._run, self._apply)
 
     # ------------------------------------------------------------ the log
 
