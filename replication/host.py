@@ -377,7 +377,7 @@ class Host:
                     self.counters["messages_dropped_unknown"] += 1
                     continue
                 try:
-                    replica.step(node, message, now)
+                    replica.step(node, message, now, self.limits.held_log_bytes_max)
                 except FrameError:  # nothing changed
                     self.counters["messages_dropped_malformed"] += 1
                 dirty[group] = None
