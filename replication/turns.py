@@ -229,8 +229,9 @@ class SyncPolicy:
     An inline sync stops the loop for as long as the disk takes; a thread's completion waits for the interpreter's lock
     behind a busy loop, often longer than the disk took. `auto` stays inline while the median inline sync is under
     QUICK_S. On a slower disk it tries the thread for PROBE syncs, keeps the way whose median is the shorter, and tries
-    the other one again every AGAIN syncs. A disk whose inline p99 is above STALL_S gets the thread in any case: the loop
-    must not stand still for long.
+    the other one again every AGAIN syncs. A disk that took longer than STALL_S for STALLS of the last WINDOW inline syncs
+    gets the thread in any case: the loop must not stand still for long, again and again. Once is a hiccup, and not worth
+    AGAIN syncs in the thread.
     """
 
     WINDOW: Final = 64
@@ -238,6 +239,7 @@ class SyncPolicy:
     AGAIN: Final = 4_000
     QUICK_S: Final = 0.001
     STALL_S: Final = 0.050
+    STALLS: Final = 2
 
     def __init__(self, mode: SyncMode) -> None:
         self.mode = mode
@@ -262,9 +264,14 @@ class SyncPolicy:
         self.count += 1
         if self.mode != "auto" or threaded != self.threaded:
             return
+        inline, _ = self._waits
         self._waits[threaded].append(waited_s)
         self._left -= 1
-        if self._left <= 0:
+        if waited_s > self.STALL_S and sum(each > self.STALL_S for each in inline) >= self.STALLS:
+            self._go(threaded=True)
+            inline.clear()
+            self._left = self.AGAIN
+        elif self._left <= 0:
             self._decide()
 
     def _decide(self) -> None:
@@ -276,8 +283,7 @@ class SyncPolicy:
             self._go(threaded=not self.threaded)
         else:
             inline, thread = self._waits
-            stalls = _share(inline, 0.99) > self.STALL_S
-            self._go(threaded=stalls or _share(thread, 0.5) < _share(inline, 0.5))
+            self._go(threaded=_share(thread, 0.5) < _share(inline, 0.5))
             self._waits[not self.threaded].clear()  # to be measured anew
             self._left = self.AGAIN
 

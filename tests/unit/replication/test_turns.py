@@ -193,6 +193,22 @@ def test_a_disk_that_stalls_gets_the_thread_even_if_that_is_slower():
     assert policy.threaded
 
 
+@pytest.mark.parametrize("usual_s", [0.0003, 0.002], ids=["a quick disk", "a slow disk"])
+@pytest.mark.parametrize(("stalls", "threaded"), [(1, False), (2, True)], ids=["once", "twice"])
+def test_a_disk_that_stalls_again_and_again_gets_the_thread_whatever_its_median(
+    usual_s, stalls, threaded
+):
+    policy = SyncPolicy("auto")
+    run_syncs(policy, 3 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    for _ in range(stalls):
+        run_syncs(policy, 20, inline_s=usual_s, thread_s=0.008)
+        run_syncs(policy, 1, inline_s=0.2, thread_s=0.2)
+    run_syncs(policy, 2 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    assert policy.threaded is threaded
+    run_syncs(policy, policy.AGAIN + 2 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    assert not policy.threaded  # it stalls no more
+
+
 def test_syncs_that_went_to_the_thread_for_another_reason_decide_nothing():
     policy = SyncPolicy("auto")
     for _ in range(1_000):
