@@ -327,6 +327,15 @@ class Node:
                 installed=(config.installed_index, config.installed_term),
                 installing=row.installing,
             )
+            if kept is not None and kept.faulty and row.range_id not in self.host.refused:
+                fault = kept.faulty[0]
+                log.warning(
+                    "entries of the log are damaged, but the engine has them",
+                    range=row.range_id,
+                    entries=len(kept.faulty),
+                    segment=fault.segment,
+                    offset=fault.offset,
+                )
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """A task of ours that fails must not fail in silence: without flushes, say, the log grows for ever."""

@@ -14,8 +14,10 @@ batch. Only touched groups are visited; there is one heap of deadlines and one l
 - H2 an entry reaches the machine once, in order, and only when it is durable here (the core hands out no other).
 - H3 after any failure of a write, or of the machine, the host stops at once and says nothing more (pitfall 11).
 - H4 a node whose disk is stuck leads nothing and does not campaign until it moves again (pitfall 15).
-- H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices.
-- H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why).
+- H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices, what is left after
+  one in a later iteration of the loop.
+- H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why). Damaged entries that
+  the engine has are of no consequence: the log begins behind what is applied.
 """
 
 from __future__ import annotations
@@ -36,16 +38,7 @@ from replication.raft import RaftNode
 from replication.ready import RaftConfig, Ready
 from replication.replica import Applier, Replica, open_replica
 from replication.transfer import Transfers
-from replication.turns import (
-    Deadlines,
-    HostLimits,
-    Inbox,
-    Outbox,
-    SyncMode,
-    SyncPolicy,
-    refusal_of,
-    start_of,
-)
+from replication.turns import Deadlines, HostLimits, Inbox, Outbox, SyncMode, SyncPolicy, begin_of
 from replication.types import Membership, SnapshotMeta
 from replication.wal import GroupLog, Wal
 
@@ -93,6 +86,8 @@ class Host:
         self.measures = Measures()
         self._lane = LogLane(wal, files, clock, self.sync_policy, self.measures)
         self._deadlines = Deadlines()
+        if wal.needs_mark:  # recovered, and perhaps nothing is written for long
+            self._deadlines.set(IDLE, clock.monotonic() + self.limits.idle_mark_s)
         self._outbox = Outbox()
         self._installer = Installer(self, self._replicas, machine, clock.monotonic)
         self._transfers = Transfers(
@@ -139,17 +134,16 @@ class Host:
         applied: (index, term) as the engine has it; membership as of there. installed: the `applied` that the last
         snapshot, or the group's creation, set: where the engine may stand though the log does not know yet.
         installing: the engine found the marker of an unfinished installation: the replica has no state, votes with its
-        log, and asks for a snapshot. A damaged log makes the group `refused`. Raises: LogMismatch (pitfall 19).
+        log, and asks for a snapshot. A log that is damaged above `applied` makes the group `refused`.
+        Raises: LogMismatch (pitfall 19).
         """
         assert group > 0
         assert group not in self._replicas
         self.refused.pop(group, None)
-        if recovered is not None:
-            reason = refusal_of(recovered, replica)
-            if reason:
-                self.refused[group] = reason
-                return
-        start = start_of(recovered, applied, installed=installed, installing=installing)
+        start = begin_of(recovered, replica, applied, installed=installed, installing=installing)
+        if isinstance(start, str):
+            self.refused[group] = start
+            return
         added = open_replica(
             group,
             replica,
@@ -383,7 +377,7 @@ class Host:
                     self.counters["messages_dropped_unknown"] += 1
                     continue
                 try:
-                    replica.step(node, message, now)
+                    replica.step(node, message, now, self.limits.held_log_bytes_max)
                 except FrameError:  # nothing changed
                     self.counters["messages_dropped_malformed"] += 1
                 dirty[group] = None
@@ -473,6 +467,11 @@ class Host:
         self._apply_asked = False
         for replica in self._applier.apply():
             self._dirty[replica.group] = None
+        if (
+            self._applier.groups and self._loop is not None
+        ):  # H5: first the sockets, and other turns
+            self._apply_asked = True
+            self._loop.call_soon(self._run, self._apply)
 
     # ------------------------------------------------------------ the log
 

@@ -66,7 +66,7 @@ class Machine(Protocol):
         """End of a turn's applies: write the batch, answer."""
 
     def settled(self) -> None:
-        """All that a turn led to at once is done, its sync and its applies included: answers leave, in one batch."""
+        """All that a turn led to at once is done, its sync and a slice of applies included: answers leave, in one batch."""
 
     def applied(self, group: int) -> tuple[int, int]:
         """(index, term) last applied, as the engine has it."""

@@ -5,6 +5,8 @@ Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
 - B1 `applied` is what the machine has; the core is told no other, and entries follow it without a gap.
 - B2 while `held`, the machine's state is being replaced: nothing is applied, no read is answered, no vote is asked for.
 - B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
+- B4 while `held` the log cannot be cut, and all of it waits to be applied: beyond a bound it takes no more entries. They
+  count as lost on the way: nothing was promised, and the leader sends them again with each beat.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from replication.measures import Measures
-from replication.messages import Message
+from replication.messages import AppendRequest, Message
 from replication.ports import Machine
 from replication.probes import chance, reached
 from replication.raft import RaftNode
 from replication.reads import ReadState
 from replication.ready import RaftConfig
-from replication.turns import ApplyQueue, HostLimits, Routes, Start
+from replication.turns import ENTRY_OVERHEAD_BYTES, ApplyQueue, HostLimits, Routes, Start
 from replication.types import Entry, Membership, SnapshotMeta
 
 LIVE_PROBES: Final = (
@@ -70,8 +72,13 @@ class Replica:
     def node_of(self, replica: int) -> int | None:
         return self.routes.node(replica, self.raft.membership)
 
-    def step(self, node: int, message: Message, now: float) -> None:
+    def step(self, node: int, message: Message, now: float, held_bytes_max: int) -> None:
         self.routes.heard(message.sender, node)
+        if self.held and type(message) is AppendRequest and message.entries:
+            log = self.raft.log
+            if log.bytes + ENTRY_OVERHEAD_BYTES * len(log) >= held_bytes_max:
+                reached("append_with_no_room")
+                return  # as if it were lost (B4)
         self.raft.step(message, now)
 
     # ------------------------------------------------------------ from the core to the machine

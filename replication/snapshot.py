@@ -15,7 +15,8 @@ lost, doubled or foreign chunk shows; then the stream has failed as a whole and 
 `Wanted` is the other way round: a replica that has lost its state (a crash while it installed) asks its leader, who
 may think that the log is all it needs.
 
-Both sides give up after `timeout_s` without progress. The sender counts only as long as it waits for the receiver.
+Both sides give up after `timeout_s` without progress. The sender counts only as long as it waits for the receiver,
+and the throttle withholds credit for half of that at most.
 """
 
 from __future__ import annotations
@@ -207,6 +208,7 @@ class SnapshotReceiver:
         self._credited = 1
         self._deadline: float | None = None
         self._credit_at: float | None = now
+        self._window = limits.window_chunks  # how much is credited then
         self._verify(first, now)
         try:
             self.offer = _decode_offer(first.data)
@@ -229,15 +231,22 @@ class SnapshotReceiver:
         return chunk.data
 
     def taken(self, welcome_at: float) -> None:
-        """The owner has stored the chunk; the throttle wants no more before `welcome_at`."""
-        self._credit_at = None if self.complete else welcome_at
+        """The owner has stored the chunk; the throttle wants no more before `welcome_at`.
+
+        If that is so late that either side would give the stream up, one chunk is welcome halfway: a broken stream costs
+        the state, which is worse than a rate that is exceeded for a while.
+        """
+        assert self._deadline is not None
+        latest = self._deadline - self._limits.timeout_s / 2
+        self._window = self._limits.window_chunks if welcome_at <= latest else 1
+        self._credit_at = None if self.complete else min(welcome_at, latest)
 
     def credit(self, now: float) -> Credit | None:
         """More room, when it is time to say so."""
         if self._credit_at is None or now < self._credit_at:
             return None
         self._credit_at = None
-        upto = self._sequence + self._limits.window_chunks
+        upto = self._sequence + self._window
         if upto <= self._credited:
             return None
         self._credited = upto

@@ -16,6 +16,7 @@ from replication.probes import reached
 
 PAUSE_S: Final = 5.0  # from a failure to the next trial; twice that after each further one
 PAUSE_MAX_S: Final = 60.0
+FORGIVEN_S: Final = 600.0  # after a success: a failure before that goes on with the longer pauses
 CHUNK_S: Final = 0.01  # between two chunks of a trial: at most 25 MiB/s
 
 
@@ -26,6 +27,7 @@ class Trials:
         self._machine, self._readable = machine, readable
         self._due: dict[int, float] = {}  # by group: when to try
         self._pauses: dict[int, float] = {}  # by group: before the next one, should it fail again
+        self._read_at: dict[int, float] = {}  # by group: when it was read whole, since it failed
         self._reading: tuple[int, SnapshotSource] | None = None
         self._chunk_at = 0.0
 
@@ -33,7 +35,15 @@ class Trials:
         return bool(self._due) or self._reading is not None
 
     def failed(self, group: int, now: float) -> None:
-        """The group's state could not be read: try again after a pause, which is longer each time."""
+        """The group's state could not be read: try again after a pause, which is longer each time.
+
+        Streams that break off together are one failure. After a success the pause stays long for a while, since a
+        state that only a trial can read would cost a follower its own every few seconds.
+        """
+        if group in self._due:
+            return
+        if now >= self._read_at.pop(group, now) + FORGIVEN_S:
+            del self._pauses[group]
         pause = self._pauses.get(group, PAUSE_S)
         self._pauses[group] = min(2 * pause, PAUSE_MAX_S)
         self._due[group] = now + pause
@@ -42,6 +52,7 @@ class Trials:
         """The group goes away, or has another state now."""
         self._due.pop(group, None)
         self._pauses.pop(group, None)
+        self._read_at.pop(group, None)
         if self._reading is not None and self._reading[0] == group:
             self.close()
 
@@ -80,4 +91,5 @@ class Trials:
         if whole:
             reached("readable_again")
             self.close()
+            self._read_at[group] = now
             self._readable(group)

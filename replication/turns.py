@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple
 
 from replication.errors import LogMismatch
@@ -35,6 +35,7 @@ class HostLimits:
     apply_bytes_max: int = MIB  # of commands, in one phase; one entry at least
     apply_entries_max: int = 2_000
     log_tail_bytes_max: int = 16 * MIB  # of a group's log in memory, kept for followers that lag
+    held_log_bytes_max: int = 64 * MIB  # of a group's log while its state is being replaced
     idle_mark_s: float = 1.0  # after the last write: record how far the log is durable
     ask_again_s: float = 1.0  # for a snapshot, by a replica without state
     timer_s_min: float = 0.0005
@@ -228,8 +229,9 @@ class SyncPolicy:
     An inline sync stops the loop for as long as the disk takes; a thread's completion waits for the interpreter's lock
     behind a busy loop, often longer than the disk took. `auto` stays inline while the median inline sync is under
     QUICK_S. On a slower disk it tries the thread for PROBE syncs, keeps the way whose median is the shorter, and tries
-    the other one again every AGAIN syncs. A disk whose inline p99 is above STALL_S gets the thread in any case: the loop
-    must not stand still for long.
+    the other one again every AGAIN syncs. A disk that took longer than STALL_S for STALLS of the last WINDOW inline syncs
+    gets the thread in any case: the loop must not stand still for long, again and again. Once is a hiccup, and not worth
+    AGAIN syncs in the thread.
     """
 
     WINDOW: Final = 64
@@ -237,6 +239,7 @@ class SyncPolicy:
     AGAIN: Final = 4_000
     QUICK_S: Final = 0.001
     STALL_S: Final = 0.050
+    STALLS: Final = 2
 
     def __init__(self, mode: SyncMode) -> None:
         self.mode = mode
@@ -261,9 +264,14 @@ class SyncPolicy:
         self.count += 1
         if self.mode != "auto" or threaded != self.threaded:
             return
+        inline, _ = self._waits
         self._waits[threaded].append(waited_s)
         self._left -= 1
-        if self._left <= 0:
+        if waited_s > self.STALL_S and sum(each > self.STALL_S for each in inline) >= self.STALLS:
+            self._go(threaded=True)
+            inline.clear()
+            self._left = self.AGAIN
+        elif self._left <= 0:
             self._decide()
 
     def _decide(self) -> None:
@@ -275,8 +283,7 @@ class SyncPolicy:
             self._go(threaded=not self.threaded)
         else:
             inline, thread = self._waits
-            stalls = _share(inline, 0.99) > self.STALL_S
-            self._go(threaded=stalls or _share(thread, 0.5) < _share(inline, 0.5))
+            self._go(threaded=_share(thread, 0.5) < _share(inline, 0.5))
             self._waits[not self.threaded].clear()  # to be measured anew
             self._left = self.AGAIN
 
@@ -365,6 +372,44 @@ def _at_least(state: HardState, term: int, commit: int) -> HardState:
     return HardState(state.term, state.vote, commit)
 
 
+def begin_of(
+    log: GroupLog | None,
+    replica: int,
+    applied: tuple[int, int],
+    *,
+    installed: tuple[int, int] = (0, 0),
+    installing: bool = False,
+) -> Start | str:
+    """With what a replica begins (see `start_of`), or why it is refused. Raises: LogMismatch."""
+    if log is not None:
+        if log.faulty:
+            reached("entry_rotten")
+        if not installing:
+            log = _behind_faults(log, applied)
+        refusal = refusal_of(log, replica)
+        if refusal:
+            return refusal
+    return start_of(log, applied, installed=installed, installing=installing)
+
+
+def _behind_faults(log: GroupLog, applied: tuple[int, int]) -> GroupLog:
+    """If all damaged entries are in the engine: the log as if it were compacted to there, which it might have been.
+
+    Nothing is asked of those entries again: they are committed, so a leader's are skipped, and a follower that lacks
+    them gets a snapshot. The term at the new start must be known, for what follows is checked against it.
+    """
+    (index, term), first = applied, log.start[0]
+    if (
+        not log.faulty
+        or log.faulty[-1].index > index
+        or index > first + len(log.entries)
+        or log.entries[index - first - 1].term != term
+    ):
+        return log
+    reached("rot_below_applied")
+    return replace(log, start=applied, entries=log.entries[index - first :], faulty=[])
+
+
 def refusal_of(log: GroupLog, replica: int) -> str:
     """Why a recovered log cannot serve as it is; empty if it can. Peers repair it, or it is replaced."""
     if log.tombstone >= replica:
@@ -373,7 +418,6 @@ def refusal_of(log: GroupLog, replica: int) -> str:
         reached("vote_in_doubt")
         return "records of this group may be lost, its vote included"
     if log.faulty:
-        reached("entry_rotten")
         fault = log.faulty[0]
         return (
             f"{len(log.faulty)} damaged entries; the first is {fault.index}, segment {fault.segment} "

@@ -162,12 +162,14 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "watch_goes_on",
 )
 UNREACHED: Final[tuple[str, ...]] = (  # no seed so far; what they wait for: tests/sim/README.md
+    "append_with_no_room",
     "deposed_before_it_proposed",
     "holds_are_full",
     "joint_left",
     "lock_table_full",
     "outcome_expired",
     "participant_forgot",
+    "rot_below_applied",
     "poll_given_up",
     "peer_takes_nothing",
     "timestamp_too_old",

@@ -300,6 +300,36 @@ def test_a_damaged_log_is_refused_and_neither_votes_nor_serves():
         host.propose(1, 50, b"x")
 
 
+def test_a_damaged_entry_that_the_engine_has_flushed_costs_nothing():
+    world = World(nodes=3)
+    first = led(world)
+    node = world.nodes[1 + first.number % 3]
+    for letter in (b"A", b"B", b"C"):
+        world.propose(letter * 5000)
+        world.settle()
+        if letter == b"B":
+            node.machine.flush()
+    world.advance(3.0)
+    segment = node.disk.segments()[-1]
+    node.disk.flip(segment, node.disk.read(segment).index(b"A" * 5000) + 100)
+    for _ in range(2):  # the log is not cut yet: a second start finds the same
+        host = restarted(world, node.number)
+        assert node.logs[1].faulty
+        assert host.refused == {}
+        assert host.raft(1).first_index == node.machine.states[1].applied[0] + 1
+    world.propose(b"D")
+    world.advance(3.0)
+    assert node.values(1) == [b"A" * 5000, b"B" * 5000, b"C" * 5000, b"D"]
+    host.flushed(node.machine.flush())
+    node.wal.rotate()
+    world.propose(b"E")
+    world.advance(3.0)
+    restarted(world, node.number)
+    assert not node.logs[1].faulty
+    world.advance(3.0)
+    assert node.values(1)[-1] == b"E"
+
+
 def test_a_machine_that_is_ahead_of_its_log_is_a_hard_error():
     world = World(nodes=1)
     node = world.nodes[1]
@@ -374,6 +404,22 @@ def test_an_idle_log_is_marked_once():
     world.advance(60.0)
     assert node.disk.sync_count == syncs + 1
     assert not node.wal.needs_mark
+
+
+def test_a_node_that_stays_idle_after_its_start_marks_what_it_found():
+    world = World(nodes=3)
+    world.settle()
+    world.isolate(1)
+    node = world.nodes[1]
+    node.host.receive(2, [append(1, b"A" * 5000)])
+    node.host.turn()
+    assert node.wal.needs_mark
+    restarted(world)
+    world.advance(world.limits.idle_mark_s)
+    assert not node.wal.needs_mark
+    segment = node.disk.segments()[-1]
+    node.disk.flip(segment, node.disk.read(segment).index(b"A" * 5000) + 100)
+    assert restarted(world).refused  # rot, and no torn write
 
 
 def test_segments_are_made_before_they_are_written_and_go_when_nobody_needs_them():

@@ -231,6 +231,41 @@ def test_a_sync_in_a_thread_holds_answers_back_and_nothing_else():
     on_loop(main)
 
 
+def test_a_backlog_is_applied_a_slice_in_each_iteration_of_the_loop():
+    async def main(loop: SimLoop) -> None:
+        one = OnLoop(loop)
+        await asyncio.sleep(1.0)
+        values = one.machine.states[1].values
+        slice_ = one.host.limits.apply_entries_max
+        for sent in (slice_, 3 * slice_):
+            values.clear()
+            for _ in range(sent):
+                one.host.propose(1, one.host.raft(1).term, b"value")
+            seen = []
+            while len(values) < sent:
+                await asyncio.sleep(0)
+                seen.append(len(values))
+            assert seen == list(range(slice_, sent + 1, slice_))
+        await one.stop()
+
+    on_loop(main)
+
+
+def test_a_host_that_stops_amid_a_backlog_applies_no_more():
+    async def main(loop: SimLoop) -> None:
+        one = OnLoop(loop)
+        await asyncio.sleep(1.0)
+        slice_ = one.host.limits.apply_entries_max
+        for _ in range(2 * slice_):
+            one.host.propose(1, one.host.raft(1).term, b"value")
+        await one.steps(1)
+        await one.stop()
+        await one.steps(5)
+        assert len(one.machine.states[1].values) == slice_
+
+    on_loop(main)
+
+
 def test_a_stuck_disk_gives_up_leadership():
     async def main(loop: SimLoop) -> None:
         one = OnLoop(loop, sync_mode="thread")

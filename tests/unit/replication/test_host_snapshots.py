@@ -269,6 +269,34 @@ def test_the_log_behind_a_snapshot_in_flight_is_kept():
     assert leader.host.raft(1).first_index == opened_at + 1
 
 
+def test_the_log_of_a_replica_that_waits_for_its_state_is_bounded():
+    """It kept and carried forward all that was appended, for as long as no snapshot came through."""
+    world = World(nodes=3, limits=HostLimits(held_log_bytes_max=50_000))
+    leader = led(world)
+    slow, third = (world.nodes[1 + (leader.number + more) % 3] for more in (0, 1))
+    leader.peers.full = True  # no snapshot leaves
+    state = slow.machine.states[1]
+    state.installing = True
+    slow.machine.durable[1] = state.copy()
+    restarted(world, slow.number)
+    for number in range(40):
+        world.propose(b"%d" % number + bytes(5_000))
+        world.advance(0.05)
+    raft = slow.host.raft(1)
+    assert raft.leader == leader.number
+    assert 50_000 <= raft.log_bytes < 60_000
+    assert len(leader.values(1)) == len(third.values(1)) == 40  # the others go on
+    third.crash()
+    world.propose(b"the last")
+    world.advance(3.0)
+    assert world.leader() is leader
+    assert leader.values(1)[-1] != b"the last"  # and what is not on a second disk does not count
+    leader.peers.full = False
+    world.advance(5.0)
+    assert slow.values(1) == leader.values(1)
+    assert slow.values(1)[-1] == b"the last"
+
+
 def test_a_damaged_chunk_is_noticed_and_the_sender_is_told():
     world = World(nodes=3)
     leader, slow = behind(world)

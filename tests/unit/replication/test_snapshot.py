@@ -187,6 +187,27 @@ def test_credit_waits_for_the_throttle():
     assert receiving.credit(2.0) is None
 
 
+def test_a_throttle_that_is_slower_than_anybodys_patience_does_not_end_a_healthy_stream():
+    sending, receiving = opened()
+    throttle, left, now = Throttle(rate_bytes_s=100.0, burst_bytes=100), [bytes(3_000)] * 6, 0.0
+    arrivals: list[float] = []
+    while not receiving.complete:
+        while sending.may_send():
+            arrived = chunk(sending.next_frame(left.pop() if left else None, now))
+            receiving.receive(arrived, now)
+            receiving.taken(throttle.take(len(arrived.data), now))
+            arrivals.append(now)
+        now = receiving.deadline() or now
+        sending.tick(now)
+        assert sending.outcome is None
+        assert not receiving.expired(now)
+        credit = receiving.credit(now)
+        if credit is not None:
+            sending.receive(credit, now)
+    waited = LIMITS.timeout_s / 2
+    assert arrivals == [0.0, 0.0, 0.0, waited, 2 * waited, 3 * waited, 4 * waited]
+
+
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_frame_are_refused(payload):
     try:

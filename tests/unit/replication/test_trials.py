@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from replication.trials import CHUNK_S, PAUSE_MAX_S, PAUSE_S, Trials
+from replication.trials import CHUNK_S, FORGIVEN_S, PAUSE_MAX_S, PAUSE_S, Trials
 
 
 class Source:
@@ -120,3 +120,27 @@ def test_two_groups_are_tried_one_after_the_other():
     played(trials, 0.0, 100.0)
     assert readable == [7, 8]
     assert [source.left for source in machine.opened] == [-1, -1]
+
+
+def test_streams_that_break_off_together_are_one_failure():
+    trials, _ = trials_of(Machine(None))
+    trials.failed(7, 0.0)
+    trials.failed(7, 0.1)
+    times = played(trials, 0.1, 3 * PAUSE_S)
+    assert times == [PAUSE_S, 3 * PAUSE_S]
+
+
+def test_a_failure_long_after_a_success_is_a_first_one_and_a_failure_soon_after_it_is_not():
+    machine = Machine(None)
+    trials, readable = trials_of(machine)
+    trials.failed(7, 0.0)
+    times = played(trials, 0.0, 300.0)
+    machine.chunks = 2
+    read_at = played(trials, times[-1], 600.0)[-1]
+    assert readable == [7]
+    trials.failed(7, read_at + 1.0)
+    assert trials.deadline() == read_at + 1.0 + PAUSE_MAX_S
+    read_at = played(trials, read_at + 1.0, read_at + 100.0)[-1]
+    assert readable == [7, 7]
+    trials.failed(7, read_at + FORGIVEN_S)
+    assert trials.deadline() == read_at + FORGIVEN_S + PAUSE_S

@@ -15,6 +15,7 @@ from replication.turns import (
     Outbox,
     Routes,
     SyncPolicy,
+    begin_of,
     message_bytes,
     refusal_of,
     start_of,
@@ -192,6 +193,22 @@ def test_a_disk_that_stalls_gets_the_thread_even_if_that_is_slower():
     assert policy.threaded
 
 
+@pytest.mark.parametrize("usual_s", [0.0003, 0.002], ids=["a quick disk", "a slow disk"])
+@pytest.mark.parametrize(("stalls", "threaded"), [(1, False), (2, True)], ids=["once", "twice"])
+def test_a_disk_that_stalls_again_and_again_gets_the_thread_whatever_its_median(
+    usual_s, stalls, threaded
+):
+    policy = SyncPolicy("auto")
+    run_syncs(policy, 3 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    for _ in range(stalls):
+        run_syncs(policy, 20, inline_s=usual_s, thread_s=0.008)
+        run_syncs(policy, 1, inline_s=0.2, thread_s=0.2)
+    run_syncs(policy, 2 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    assert policy.threaded is threaded
+    run_syncs(policy, policy.AGAIN + 2 * policy.PROBE, inline_s=usual_s, thread_s=0.008)
+    assert not policy.threaded  # it stalls no more
+
+
 def test_syncs_that_went_to_the_thread_for_another_reason_decide_nothing():
     policy = SyncPolicy("auto")
     for _ in range(1_000):
@@ -272,3 +289,36 @@ def test_damage_doubt_and_removal_refuse_a_log():
     assert "segment 4 offset 8192" in refusal_of(faulty, 1)
     assert "removed" in refusal_of(removed, 2)
     assert refusal_of(removed, 3) == ""
+
+
+def rotten(*indices: int, last: int = 5) -> GroupLog:
+    """A log whose entries at these indices are stand-ins."""
+    found = log(last=last)
+    for index in indices:
+        found.faulty.append(Fault(1, index, 1, 0, 4, 8192, 1, 7))
+        found.entries[index - 1] = Entry(index, 1, 0, b"")
+    return found
+
+
+def test_damaged_entries_that_the_engine_has_are_left_behind():
+    for index in (3, 4, 5):
+        start = begin_of(rotten(1, 3), 1, (index, 1))
+        assert not isinstance(start, str)
+        assert (start.log_start, start.applied, start.reset) == ((index, 1), index, False)
+        assert [left.index for left in start.entries] == list(range(index + 1, 6))
+        assert start.state.commit == max(index, STATE.commit)
+
+
+@pytest.mark.parametrize(
+    ("applied", "installing"),
+    [((2, 1), False), ((3, 2), False), ((6, 1), False), ((3, 1), True)],
+    ids=["not applied", "another term", "beyond the log", "an engine without a state"],
+)
+def test_damaged_entries_that_the_engine_may_lack_refuse_a_log(applied, installing):
+    assert "the first is 1," in str(begin_of(rotten(1, 3), 1, applied, installing=installing))
+
+
+def test_doubt_is_not_cured_by_what_the_engine_has():
+    found = rotten(1)
+    found.suspect = True
+    assert "vote" in str(begin_of(found, 1, (5, 1)))
