@@ -225,6 +225,53 @@ def test_a_task_that_fails_unseen_fails_the_test():
         passes_without_a_cluster()
 
 
+def test_a_task_that_fails_unseen_and_is_still_kept_fails_the_test():
+    class Owner:
+        """Its task's exception keeps the frame, that its owner, and that the task."""
+
+        def __init__(self) -> None:
+            self.task = asyncio.create_task(self.work())
+
+        async def work(self) -> None:
+            raise KeyError("unseen")
+
+    kept: list[asyncio.Task[None]] = []
+
+    @simulate(seeds=1)
+    async def passes_with_a_cycle() -> None:
+        Owner()
+        await asyncio.sleep(1.0)
+
+    @simulate(seeds=1, faults=False)
+    async def passes_and_keeps(db: Database) -> None:
+        kept.append(Owner().task)
+        await asyncio.sleep(1.0)
+
+    @simulate(seeds=1, faults=False)
+    async def passes_beside_another_process(cluster: SimCluster) -> None:
+        async def leaves(own: Database) -> None:
+            Owner()
+            await asyncio.sleep(1.0)
+
+        await (await cluster.spawn(leaves)).wait()
+
+    for test in (passes_with_a_cycle, passes_and_keeps, passes_beside_another_process):
+        with pytest.raises(SimulationFailed, match="unseen"):
+            test()
+    assert kept
+
+
+@simulate(seeds=1)
+async def test_a_task_whose_failure_was_seen_may_be_kept() -> None:
+    async def broken() -> None:
+        raise KeyError("seen")
+
+    task = asyncio.create_task(broken())
+    with pytest.raises(KeyError, match="seen"):
+        await task
+    test_a_task_whose_failure_was_seen_may_be_kept.task = task  # type: ignore[attr-defined]
+
+
 def test_a_process_that_fails_unseen_fails_the_test():
     async def broken(own: Database) -> None:
         raise KeyError("unseen")
