@@ -95,7 +95,7 @@ class Worker(Generic[T]):
 
     def __init__(self, name: str, process: Process, task: asyncio.Task[T]) -> None:
         self.name = name
-        self.awaited = False
+        self.awaited = False  # somebody has heard of its failure
         self._process = process
         self._task = task
 
@@ -106,11 +106,16 @@ class Worker(Generic[T]):
 
     async def wait(self) -> T:
         """What its function returned. Raises what that raised; ProcessDied when it was killed."""
-        self.awaited = True
-        return await asyncio.shield(self._task)
+        try:
+            return await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            raise  # who waited has learned nothing of it
+        except BaseException:
+            self.awaited = True
+            raise
 
     def failure(self) -> BaseException | None:
-        """What it failed with and nobody has waited for."""
+        """What it failed with and nobody has been told by `wait`."""
         if self.awaited or not self._task.done() or self._task.cancelled():
             return None
         error = self._task.exception()

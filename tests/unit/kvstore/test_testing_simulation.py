@@ -285,6 +285,29 @@ def test_a_process_that_fails_unseen_fails_the_test():
         passes()
 
 
+def test_a_process_that_fails_after_its_waiter_gave_up_fails_the_test():
+    async def broken(own: Database) -> None:
+        await asyncio.sleep(2.0)
+        raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def gives_up(cluster: SimCluster) -> None:
+        worker = await cluster.spawn(broken)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.wait(), 1.0)
+        await asyncio.sleep(2.0)
+
+    @simulate(seeds=1, faults=False)
+    async def waits(cluster: SimCluster) -> None:
+        worker = await cluster.spawn(broken)
+        with pytest.raises(KeyError, match="unseen"):
+            await worker.wait()
+
+    with pytest.raises(KeyError, match="unseen"):
+        gives_up()
+    waits()
+
+
 def test_what_starts_side_by_side_has_names_of_its_own_and_is_known():
     names: list[str] = []
 
