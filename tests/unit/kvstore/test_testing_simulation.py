@@ -551,3 +551,48 @@ async def test_at_the_end_of_a_wave_every_fault_of_it_ends(
     await asyncio.sleep(1.0)
     assert cluster.running == cluster.nodes
     await db.put(b"k", b"1", timeout=5.0)
+
+
+@simulate(seeds=3, faults=("crash", "pause", "partition", "slow_path", "client_pause"))
+async def test_what_the_test_did_by_name_outlasts_random_faults(
+    cluster: SimCluster, db: Database
+) -> None:
+    async def forever(own: Database) -> None:
+        while True:
+            await own.increment(b"n")
+
+    await cluster.spawn(forever, "teller")
+    other = await cluster.connect("other", timeout_s=2.0)
+    cluster.kill("n3")
+    cluster.partition("other")
+    cluster.slow("test", delay_s=(0.3, 0.4))
+    cluster.pause("teller")
+    before = await db.get(b"n")
+    await asyncio.sleep(11.0)  # the wave has ended
+    assert cluster.running == ["n1", "n2"]
+    began = asyncio.get_running_loop().time()
+    assert await db.get(b"n") == before
+    assert asyncio.get_running_loop().time() - began > 0.5
+    with pytest.raises(TimeoutError):
+        await other.get(b"k")
+    cluster.heal()
+    cluster.resume("teller")
+    await cluster.restart("n3")
+    await other.get(b"k", timeout=20.0)
+    await asyncio.sleep(1.0)
+    assert await db.get(b"n") != before
+    assert cluster.running == cluster.nodes
+
+
+@simulate(seeds=1, faults=False)
+async def test_recover_undoes_what_was_done_by_name(cluster: SimCluster, db: Database) -> None:
+    cluster.kill("n1")
+    cluster.pause("n2")
+    cluster.partition("test")
+    cluster.slow("n3")
+    await cluster.recover()
+    assert cluster.running == cluster.nodes
+    await db.put(b"k", b"1", timeout=10.0)
+    cluster.partition("n1", "n2")  # the next is an ordinary one again
+    cluster.heal()
+    await db.put(b"k", b"2", timeout=5.0)
