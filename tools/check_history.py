@@ -59,17 +59,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kinds_of(history: History) -> list[str]:
-    """What there is to judge. Micro transactions are list-append if any of them appends."""
-    kinds = []
-    if history.registers:
-        kinds.append("registers")
-    if history.transactions:
-        kinds.append("transactions")
-    if any(what == "append" for txn in history.micro for what, _, _ in txn.steps):
-        kinds.append("list-append")
-    elif history.micro:
-        kinds.append("rw-register")
-    return kinds
+    """What there is to judge."""
+    return [kind for kind in KINDS if _operations(history, kind)]
+
+
+def micro_of(history: History, kind: str) -> Sequence[MicroTxn]:
+    """The micro transactions of this kind. Those whose steps do not tell (their reads gave nothing) go with the others; if
+    there are both kinds, with those that write or read the same keys."""
+    told = [_micro_kind(txn) for txn in history.micro]
+    kinds = {each for each in told if each} or {"rw-register"}
+    if len(kinds) < 2:
+        return history.micro if kind in kinds else []
+    of_registers = {
+        key
+        for txn, each in zip(history.micro, told, strict=True)
+        if each == "rw-register"
+        for _, key, _ in txn.steps
+    }
+
+    def kind_of(txn: MicroTxn) -> str:
+        registers = any(key in of_registers for _, key, _ in txn.steps)
+        return "rw-register" if registers else "list-append"
+
+    return [
+        txn for txn, each in zip(history.micro, told, strict=True) if (each or kind_of(txn)) == kind
+    ]
+
+
+def _micro_kind(txn: MicroTxn) -> str:
+    """What its steps are of; empty: of either. A list among them decides, and its checker refuses what does not fit."""
+    if any(what == "append" or isinstance(value, list) for what, _, value in txn.steps):
+        return "list-append"
+    return "rw-register" if any(value is not None for _, _, value in txn.steps) else ""
 
 
 def judge(history: History, kind: str, *, by_version: bool = False) -> list[Finding]:
@@ -79,8 +100,8 @@ def judge(history: History, kind: str, *, by_version: bool = False) -> list[Find
         "transactions": lambda: check_transactions(
             history.initial, history.transactions, history.final, history.markers
         ),
-        "list-append": lambda: check_list_append(history.micro),
-        "rw-register": lambda: check_rw_register(history.micro, by_version=by_version),
+        "list-append": lambda: check_list_append(micro_of(history, kind)),
+        "rw-register": lambda: check_rw_register(micro_of(history, kind), by_version=by_version),
     }
     return list(checks[kind]())
 
@@ -105,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _operations(history: History, kind: str) -> Sequence[Operation]:
     if kind == "registers":
         return history.registers
-    return history.transactions if kind == "transactions" else history.micro
+    return history.transactions if kind == "transactions" else micro_of(history, kind)
 
 
 def _convert(history: History, kinds: Sequence[str], given: argparse.Namespace) -> int:

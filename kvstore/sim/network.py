@@ -99,13 +99,13 @@ class SimNetwork:
         if a is None or b is None:
             self.blocked.clear()
         else:
-            for path in _paths(a, b, one_way=False):
+            for path in paths(a, b, one_way=False):
                 self.blocked.pop(path, None)
         self._kick()
 
     def set_delay(self, a: Names, b: Names, delay_s: tuple[float, float] | None) -> None:
         """Make the paths between `a` and `b` slow, both ways; None: as all others again."""
-        for path in _paths(a, b, one_way=False):
+        for path in paths(a, b, one_way=False):
             if delay_s is None:
                 self._delays.pop(path, None)
             else:
@@ -194,7 +194,7 @@ class SimNetwork:
         return [pipe for pipe in self._pipes.values() if pipe.local == name]
 
     def _block(self, a: Names, b: Names, until: float, one_way: bool) -> None:
-        for path in _paths(a, b, one_way=one_way):
+        for path in paths(a, b, one_way=one_way):
             self.blocked[path] = max(until, self.blocked.get(path, 0.0))
 
     def _kick(self) -> None:
@@ -591,7 +591,7 @@ class _Direction:
             self._timer = self._loop.timer(self._arrive)
 
 
-def _paths(a: Names, b: Names, *, one_way: bool) -> list[tuple[str, str]]:
+def paths(a: Names, b: Names, *, one_way: bool) -> list[tuple[str, str]]:
     first = [a] if isinstance(a, str) else list(a)
     second = [b] if isinstance(b, str) else list(b)
     there = [(x, y) for x in first for y in second if x != y]

@@ -255,9 +255,8 @@ class LocalCluster:
                     node.signal(signal.SIGCONT)
         deadline = self._deadline(self._stop_timeout_s)
         for node in self.nodes:
-            if node.wait(max(0.0, deadline - time.monotonic())) is None and node.running:
-                self._kill(node)
-            node.ended()
+            node.wait(max(0.0, deadline - time.monotonic()))
+            self._end(node)
         if self._temporary and not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -266,9 +265,7 @@ class LocalCluster:
         node = self.nodes[number]
         node.signal(signal.SIGTERM)
         status = node.wait(self._stop_timeout_s)
-        if status is None:
-            self._kill(node)
-        node.ended()
+        self._end(node)
         return status
 
     def kill(self, number: int) -> None:
@@ -385,6 +382,12 @@ class LocalCluster:
 
     def _running(self) -> list[NodeProcess]:
         return [node for node in self.nodes if node.running]
+
+    def _end(self, node: NodeProcess) -> None:
+        """Kill it, unless it ends by itself just now."""
+        with contextlib.suppress(Unavailable):
+            self._kill(node)
+        node.ended()
 
     def _kill(self, node: NodeProcess) -> None:
         node.signal(signal.SIGKILL)

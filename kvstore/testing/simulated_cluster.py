@@ -23,6 +23,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 from kvstore.client import Database
 from kvstore.sim import cluster as internal
 from kvstore.sim.faults import Nemesis
+from kvstore.sim.kept import KeptCluster
 from kvstore.sim.loop import SimError, SimLoop
 from kvstore.sim.process import PROCESS, Process, ProcessDied, outside
 from kvstore.sim.trace import Trace
@@ -95,7 +96,7 @@ class Worker(Generic[T]):
 
     def __init__(self, name: str, process: Process, task: asyncio.Task[T]) -> None:
         self.name = name
-        self.awaited = False
+        self.awaited = False  # somebody has heard of its failure
         self._process = process
         self._task = task
 
@@ -106,11 +107,16 @@ class Worker(Generic[T]):
 
     async def wait(self) -> T:
         """What its function returned. Raises what that raised; ProcessDied when it was killed."""
-        self.awaited = True
-        return await asyncio.shield(self._task)
+        try:
+            return await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            raise  # who waited has learned nothing of it
+        except BaseException:
+            self.awaited = True
+            raise
 
     def failure(self) -> BaseException | None:
-        """What it failed with and nobody has waited for."""
+        """What it failed with and nobody has been told by `wait`."""
         if self.awaited or not self._task.done() or self._task.cancelled():
             return None
         error = self._task.exception()
@@ -143,7 +149,7 @@ class SimCluster:
         self._number_of_nodes = nodes
         self._splits = tuple(sorted(splits))
         self._call_timeout_s = call_timeout_s
-        self._inner: internal.SimCluster | None = None
+        self._inner: KeptCluster | None = None
         self._story: Story | None = None
         self._names: dict[str, str] = {}  # of clients: as users call them -> as the network does
         self._taken: dict[str, None] = {}  # names of these, and of those that are starting
@@ -171,8 +177,9 @@ class SimCluster:
         self._inner = outside(self._made, seed)
         await self._as_world(self._started())
 
-    def _made(self, seed: str) -> internal.SimCluster:
-        inner = internal.SimCluster(
+    def _made(self, seed: str) -> KeptCluster:
+        assert self._story is not None
+        inner = KeptCluster(
             seed, nodes=self._number_of_nodes, splits=self._splits, trace=self._story
         )
         inner.network.delay_s = self._draw.choice(DELAYS_S)
@@ -276,24 +283,28 @@ class SimCluster:
 
     def kill(self, name: str, *, power: bool = False) -> None:
         """The process of this node (or of what was spawned) is gone at this instant. `power`: the machine with it, so that
-        writes that were not synced are lost.
+        writes that were not synced are lost. A node stays down until `restart` or `recover`.
         """
         if name in self._cluster().servers:
-            outside(lambda: self._cluster().crash(name, power=power))
+            outside(lambda: self._cluster().keep_down(name, power=power))
         else:
             outside(self._cluster().crash_client, self._worker(name))
 
     async def restart(self, name: str) -> None:
         """Boot a node that was killed; returns when it is up, which is before it leads or follows anything."""
-        await self._as_world(self._cluster().restart(self._node(name)))
+        self._cluster().let_go(self._node(name))
+        await self._as_world(self._cluster().restart(name))
 
     def pause(self, name: str) -> None:
-        """Stop the process of this node (or of what was spawned), as SIGSTOP does; time goes on."""
+        """Stop the process of this node (or of what was spawned), as SIGSTOP does, until `resume` or `recover`; time goes
+        on. A node that a fault at random crashes meanwhile comes back with another process, which runs.
+        """
         target = name if name in self._cluster().servers else self._worker(name)
-        outside(self._cluster().pause, target)
+        outside(self._cluster().keep_paused, target)
 
     def resume(self, name: str) -> None:
         target = name if name in self._cluster().servers else self._worker(name)
+        self._cluster().let_go(target)
         outside(self._cluster().resume, target)
 
     def partition(
@@ -302,7 +313,7 @@ class SimCluster:
         """Let nothing pass between `a` and `b` (None: everybody else), or from `a` to `b` alone, until `heal`."""
         left, right = self._sides(a, b)
         self._tell("partition", left, right)
-        outside(lambda: self._cluster().network.partition(left, right, one_way=one_way))
+        outside(lambda: self._cluster().network.keep_cut(left, right, one_way=one_way))
 
     def slow(
         self,
@@ -314,21 +325,23 @@ class SimCluster:
         """Every message between `a` and `b` (None: everybody else) takes so long, at least and at most, until `heal`."""
         left, right = self._sides(a, b)
         self._tell("slow", left, right)
-        outside(self._cluster().network.set_delay, left, right, delay_s)
+        outside(self._cluster().network.keep_slow, left, right, delay_s)
 
     def heal(self) -> None:
         """The network is whole and quick again. Processes stay as they are; see `recover`."""
         network, hosts = self._cluster().network, self._hosts()
         self._tell("heal", [], [])
+        network.let_go()
         outside(network.heal)
         outside(network.set_delay, hosts, hosts, None)
 
     async def recover(self) -> None:
-        """End every fault: random ones come no more, the network is whole, and all nodes run."""
+        """End every fault, also those by name: random ones come no more, the network is whole, and all nodes run."""
         await self._as_world(self._recovered())
 
     async def _recovered(self) -> None:
         await self._end_chaos()
+        self._cluster().let_go()
         await Nemesis(self._cluster(), random.Random(0)).heal()
 
     # --- faults at random -------------------------------------------------------------------------
@@ -356,7 +369,9 @@ class SimCluster:
         hold_s: float = 0.0,
         waves: int = 1,
     ) -> None:
-        """The same from now on. A wave ends after at most CHAOS_S, with every fault of it, and PEACE_S later comes the next."""
+        """The same from now on. A wave ends after at most CHAOS_S, with every fault of it, and PEACE_S later comes the next.
+        What was done by name (`kill`, `pause`, `partition`, `slow`) stays as it is.
+        """
         check_faults(faults)
         harm = self._harm(faults, mean_s, hold_s, waves)
         self._chaos.append(outside(self._cluster().loop.create_task, harm))
@@ -402,14 +417,14 @@ class SimCluster:
             alive = [worker.name for worker in self._workers.values() if worker.running]
             if not alive:
                 continue
-            name, kind = rng.choice(alive), rng.choice(kinds)
+            name, kind = self._names[rng.choice(alive)], rng.choice(kinds)
             self._cluster().trace.note("fault", kind)
             if kind == "client_crash":
-                self.kill(name)
+                self._cluster().crash_client(name)
             else:
-                self.pause(name)
+                self._cluster().pause(name)
                 await asyncio.sleep(min(8.0, rng.expovariate(1 / hold_s)))
-                self.resume(name)
+                self._cluster().resume(name)
 
     async def _end_chaos(self) -> None:
         tasks, self._chaos = self._chaos, []
@@ -421,6 +436,11 @@ class SimCluster:
             await nemesis.heal()
 
     # --- for who runs the test --------------------------------------------------------------------
+
+    def node_processes(self) -> list[Process]:
+        """Of the nodes that run."""
+        running = (server.process for server in self._cluster().running())
+        return [process for process in running if process is not None]
 
     @property
     def problems(self) -> list[str]:
@@ -445,7 +465,7 @@ class SimCluster:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _cluster(self) -> internal.SimCluster:
+    def _cluster(self) -> KeptCluster:
         if self._inner is None:
             raise SimError("the cluster is not started: use `async with`")
         return self._inner

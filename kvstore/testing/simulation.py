@@ -19,6 +19,7 @@ import inspect
 import logging
 import traceback
 import unittest
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from kvstore.adapters.real_world import kept_out
 from kvstore.sim import cluster as internal
 from kvstore.sim import loop as simulated
 from kvstore.sim.loop import SimError, SimTimeout
-from kvstore.sim.process import Process, ProcessDied
+from kvstore.sim.process import Process, ProcessDied, process_of
 from kvstore.testing import seeds as wishes
 from kvstore.testing.simulated_cluster import (
     CALL_TIMEOUT_S,
@@ -49,6 +50,7 @@ SEEDS: Final = 100
 TIMEOUT_S: Final = 120.0
 CLUSTER, DB = "cluster", "db"  # the arguments that are ours
 FRAMES_MAX: Final = 20
+NEVER_SEEN: Final = "Task exception was never retrieved"  # as asyncio says it
 
 
 class SimulationFailed(AssertionError):
@@ -165,6 +167,8 @@ async def _played(
         lambda _loop, found: _failed_unseen(run, found)
     )
     process = Process(TEST)
+    tasks = _Tasks()
+    asyncio.get_running_loop().set_task_factory(tasks.made)
     given = dict(kwargs)
     cluster: SimCluster | None = None
     if ours:
@@ -190,6 +194,8 @@ async def _played(
     try:
         async with asyncio.timeout(options.timeout_s) as limit:
             await process.call(whole())
+        for error in tasks.failures(run):
+            _failed_unseen(run, {"message": NEVER_SEEN, "exception": error})
         _judge(run)
     except TimeoutError:
         if not limit.expired():
@@ -206,6 +212,35 @@ async def _played(
     finally:
         # what tasks of dead processes have failed with is of no interest when they are taken away
         asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+
+
+class _Tasks:
+    """Tasks of the user's processes. asyncio tells of a failure that nobody looked at when it collects the task: too late
+    for one in a cycle of references (a task that its own object keeps is in one), never for one that somebody keeps.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[weakref.ref[asyncio.Task[Any]], Process]] = []
+
+    def made(self, loop: Any, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        """A task factory: tasks are what they are without it."""
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
+        process = process_of(options.get("context"))
+        if process is not None:
+            self._made.append((weakref.ref(task), process))
+        return task
+
+    def failures(self, run: Run) -> list[BaseException]:
+        """Of tasks of processes that live, and are not nodes: those judge themselves."""
+        nodes = [process for cluster in run.clusters for process in cluster.node_processes()]
+        found = []
+        for known, process in self._made:
+            task = known()
+            if task is None or process.dead or any(process is node for node in nodes):
+                continue
+            if task._log_traceback and (error := task.exception()) is not None:  # noqa: SLF001 - asyncio's own mark
+                found.append(error)
+        return found
 
 
 def _failed_unseen(run: Run, context: dict[str, Any]) -> None:

@@ -243,6 +243,16 @@ def test_an_unknown_transaction_counts_exactly_if_its_marker_stands() -> None:
     assert check_transactions(ZERO, [there], {b"x": b"1"}, {})
 
 
+def test_what_was_recorded_stays_as_it_is() -> None:
+    """It may be written to a file after it was judged."""
+    unknown = txn(1, FOREVER, 0, {}, {b"x": b"1"}, Outcome.UNKNOWN)
+    failed = txn(2, 3, 0, {}, {b"x": b"2"}, Outcome.FAILED)
+    history = [unknown, failed]
+    before = [replace(op) for op in history]
+    check_transactions(ZERO, history, {b"x": b"2"}, {b"t1": 5, b"t2": 6})
+    assert history == before
+
+
 def test_without_markers_a_read_of_what_an_unknown_transaction_wrote_is_believed() -> None:
     lost = txn(1, FOREVER, 0, {}, {b"x": b"1"}, Outcome.UNKNOWN)
     before, after = txn(2, 3, 4, {b"x": b"0"}), txn(4, 5, 6, {b"x": b"1"})

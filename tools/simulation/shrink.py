@@ -150,12 +150,18 @@ class Shrinker:
     def _subset(self, name: str, items: tuple[Any, ...], count: Callable[[Verdict], int]) -> None:
         """ddmin over a field that says what to keep; skipped if keeping nothing changes nothing."""
         if getattr(self._best, name) is None and count(self._verdict):
-            nothing = self._run(self._with(name, frozenset()))
-            if nothing is None or count(nothing) >= count(self._verdict):
+            without = self._with(name, frozenset())
+            nothing = self._run(without)
+            if nothing is None:
+                return
+            if count(nothing) >= count(self._verdict):
                 self._tell(f"this scenario does not heed {name}: that pass is left out")
                 return
+            if self._judged(without, nothing):
+                return
             if not self._try(self._with(name, frozenset(items))):
-                self._tell(f"{name} with every number is another run: that pass is left out")
+                if not self._gave_up:
+                    self._tell(f"{name} with every number is another run: that pass is left out")
                 return
         ddmin(items, lambda some: self._try(self._with(name, frozenset(some))))
 
@@ -167,15 +173,16 @@ class Shrinker:
 
     def _try(self, options: Options) -> bool:
         """Whether it fails in the same way; then it is the best so far."""
-        key = _key(options)
         if options == self._best:
             return True
-        if key in self._tried:
+        if _key(options) in self._tried:
             return False  # in vain, or it was the best once, and a smaller one is now
         verdict = self._run(options)
-        if verdict is None:
-            return False
-        self._tried.add(key)
+        return verdict is not None and self._judged(options, verdict)
+
+    def _judged(self, options: Options, verdict: Verdict) -> bool:
+        """The same, of a run that was played."""
+        self._tried.add(_key(options))
         if verdict.kind != self._kind:
             return False
         self._best, self._verdict = options, verdict

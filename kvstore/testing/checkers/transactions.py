@@ -10,6 +10,7 @@ Each check returns what is wrong, in words; an empty list means that nothing was
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from kvstore.testing.checkers.anomaly import MISTAKES_MAX
 from kvstore.testing.history import Outcome, TxnOp
@@ -32,9 +33,8 @@ def check_transactions(
     committed: list[TxnOp] = []
     for op in ops:
         version = _version_of(op, markers, wrong)
-        if version:
-            committed.append(op)
-            op.version = version
+        if version:  # a copy, where it differs: what was recorded stays as it is
+            committed.append(op if op.version == version else replace(op, version=version))
     committed.sort(key=lambda op: (op.version, 0 if op.writes else 1))
     state = dict(initial)
     maybe = _undecided(ops) if markers is None else {}

@@ -225,6 +225,53 @@ def test_a_task_that_fails_unseen_fails_the_test():
         passes_without_a_cluster()
 
 
+def test_a_task_that_fails_unseen_and_is_still_kept_fails_the_test():
+    class Owner:
+        """Its task's exception keeps the frame, that its owner, and that the task."""
+
+        def __init__(self) -> None:
+            self.task = asyncio.create_task(self.work())
+
+        async def work(self) -> None:
+            raise KeyError("unseen")
+
+    kept: list[asyncio.Task[None]] = []
+
+    @simulate(seeds=1)
+    async def passes_with_a_cycle() -> None:
+        Owner()
+        await asyncio.sleep(1.0)
+
+    @simulate(seeds=1, faults=False)
+    async def passes_and_keeps(db: Database) -> None:
+        kept.append(Owner().task)
+        await asyncio.sleep(1.0)
+
+    @simulate(seeds=1, faults=False)
+    async def passes_beside_another_process(cluster: SimCluster) -> None:
+        async def leaves(own: Database) -> None:
+            Owner()
+            await asyncio.sleep(1.0)
+
+        await (await cluster.spawn(leaves)).wait()
+
+    for test in (passes_with_a_cycle, passes_and_keeps, passes_beside_another_process):
+        with pytest.raises(SimulationFailed, match="unseen"):
+            test()
+    assert kept
+
+
+@simulate(seeds=1)
+async def test_a_task_whose_failure_was_seen_may_be_kept() -> None:
+    async def broken() -> None:
+        raise KeyError("seen")
+
+    task = asyncio.create_task(broken())
+    with pytest.raises(KeyError, match="seen"):
+        await task
+    test_a_task_whose_failure_was_seen_may_be_kept.task = task  # type: ignore[attr-defined]
+
+
 def test_a_process_that_fails_unseen_fails_the_test():
     async def broken(own: Database) -> None:
         raise KeyError("unseen")
@@ -236,6 +283,29 @@ def test_a_process_that_fails_unseen_fails_the_test():
 
     with pytest.raises(KeyError, match="unseen"):
         passes()
+
+
+def test_a_process_that_fails_after_its_waiter_gave_up_fails_the_test():
+    async def broken(own: Database) -> None:
+        await asyncio.sleep(2.0)
+        raise KeyError("unseen")
+
+    @simulate(seeds=1, faults=False)
+    async def gives_up(cluster: SimCluster) -> None:
+        worker = await cluster.spawn(broken)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.wait(), 1.0)
+        await asyncio.sleep(2.0)
+
+    @simulate(seeds=1, faults=False)
+    async def waits(cluster: SimCluster) -> None:
+        worker = await cluster.spawn(broken)
+        with pytest.raises(KeyError, match="unseen"):
+            await worker.wait()
+
+    with pytest.raises(KeyError, match="unseen"):
+        gives_up()
+    waits()
 
 
 def test_what_starts_side_by_side_has_names_of_its_own_and_is_known():
@@ -481,3 +551,48 @@ async def test_at_the_end_of_a_wave_every_fault_of_it_ends(
     await asyncio.sleep(1.0)
     assert cluster.running == cluster.nodes
     await db.put(b"k", b"1", timeout=5.0)
+
+
+@simulate(seeds=3, faults=("crash", "pause", "partition", "slow_path", "client_pause"))
+async def test_what_the_test_did_by_name_outlasts_random_faults(
+    cluster: SimCluster, db: Database
+) -> None:
+    async def forever(own: Database) -> None:
+        while True:
+            await own.increment(b"n")
+
+    await cluster.spawn(forever, "teller")
+    other = await cluster.connect("other", timeout_s=2.0)
+    cluster.kill("n3")
+    cluster.partition("other")
+    cluster.slow("test", delay_s=(0.3, 0.4))
+    cluster.pause("teller")
+    before = await db.get(b"n")
+    await asyncio.sleep(11.0)  # the wave has ended
+    assert cluster.running == ["n1", "n2"]
+    began = asyncio.get_running_loop().time()
+    assert await db.get(b"n") == before
+    assert asyncio.get_running_loop().time() - began > 0.5
+    with pytest.raises(TimeoutError):
+        await other.get(b"k")
+    cluster.heal()
+    cluster.resume("teller")
+    await cluster.restart("n3")
+    await other.get(b"k", timeout=20.0)
+    await asyncio.sleep(1.0)
+    assert await db.get(b"n") != before
+    assert cluster.running == cluster.nodes
+
+
+@simulate(seeds=1, faults=False)
+async def test_recover_undoes_what_was_done_by_name(cluster: SimCluster, db: Database) -> None:
+    cluster.kill("n1")
+    cluster.pause("n2")
+    cluster.partition("test")
+    cluster.slow("n3")
+    await cluster.recover()
+    assert cluster.running == cluster.nodes
+    await db.put(b"k", b"1", timeout=10.0)
+    cluster.partition("n1", "n2")  # the next is an ordinary one again
+    cluster.heal()
+    await db.put(b"k", b"2", timeout=5.0)

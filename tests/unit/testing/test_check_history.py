@@ -65,6 +65,34 @@ def test_every_kind_in_the_file_is_judged(tmp_path, capsys) -> None:
     assert main([path, "--kind", "rw-register"]) == 0  # there are none
 
 
+def test_reads_of_lists_alone_are_of_list_append(tmp_path, capsys) -> None:
+    assert main([save(tmp_path / "h", ["a 1..2 r x 1,2", "b 3..4 r y -"])]) == 1
+    assert "list-append: 2 operations" in capsys.readouterr().out
+
+
+def test_both_kinds_of_micro_transactions_may_be_in_one_file(tmp_path, capsys) -> None:
+    path = tmp_path / "h"
+    lists, registers = Path(save(tmp_path / "l", BAD)), save(tmp_path / "r", ["a 1..2 w z 1"])
+    nothing = '{{"record":"micro","client":"d","begin":9,"outcome":"ok","end":10,"steps":[["r","{}",null]]}}\n'
+    text = lists.read_text() + Path(registers).read_text()
+    path.write_text(text + nothing.format("x") + nothing.format("z"))
+    assert main([str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "list-append: 4 operations, 1 found\n" in out
+    assert "'z'" in out  # it was written, and then not there
+    assert out.endswith("rw-register: 2 operations, 1 found\n")
+    target = tmp_path / "h.edn"
+    assert main([str(path), "--kind", "rw-register", "--edn", str(target)]) == 0
+    assert len(target.read_text().splitlines()) == 4
+
+
+def test_a_transaction_of_both_kinds_is_refused(tmp_path, capsys) -> None:
+    path = tmp_path / "h"
+    path.write_text(TWICE.replace('["append","x",1]]', '["w","y",1]]') + "\n")
+    assert main([str(path)]) == 2
+    assert "no step of list-append" in capsys.readouterr().err
+
+
 def test_versions_are_used_on_demand(tmp_path) -> None:
     path = save(
         tmp_path / "h", ["a 1..9@6 w x 1", "b 2..3@5 w x 2", "c 4..5 r x 1", "d 6..7 r x 2"]

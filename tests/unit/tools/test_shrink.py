@@ -96,6 +96,35 @@ def test_a_scenario_that_does_not_heed_the_fields_is_not_said_to_need_nothing() 
     assert found.options.ops_kept is None
 
 
+def test_no_run_is_played_twice() -> None:
+    run = FakeRun(frozenset({7, 19}), frozenset({(2, 13)}))
+    played: list[Options] = []
+
+    def noted(options: Options) -> Verdict:
+        played.append(options)
+        return run(options)
+
+    assert Shrinker(noted, Options(), run(Options()), runs_max=2_000).shrink().is_minimal
+    assert [each for n, each in enumerate(played) if each in played[:n]] == []
+
+
+def test_what_fails_without_any_of_them_needs_none() -> None:
+    """Here the operations do not matter."""
+    run = FakeRun(frozenset({7}))
+    found = shrunk(run)
+    assert found.options.ops_kept == frozenset()
+
+
+def test_a_limit_does_not_make_a_scenario_one_that_heeds_nothing() -> None:
+    whole = FakeRun(frozenset({7, 19}), frozenset({(2, 13)}))
+    runs = shrunk(whole).runs
+    for runs_max in range(runs):
+        run = FakeRun(frozenset({7, 19}), frozenset({(2, 13)}))
+        told: list[str] = []
+        Shrinker(run, Options(), run(Options()), runs_max=runs_max, tell=told.append).shrink()
+        assert not any("left out" in each for each in told)
+
+
 def test_runs_are_limited_and_the_result_says_so() -> None:
     run = FakeRun(frozenset({7, 19}), frozenset({(2, 13)}))
     found = shrunk(run, runs_max=12)

@@ -1,0 +1,87 @@
+"""A cluster in which what a test has done by name stays until the test undoes it, whatever faults at random come and go.
+
+The end of a fault heals paths, restarts nodes and resumes processes without asking who cut, killed or stopped them. Here
+the test's own doings are remembered, and such an end stops before them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from kvstore.sim.cluster import SimCluster
+from kvstore.sim.network import Names, SimNetwork, paths
+from kvstore.sim.process import Process
+from kvstore.sim.trace import Trace
+
+
+class KeptNetwork(SimNetwork):
+    """`keep_cut` and `keep_slow` hold until `let_go`; after that `heal` and `set_delay` end them as all others."""
+
+    def __init__(self, rng: random.Random, *, trace: Trace | None = None) -> None:
+        super().__init__(rng, trace=trace)
+        self._cut: dict[tuple[str, str], float] = {}  # as `blocked`
+        self._slow: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def keep_cut(self, a: Names, b: Names, *, one_way: bool) -> None:
+        self.partition(a, b, one_way=one_way)
+        self._cut.update({path: self.blocked[path] for path in paths(a, b, one_way=one_way)})
+
+    def keep_slow(self, a: Names, b: Names, delay_s: tuple[float, float]) -> None:
+        self._slow.update(dict.fromkeys(paths(a, b, one_way=False), delay_s))
+        self.set_delay(a, b, delay_s)
+
+    def let_go(self) -> None:
+        self._cut.clear()
+        self._slow.clear()
+
+    def set_delay(self, a: Names, b: Names, delay_s: tuple[float, float] | None) -> None:
+        super().set_delay(a, b, delay_s)
+        self._delays.update(self._slow)
+
+    def _kick(self) -> None:
+        self.blocked.update(self._cut)
+        super()._kick()
+
+
+class KeptCluster(SimCluster):
+    """`keep_down` and `keep_paused` hold until `let_go`; before that `restart` and `resume` do nothing."""
+
+    network: KeptNetwork
+
+    def __init__(self, seed: str, *, nodes: int, splits: Sequence[bytes], trace: Trace) -> None:
+        super().__init__(seed, nodes=nodes, splits=splits, trace=trace)
+        self.network = KeptNetwork(random.Random(f"{seed}/network"), trace=trace)
+        self._down: dict[str, None] = {}
+        self._paused: dict[str, Process] = {}
+
+    def keep_down(self, name: str, *, power: bool) -> None:
+        """Of a node. It may be down already, and about to come back."""
+        self._down[name] = None
+        self.crash(name, power=power)
+
+    def keep_paused(self, name: str) -> None:
+        """Of a node or client: its process of now, not one that a later restart brings."""
+        self.pause(name)
+        process = self.process(name)
+        if process is not None and process.paused:
+            self._paused[name] = process
+
+    def let_go(self, name: str = "") -> None:
+        """Of this one; without a name: of all, and of the network."""
+        if name:
+            self._down.pop(name, None)
+            self._paused.pop(name, None)
+        else:
+            self._down.clear()
+            self._paused.clear()
+            self.network.let_go()
+
+    async def restart(self, name: str) -> None:
+        if name not in self._down:
+            await super().restart(name)
+
+    def resume(self, name: str) -> None:
+        process = self.process(name)
+        if process is None or self._paused.get(name) is not process:
+            super().resume(name)
