@@ -1,6 +1,6 @@
 """Garbage collection: versions and statuses that nobody can need any more, found by a range's leader and removed by its log.
 
-Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; at most what the oldest
+Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; below what the oldest
 open snapshot reads at (kvstore/holds.py), and at most the range's safe timestamp. The leader walks its range
 in slices: first HISTORY, where everything at or below the threshold is garbage but for the newest such version of a key that
 has no newer one at or below it; then LATEST, for tombstones at or below the threshold; then DECIDED and TERMINAL, for what
@@ -178,7 +178,8 @@ class Collector:
             self._index, self._newest, self._clean = row.applied_index, self._ev.issued, False
         if self._clean and self._ev.issued < self._expiry:
             return False
-        threshold = min(self._ev.issued - limits.retention, self._ev.floor)
+        # Below what the oldest open view reads: its transaction may have begun just there, and is to be evaluated (G2).
+        threshold = min(self._ev.issued - limits.retention, self._ev.floor - 1)
         threshold = min(threshold, safe_ts(self._ev.state, self._ev.closing.close(threshold)))
         if threshold <= max(self._swept, row.gc_threshold):
             self.starved = True
