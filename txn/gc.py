@@ -38,7 +38,7 @@ from txn.commands import Collect, Garbage
 from txn.latches import Pending
 from txn.messages import Failure, Prepare, PrepareReply, QuerySettled, Reply, Settled
 from txn.mvcc import is_tombstone, latest_ts
-from txn.state import DecidedRow, decode_decided_row
+from txn.state import DecidedRow, RangeRow, decode_decided_row
 from txn.types import (
     KEPT_PREFIX,
     TIMESTAMP_MAX,
@@ -175,7 +175,8 @@ class Collector:
         limits, row = self._ev.limits, self._ev.state.row
         self.starved = False
         if row.applied_index != self._index:
-            self._index, self._newest, self._clean = row.applied_index, self._ev.issued, False
+            self._index, self._clean = row.applied_index, False
+            self._newest = self._newest_of(row)
         if self._clean and self._ev.issued < self._expiry:
             return False
         # Below what the oldest open view reads: its transaction may have begun just there, and is to be evaluated (G2).
@@ -191,6 +192,11 @@ class Collector:
         self._settled = [(row.start, row.end, self._settled_here())]
         self._begin_family(keycode.HISTORY)
         return True
+
+    def _newest_of(self, row: RangeRow) -> int:
+        """No row has a timestamp above it. What other ranges were given may be above all that is known here to be issued."""
+        newest = row.newest if row.newest < TIMESTAMP_MAX else 0
+        return max(self._ev.issued, newest, row.decided_begin)
 
     def _begin_family(self, family: bytes) -> None:
         row = self._ev.state.row

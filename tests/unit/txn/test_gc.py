@@ -452,6 +452,24 @@ def test_a_step_looks_at_few_large_values(monkeypatch):
     assert not rows_of(place, keycode.HISTORY)
 
 
+@pytest.mark.parametrize("of", ["version", "outcome"])
+def test_what_is_newer_than_its_leader_knows_to_be_issued_is_collected_in_its_time(of: str):
+    """Its commit timestamp, or its beginning, is one that another range was given."""
+    place = place_with()
+    write(place, b"k")
+    if of == "version":
+        settled(place, place.part(1, Write(WriteKind.DELETE, b"k")))
+        settled(place, place.resolve(1, b"k", place.clock + 40, record=True))
+    else:
+        settled(place, place.fence(1, b"k", begin_ts=place.clock + 40))
+    known = place.evaluator.issued
+    sweep(place)
+    for upto in (known + 10, known + 1_000):
+        sweep(place, clock=upto + RETENTION)
+    assert rows_of(place, keycode.LATEST) == ([] if of == "version" else [keycode.latest_row(b"k")])
+    assert rows_of(place, keycode.DECIDED) == []
+
+
 # --- G7
 
 
