@@ -10,8 +10,9 @@ since somebody's forgotten snapshot must not fill every disk; and it ends LEASE_
 Holds are in the memory of the oracle's leader. A new one says "not known" (0) for LEASE_S: nothing is collected before each
 client that lives has told it. The same holds after timestamps have leapt by half of the retention or more: a view that was
 opened a moment ago is old then at once, and not held yet. They leap when a clock that was behind is set, and with the first
-write after an idle time, since reads issue none. A hold that comes too late, or is lost with its client, costs
-`SnapshotTooOld`, never a wrong answer.
+write after an idle time, since reads issue none. And it holds after the oracle has stood still for a lease (its process was
+stopped, its machine slept): it has heard nobody, and each lease seems to be over. A hold that comes too late, or is lost
+with its client, costs `SnapshotTooOld`, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Holds:
         self._ahead_ms = float(
             "inf"
         )  # of the last answer: its timestamp, less the time of its node
+        self._answered_at = float("inf")  # that one
         self._sessions: dict[int, tuple[int, float]] = {}  # -> oldest timestamp, end of the lease
         self._known_from = float("inf")
         self._lowest = 0
@@ -48,7 +50,7 @@ class Holds:
     def start_term(self, now: float) -> None:
         self._sessions.clear()
         self._known_from, self._reckoned_at = now + LEASE_S, float("-inf")
-        self._ahead_ms = float("inf")
+        self._ahead_ms = self._answered_at = float("inf")
 
     def hold(self, session: int, oldest: int, now: float) -> None:
         """The session's oldest open view is at `oldest`; 0: it has none any more."""
@@ -67,6 +69,9 @@ class Holds:
             reached("timestamps_leapt")
             self._known_from = max(self._known_from, now + LEASE_S)
         self._ahead_ms = ahead_ms
+        if now - self._answered_at > LEASE_S:  # each node asks once a second
+            self._known_from = max(self._known_from, now + LEASE_S)
+        self._answered_at = now
         if now < self._known_from:
             return 0
         if now >= self._reckoned_at + RECKON_S:

@@ -1,6 +1,6 @@
 """Garbage collection: versions and statuses that nobody can need any more, found by a range's leader and removed by its log.
 
-Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; at most what the oldest
+Story. The threshold is the newest timestamp that the leader knows to be issued, less the retention; below what the oldest
 open snapshot reads at (kvstore/holds.py), and at most the range's safe timestamp. The leader walks its range
 in slices: first HISTORY, where everything at or below the threshold is garbage but for the newest such version of a key that
 has no newer one at or below it; then LATEST, for tombstones at or below the threshold; then DECIDED and TERMINAL, for what
@@ -38,7 +38,7 @@ from txn.commands import Collect, Garbage
 from txn.latches import Pending
 from txn.messages import Failure, Prepare, PrepareReply, QuerySettled, Reply, Settled
 from txn.mvcc import is_tombstone, latest_ts
-from txn.state import DecidedRow, decode_decided_row
+from txn.state import DecidedRow, RangeRow, decode_decided_row
 from txn.types import (
     KEPT_PREFIX,
     TIMESTAMP_MAX,
@@ -175,10 +175,12 @@ class Collector:
         limits, row = self._ev.limits, self._ev.state.row
         self.starved = False
         if row.applied_index != self._index:
-            self._index, self._newest, self._clean = row.applied_index, self._ev.issued, False
+            self._index, self._clean = row.applied_index, False
+            self._newest = self._newest_of(row)
         if self._clean and self._ev.issued < self._expiry:
             return False
-        threshold = min(self._ev.issued - limits.retention, self._ev.floor)
+        # Below what the oldest open view reads: its transaction may have begun just there, and is to be evaluated (G2).
+        threshold = min(self._ev.issued - limits.retention, self._ev.floor - 1)
         threshold = min(threshold, safe_ts(self._ev.state, self._ev.closing.close(threshold)))
         if threshold <= max(self._swept, row.gc_threshold):
             self.starved = True
@@ -190,6 +192,11 @@ class Collector:
         self._settled = [(row.start, row.end, self._settled_here())]
         self._begin_family(keycode.HISTORY)
         return True
+
+    def _newest_of(self, row: RangeRow) -> int:
+        """No row has a timestamp above it. What other ranges were given may be above all that is known here to be issued."""
+        newest = row.newest if row.newest < TIMESTAMP_MAX else 0
+        return max(self._ev.issued, newest, row.decided_begin)
 
     def _begin_family(self, family: bytes) -> None:
         row = self._ev.state.row

@@ -215,9 +215,9 @@ class Recovery:
             return
         staged = ev.state.staged.get(request.txn_id)
         if staged is not None:
-            self._outcome_waiting.setdefault(request.txn_id, []).append(
-                Waiter(request, origin, now)
-            )
+            waiter = Waiter(request, origin, now)
+            self._outcome_waiting.setdefault(request.txn_id, []).append(waiter)
+            ev.at(now + ev.limits.read_wait_s, lambda _: self._outcome_unknown(waiter))
             self._recover(request.txn_id, staged)
             return
         if self._reply_known(request, origin):
@@ -227,6 +227,18 @@ class Recovery:
             ev.out.reply(origin, TxnReply(request.id, TxnStatus.EXPIRED), True)
             return
         self._abort_unstaged(request, origin)
+
+    def _outcome_unknown(self, waiter: Waiter) -> None:
+        """A part's range is away, perhaps for hours: who asks is told, and asks again while it has time."""
+        waiting = self._outcome_waiting.get(waiter.request.txn_id, [])
+        if waiter not in waiting:
+            return
+        waiting.remove(waiter)
+        if not waiting:
+            del self._outcome_waiting[waiter.request.txn_id]
+        waiter.done = True
+        message = "a range that takes part does not answer"
+        self.ev.out.reply(waiter.origin, Failure(waiter.request.id, "unavailable", message), False)
 
     def query_txn(self, request: QueryTxn, origin: Any, now: float) -> None:
         ev = self.ev

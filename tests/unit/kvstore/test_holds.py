@@ -4,6 +4,7 @@ new oracle knows nothing until everybody had time to tell it. And of a client's 
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
@@ -63,6 +64,18 @@ def test_after_timestamps_have_leapt_nothing_is_collected_until_everybody_could_
     assert found.floor(leapt, now + LEASE_S) == ISSUED
 
 
+def test_an_oracle_that_stood_still_ends_no_lease_before_everybody_could_tell_it():
+    found, now = known()
+    found.hold(1, ISSUED - 5, now)
+    found.hold(2, ISSUED - 9, now)
+    assert found.floor(ISSUED, now) == ISSUED - 9
+    now += LEASE_S + 1.0  # its process was stopped, or its machine slept: it has heard nobody
+    assert found.floor(ISSUED, now) == 0
+    found.hold(1, ISSUED - 5, now + 1.0)
+    assert found.floor(ISSUED, now + LEASE_S - 0.01) == 0
+    assert found.floor(ISSUED, now + LEASE_S) == ISSUED - 5
+
+
 def test_timestamps_that_move_with_time_or_by_little_do_not_count_as_a_leap():
     found, now = leaping()
     issued = ISSUED
@@ -73,8 +86,11 @@ def test_timestamps_that_move_with_time_or_by_little_do_not_count_as_a_leap():
         (250.0, 1.0),
         (0.0, 3600.0),
     ):
-        issued, now = issued + (int(step_s * 1000) << TIMESTAMP_SHIFT), now + gap_s
-        assert found.floor(issued, now) == issued
+        answers = math.ceil(gap_s / LEASE_S)
+        for _ in range(answers):
+            issued += int(step_s / answers * 1000) << TIMESTAMP_SHIFT
+            now += gap_s / answers
+            assert found.floor(issued, now) == issued
 
 
 def test_a_leap_from_one_term_to_the_next_is_covered_by_the_term_alone():

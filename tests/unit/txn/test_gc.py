@@ -25,7 +25,16 @@ from txn.messages import (
     TxnReply,
 )
 from txn.mvcc import read_at
-from txn.types import KEPT_PREFIX, FenceReason, Guard, PartStatus, TxnStatus, Write, WriteKind
+from txn.types import (
+    KEPT_PREFIX,
+    FenceReason,
+    Guard,
+    PartStatus,
+    TxnStatus,
+    Write,
+    WriteKind,
+    point_end,
+)
 
 RETENTION = 50
 
@@ -100,6 +109,17 @@ def test_reads_below_the_threshold_are_refused_and_at_it_are_served():
     assert settled(place, place.read(b"k", at=last - 1)).reply.code == "snapshot_too_old"
     assert settled(place, place.read(b"k", at=last)).reply.values == [b"new"]
     assert settled(place, place.scan(b"", b"w", last - 1)).reply.code == "snapshot_too_old"
+
+
+def test_who_began_at_what_the_oldest_open_view_reads_may_still_commit():
+    place = place_with()
+    for number in range(3):
+        at = write(place, b"k", b"%d" % number)
+    place.evaluator.floor = at  # a transaction that has read there, and has told its id then
+    sweep(place, clock=at + 10 * RETENTION)
+    assert place.state.row.gc_threshold > 0
+    asked = place.prepare(5, put(b"mine"), begin_ts=at, guards=[Guard(b"k", point_end(b"k"), at)])
+    assert settled(place, asked).reply.status == PartStatus.COMMITTED
 
 
 def test_without_a_retention_nothing_is_ever_collected():
@@ -430,6 +450,24 @@ def test_a_step_looks_at_few_large_values(monkeypatch):
     sweep(place)
     assert max(looked) <= 3  # two that fit, and one that does not any more
     assert not rows_of(place, keycode.HISTORY)
+
+
+@pytest.mark.parametrize("of", ["version", "outcome"])
+def test_what_is_newer_than_its_leader_knows_to_be_issued_is_collected_in_its_time(of: str):
+    """Its commit timestamp, or its beginning, is one that another range was given."""
+    place = place_with()
+    write(place, b"k")
+    if of == "version":
+        settled(place, place.part(1, Write(WriteKind.DELETE, b"k")))
+        settled(place, place.resolve(1, b"k", place.clock + 40, record=True))
+    else:
+        settled(place, place.fence(1, b"k", begin_ts=place.clock + 40))
+    known = place.evaluator.issued
+    sweep(place)
+    for upto in (known + 10, known + 1_000):
+        sweep(place, clock=upto + RETENTION)
+    assert rows_of(place, keycode.LATEST) == ([] if of == "version" else [keycode.latest_row(b"k")])
+    assert rows_of(place, keycode.DECIDED) == []
 
 
 # --- G7

@@ -202,6 +202,24 @@ def test_the_outcome_of_what_is_staged_is_decided_first():
     assert asked.reply == TxnReply(0, TxnStatus.COMMITTED, 140)
 
 
+def test_who_asks_for_an_outcome_that_cannot_be_decided_does_not_wait_for_ever():
+    """A part's range is away; and each question counts as an open request of the node until it is answered."""
+    place = staged()
+    asked = place.outcome(1, b"a")
+    place.pass_time(place.limits.read_wait_s - 0.1)
+    later = place.outcome(1, b"a")
+    assert asked.open
+    place.pass_time(0.2)
+    assert asked.reply.code == "unavailable"
+    assert later.open
+    while place.calls:
+        place.answer(prepared(140))
+    place.settle()
+    assert later.reply == TxnReply(0, TxnStatus.COMMITTED, 140)
+    place.pass_time(place.limits.read_wait_s)
+    assert len(asked.replies) == len(later.replies) == 1
+
+
 def test_an_outcome_waits_for_what_is_in_flight():
     place = Range()
     place.prepare(1, put(b"a"))
