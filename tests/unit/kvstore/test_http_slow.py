@@ -1,4 +1,5 @@
-"""Claims: a caller who does not read his answer is counted as long as it waits, and that is bounded."""
+"""Claims: a caller who does not read his answer is counted as long as it waits, and that is bounded; so is the time for
+which a connection may be idle, or its request half there."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import asyncio
 import contextlib
 import socket
 
+import pytest
 from aiohttp import test_utils, web
 
-from kvstore.adapters import http_server
+from kvstore.adapters import http_server, ws_transport
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
+ENDED_WITHIN_S = 20.0
 LARGE = bytes(16 << 20)  # more than the buffers of a connection hold
 
 
@@ -80,3 +83,34 @@ async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
         assert (await http.get("/health/live")).status == 200
         await read_to_the_end(asking)
         await ended.wait()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health/live HTTP/1.1\r\nHost:",
+        b"GET /health/live HTTP/1.1\r\nHost: n\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: n\r\n\r\nGET",
+    ],
+)
+async def test_a_connection_that_asks_nothing_more_is_ended(monkeypatch, sent):
+    monkeypatch.setattr(ws_transport, "KEEPALIVE_TIMEOUT_S", 0.05)
+
+    async def on_pipe(path, pipe):
+        raise AssertionError("nobody asked for a stream")
+
+    app = web.Application()
+    node = FakeNode(FakeDatabase())
+    http_server.add_routes(app, node, node.metrics.observe_request)
+    network = ws_transport.WsNetwork()
+    address = await network.serve("127.0.0.1:0", on_pipe, app)
+    reader, writer = await asyncio.open_connection(*ws_transport.split_address(address))
+    try:
+        writer.write(sent)
+        async with asyncio.timeout(ENDED_WITHIN_S):
+            answer = await reader.read()
+        assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+    finally:
+        writer.close()
+        await network.close()
