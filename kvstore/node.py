@@ -234,11 +234,15 @@ class Node:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.engine is not None:
-            await self.adapters.executor.run(self.engine.close)
-        if self._log is not None:
-            self._log.close()
-        await self.adapters.close()
+        try:  # each is given up, whatever becomes of the others: nobody asks twice
+            if self.engine is not None:
+                await self.adapters.executor.run(self.engine.close)
+        finally:
+            try:
+                if self._log is not None:
+                    self._log.close()
+            finally:
+                await self.adapters.close()
 
     async def _open(self, found: identities.Identity) -> None:
         """Recover log and engine, build the rest, begin to turn."""

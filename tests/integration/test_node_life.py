@@ -9,7 +9,9 @@ import threading
 import pytest
 
 import kvstore
+from kvstore.adapters.local_network import LocalNetwork
 from kvstore.adapters.rocks_engine import RocksEngine
+from kvstore.adapters.wal_files import DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
@@ -115,3 +117,43 @@ async def test_a_stop_during_an_initialisation_waits_for_it_and_nothing_is_opene
     assert not (tmp_path / FILE_NAME).exists()
     async with kvstore.open(tmp_path) as db:
         await db.put(b"k", b"1")
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("owner", [RocksEngine, DirectoryLogFiles, LocalNetwork])
+async def test_a_directory_is_given_up_though_something_in_it_could_not_be_closed(
+    tmp_path, monkeypatch, owner
+):
+    db = await kvstore.open(tmp_path)
+    await db.put(b"k", b"1")
+    real = owner.close
+
+    def failing(*args):
+        monkeypatch.setattr(owner, "close", real)
+        closed = real(*args)
+        if closed is not None:
+            closed.close()  # a coroutine
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(owner, "close", failing)
+    with pytest.raises(DiskFull):
+        await db.close()
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"
+
+
+async def test_a_close_that_is_cancelled_comes_to_its_end(tmp_path, monkeypatch):
+    db = await kvstore.open(tmp_path)
+    await db.put(b"k", b"1")
+    close = Gate(monkeypatch, RocksEngine, "close")
+    closing = asyncio.ensure_future(db.close())
+    await close.reached.wait()
+    closing.cancel()
+    await asyncio.sleep(0)
+    close.let_through()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"
