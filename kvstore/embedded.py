@@ -6,6 +6,7 @@ be started by `kvstore start --dir` later only under the address that it was giv
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from typing import TYPE_CHECKING, Final
@@ -60,14 +61,24 @@ async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Da
             adapters.clock,
             adapters.random.stream("client"),
             timeout_s,
-            on_close=lambda: node.stop(drain=False),
+            on_close=lambda: _stop(node),
         )
         await database.start()
     except BaseException as error:
-        await node.stop(drain=False)
+        await _stop(node)
         if isinstance(error, LogFormatError):
             raise VersionMismatch(f"{path}: {error}") from error
         if isinstance(error, LogMismatch):
             raise CorruptionError(f"{path}: {error}") from error
         raise
     return database
+
+
+async def _stop(node: Node) -> None:
+    """To its end, also when whoever waits is cancelled: half a stop would keep the directory for ever."""
+    stopping = asyncio.get_running_loop().create_task(node.stop(drain=False))
+    try:
+        await asyncio.shield(stopping)
+    except asyncio.CancelledError:
+        await asyncio.gather(asyncio.shield(stopping), return_exceptions=True)  # it is short
+        raise

@@ -18,7 +18,14 @@ from kvstore import logs
 from kvstore.bootstrap import InitRequest, check
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
-from kvstore.errors import ConfigError, DataDirectoryError, KVError, NotReady, WrongCluster
+from kvstore.errors import (
+    ConfigError,
+    DataDirectoryError,
+    KVError,
+    NodeStopped,
+    NotReady,
+    WrongCluster,
+)
 from kvstore.link import MESSAGE_OVERHEAD_BYTES, Hello, LinkLimits, WrongNode
 from kvstore.measures import NodeMeasures
 from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
@@ -116,12 +123,8 @@ class Node:
         self.state = "starting"
         self.adapters = adapters
         self.flushes = 0
-        self._directory, self._listen, self._advertise, self._join = (
-            directory,
-            listen,
-            advertise,
-            join,
-        )
+        self._directory, self._listen = directory, listen
+        self._advertise, self._join = advertise, join
         self._files: NodeFiles
         self.roster: Roster | None = None
         self._log: LogFiles | None = None
@@ -130,7 +133,7 @@ class Node:
         self._streams: dict[int, Stream] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._initializing = False
+        self._initializing = asyncio.Lock()
         self._flushed_bytes = 0.0
         self._flushed_at = self.started_at
         self._preferred: dict[int, int] = {}
@@ -178,25 +181,35 @@ class Node:
             )
 
     async def initialize(self, request: InitRequest) -> None:
-        """Become a member of a new cluster. Again with the same request: nothing. Raises: WrongCluster, InvalidArgument."""
+        """Become a member of a new cluster. Again with the same request: nothing.
+
+        Raises: WrongCluster, InvalidArgument, NotReady, StorageError. It can be tried again, unless the node failed.
+        """
         check(request)
         if self.cluster_id:
-            if (self.cluster_id, self.node_id) == (request.cluster_id, request.your_node_id):
-                return
-            raise WrongCluster(f"this node is node {self.node_id} of cluster {self.cluster_id}")
-        if self._initializing or self.state != "waiting":
+            if (self.cluster_id, self.node_id) != (request.cluster_id, request.your_node_id):
+                raise WrongCluster(f"this node is node {self.node_id} of cluster {self.cluster_id}")
+            if self.fatal.done():
+                raise NotReady("the node failed: its log tells why; start it again")
+            return
+        if self._initializing.locked() or self.state != "waiting":
             raise NotReady("an initialisation is under way; try again")
-        self._initializing = True
-        try:
+        async with self._initializing:
             engine = self.adapters.open_engine(empty=True)
-            engine.write(identities.first_rows(request))
-            await self.adapters.executor.run(engine.flush)
-            engine.close()
+            try:
+                engine.write(identities.first_rows(request))
+                await self.adapters.executor.run(engine.flush)
+            finally:
+                engine.close()
+            if self.state != "waiting":
+                raise NodeStopped("the node was stopped before it was initialized")
             found = identities.identity_of(request)
             self._files.write_file(identities.FILE_NAME, identities.encode_identity(found))
-            await self._open(found)
-        finally:
-            self._initializing = False
+            try:
+                await self._open(found)
+            except Exception as error:
+                self._on_fatal(error)  # a member that is half open: only a new start helps
+                raise
 
     async def stop(self, drain: bool = True) -> None:
         """Hand over leadership (drain), then end everything in order. May be called again."""
@@ -206,6 +219,8 @@ class Node:
             self.state = "draining"
             await self._drain()
         self.state = "stopped"
+        async with self._initializing:
+            pass  # it looks at the state when it goes on: nothing is opened behind our back
         if self._timer is not None:
             self._timer.cancel()
         if self._remote is not None:
@@ -219,11 +234,15 @@ class Node:
         for task in self._tasks[1:]:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.engine is not None:
-            await self.adapters.executor.run(self.engine.close)
-        if self._log is not None:
-            self._log.close()
-        await self.adapters.close()
+        try:  # each is given up, whatever becomes of the others: nobody asks twice
+            if self.engine is not None:
+                await self.adapters.executor.run(self.engine.close)
+        finally:
+            try:
+                if self._log is not None:
+                    self._log.close()
+            finally:
+                await self.adapters.close()
 
     async def _open(self, found: identities.Identity) -> None:
         """Recover log and engine, build the rest, begin to turn."""

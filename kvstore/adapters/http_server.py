@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 REQUESTS_IN_FLIGHT_MAX: Final = 1_024
 BODY_TIMEOUT_S: Final = 30.0
+ANSWER_TIMEOUT_S: Final = 30.0
 REQUEST_TIMEOUT_S_MAX: Final = 300.0
 READ_GRACE_S: Final = 0.25
 PAGE_BYTES_MAX: Final = 4 * limits.MIB
@@ -123,7 +124,7 @@ async def _typed_refusals(request: web.Request, handler: _Handler) -> web.Stream
         response.set_status(error.status)
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
-        return response
+        return await _sent(request, response)
 
 
 class _Gateway:
@@ -167,9 +168,15 @@ class _Gateway:
 
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
+            self._requests_in_flight += 1
+            try:
+                return await _sent(request, await respond(request))
+            finally:
+                self._requests_in_flight -= 1
+
+        async def respond(request: web.Request) -> web.StreamResponse:
             clock = asyncio.get_running_loop().time
             began, outcome = clock(), "ok"
-            self._requests_in_flight += 1
             try:
                 if operation and self._requests_in_flight > REQUESTS_IN_FLIGHT_MAX:
                     raise Throttled(0.1, "too many requests are under way")
@@ -186,7 +193,6 @@ class _Gateway:
                 log.exception("http request failed", path=request.path, method=request.method)
                 return _error_response(_internal_error(request, error))
             finally:
-                self._requests_in_flight -= 1
                 if operation and self._observe is not None:
                     self._observe(f"http_{operation}", outcome, clock() - began)
 
@@ -506,6 +512,26 @@ def _error_response(error: KVError) -> web.Response:
         content_type="application/json",
         headers=headers,
     )
+
+
+async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Hand the whole answer to the system, within ANSWER_TIMEOUT_S: who does not read it must not make us keep it for ever.
+
+    aiohttp would write it by itself, but wait without end, and not at all for the last few kilobytes.
+    """
+    transport = request.transport
+    if transport is None:
+        return response
+    transport.set_write_buffer_limits(high=0)  # `write_eof` waits until nothing is left here
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            await response.prepare(request)
+            await response.write_eof()
+    except TimeoutError:
+        transport.abort()
+    except ConnectionError:
+        pass  # the caller went away; aiohttp, which looks at it next, finds that out as well
+    return response
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

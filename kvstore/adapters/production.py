@@ -107,9 +107,11 @@ class ProductionAdapters:
 
     async def close(self) -> None:
         self._loop_lag.stop()
-        await self.network.close()
-        self.executor.close()
-        self._unlock()
+        try:
+            await self.network.close()
+        finally:
+            self.executor.close()
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock >= 0:

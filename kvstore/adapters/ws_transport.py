@@ -45,6 +45,8 @@ BUFFER_BYTES_MAX: Final = (
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5
+# For the next request, or the rest of its head, to come; longer than proxies keep idle connections to us (60 s).
+KEEPALIVE_TIMEOUT_S: Final = 75.0
 
 # What aiohttp tells a peer whose WebSocket it could not read, by the code with which it closes (RFC 6455, 7.4.1).
 _REPROACHES: Final = {
@@ -231,6 +233,7 @@ class WsNetwork:
             shutdown_timeout=shutdown_timeout_s,
             handle_signals=False,
             max_line_size=REQUEST_LINE_BYTES_MAX,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
             auto_decompress=False,  # a value is kept as it was sent, and no few bytes become many
         )
         await runner.setup()

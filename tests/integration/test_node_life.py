@@ -1,0 +1,159 @@
+"""Claims: an initialisation that fails leaves nothing open and can be tried again, or the node says that it failed; one that
+is overtaken by a stop opens nothing; and a stop releases everything, whatever fails on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+import kvstore
+from kvstore.adapters.local_network import LocalNetwork
+from kvstore.adapters.rocks_engine import RocksEngine
+from kvstore.adapters.wal_files import DirectoryLogFiles
+from kvstore.bootstrap import mint_cluster_id, plan
+from kvstore.config import NodeConfig, RaftSection
+from kvstore.embedded import ADDRESS, EmbeddedAdapters
+from kvstore.errors import DiskFull, NodeStopped, NotReady
+from kvstore.identity import FILE_NAME
+from kvstore.node import Node
+
+REQUEST = plan(mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], []), [ADDRESS])[0]
+
+
+@pytest.fixture
+async def waiting(tmp_path):
+    """A node over an empty directory."""
+    config = NodeConfig(raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05))
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    yield node
+    await node.stop(drain=False)
+
+
+def fail_once(monkeypatch, owner, name):
+    """The next call finds the disk full."""
+    real = getattr(owner, name)
+
+    def failing(*_args, **_kwargs):
+        monkeypatch.setattr(owner, name, real)
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+class Gate:
+    """A call of a thread that waits there until it is let through."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self._loop = asyncio.get_running_loop()
+        self._real = getattr(owner, name)
+        self._open = threading.Event()
+        self.reached = asyncio.Event()
+
+        def gated(engine):
+            self._pass(engine)
+
+        monkeypatch.setattr(owner, name, gated)
+
+    def _pass(self, engine):
+        if threading.current_thread() is not threading.main_thread():
+            self._loop.call_soon_threadsafe(self.reached.set)
+            assert self._open.wait(50.0)
+        self._real(engine)
+
+    def let_through(self):
+        self._open.set()
+
+
+@pytest.mark.parametrize("step", ["write", "flush"])
+async def test_an_initialisation_that_found_the_disk_full_can_be_repeated(
+    waiting, monkeypatch, step
+):
+    real_init = RocksEngine.__init__
+
+    def failing_init(engine, *args):
+        real_init(engine, *args)
+        if step == "write":
+            fail_once(monkeypatch, engine, "_write")
+
+    if step == "flush":
+        fail_once(monkeypatch, RocksEngine, "flush")
+    else:
+        monkeypatch.setattr(RocksEngine, "__init__", failing_init)
+    with pytest.raises(DiskFull):
+        await waiting.initialize(REQUEST)
+    monkeypatch.setattr(RocksEngine, "__init__", real_init)
+    assert (waiting.state, waiting.cluster_id) == ("waiting", "")
+    await waiting.initialize(REQUEST)
+    assert waiting.state == "ready"
+
+
+async def test_a_member_that_could_not_be_opened_has_failed_and_says_so(waiting, monkeypatch):
+    fail_once(monkeypatch, waiting.adapters, "open_log")
+    with pytest.raises(DiskFull):
+        await waiting.initialize(REQUEST)
+    assert not waiting.live()
+    assert isinstance(waiting.fatal.exception(), DiskFull)
+    with pytest.raises(NotReady, match="failed"):
+        await waiting.initialize(REQUEST)
+
+
+async def test_a_stop_during_an_initialisation_waits_for_it_and_nothing_is_opened(
+    waiting, monkeypatch, tmp_path
+):
+    flush = Gate(monkeypatch, RocksEngine, "flush")
+    initializing = asyncio.ensure_future(waiting.initialize(REQUEST))
+    await flush.reached.wait()
+    stopping = asyncio.ensure_future(waiting.stop(drain=False))
+    await asyncio.sleep(0)
+    flush.let_through()
+    with pytest.raises(NodeStopped):
+        await initializing
+    await stopping
+    assert waiting.state == "stopped"
+    assert waiting.engine is None
+    assert not (tmp_path / FILE_NAME).exists()
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"k", b"1")
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("owner", [RocksEngine, DirectoryLogFiles, LocalNetwork])
+async def test_a_directory_is_given_up_though_something_in_it_could_not_be_closed(
+    tmp_path, monkeypatch, owner
+):
+    db = await kvstore.open(tmp_path)
+    await db.put(b"k", b"1")
+    real = owner.close
+
+    def failing(*args):
+        monkeypatch.setattr(owner, "close", real)
+        closed = real(*args)
+        if closed is not None:
+            closed.close()  # a coroutine
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(owner, "close", failing)
+    with pytest.raises(DiskFull):
+        await db.close()
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"
+
+
+async def test_a_close_that_is_cancelled_comes_to_its_end(tmp_path, monkeypatch):
+    db = await kvstore.open(tmp_path)
+    await db.put(b"k", b"1")
+    close = Gate(monkeypatch, RocksEngine, "close")
+    closing = asyncio.ensure_future(db.close())
+    await close.reached.wait()
+    closing.cancel()
+    await asyncio.sleep(0)
+    close.let_through()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") == b"1"

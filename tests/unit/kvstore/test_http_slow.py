@@ -1,0 +1,116 @@
+"""Claims: a caller who does not read his answer is counted as long as it waits, and that is bounded; so is the time for
+which a connection may be idle, or its request half there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+from aiohttp import test_utils, web
+
+from kvstore.adapters import http_server, ws_transport
+from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
+
+ENDED_WITHIN_S = 20.0
+LARGE = bytes(16 << 20)  # more than the buffers of a connection hold
+
+
+@contextlib.asynccontextmanager
+async def served():
+    """A gateway, and events that are set when the first request's handler begins and has ended."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    @web.middleware
+    async def note(request, handler):
+        begun.set()
+        try:
+            return await handler(request)
+        finally:
+            ended.set()
+
+    app = web.Application(middlewares=[note])
+    node = FakeNode(FakeDatabase({b"large": LARGE, b"small": b"1"}))
+    http_server.add_routes(app, node, node.metrics.observe_request)
+    async with test_utils.TestClient(test_utils.TestServer(app)) as http:
+        yield http, begun, ended
+
+
+@contextlib.asynccontextmanager
+async def unread(http, path: str):
+    """A connection that has asked for `path`, and reads nothing until told to."""
+    asking = socket.create_connection((http.host, http.port))
+    asking.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_sendall(
+            asking, f"GET {path} HTTP/1.1\r\nHost: n\r\n\r\n".encode()
+        )
+        yield asking
+    finally:
+        asking.close()
+
+
+async def read_to_the_end(asking: socket.socket) -> int:
+    total = 0
+    with contextlib.suppress(ConnectionResetError):
+        while data := await asyncio.get_running_loop().sock_recv(asking, 1 << 20):
+            total += len(data)
+            if total >= len(LARGE):
+                break
+    return total
+
+
+async def test_an_answer_that_is_not_read_in_time_ends_with_its_connection(monkeypatch):
+    monkeypatch.setattr(http_server, "ANSWER_TIMEOUT_S", 0.05)
+    async with served() as (http, _, ended), unread(http, "/v1/kv/large") as asking:
+        await ended.wait()
+        assert await read_to_the_end(asking) < len(LARGE)
+        assert (await http.get("/v1/kv/small")).status == 200
+
+
+async def test_an_answer_that_is_read_slowly_arrives_whole():
+    async with served() as (http, _, _), unread(http, "/v1/kv/large") as asking:
+        assert await read_to_the_end(asking) >= len(LARGE)
+
+
+async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
+    monkeypatch.setattr(http_server, "REQUESTS_IN_FLIGHT_MAX", 1)
+    async with served() as (http, begun, ended), unread(http, "/v1/kv/large") as asking:
+        await begun.wait()
+        refused = await http.get("/v1/kv/small")
+        assert refused.status == 429
+        assert (await http.get("/health/live")).status == 200
+        await read_to_the_end(asking)
+        await ended.wait()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health/live HTTP/1.1\r\nHost:",
+        b"GET /health/live HTTP/1.1\r\nHost: n\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: n\r\n\r\nGET",
+    ],
+)
+async def test_a_connection_that_asks_nothing_more_is_ended(monkeypatch, sent):
+    monkeypatch.setattr(ws_transport, "KEEPALIVE_TIMEOUT_S", 0.05)
+
+    async def on_pipe(path, pipe):
+        raise AssertionError("nobody asked for a stream")
+
+    app = web.Application()
+    node = FakeNode(FakeDatabase())
+    http_server.add_routes(app, node, node.metrics.observe_request)
+    network = ws_transport.WsNetwork()
+    address = await network.serve("127.0.0.1:0", on_pipe, app)
+    reader, writer = await asyncio.open_connection(*ws_transport.split_address(address))
+    try:
+        writer.write(sent)
+        async with asyncio.timeout(ENDED_WITHIN_S):
+            answer = await reader.read()
+        assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+    finally:
+        writer.close()
+        await network.close()
