@@ -32,7 +32,7 @@ from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.read_cache import cached
 from kvstore.remote import RemoteRanges
-from kvstore.replica import ReplicaConfig
+from kvstore.replica import ReplicaConfig, tell_damage
 from kvstore.roster import Roster
 from kvstore.settings import raft_config, txn_limits
 from kvstore.status import node_locks, node_status
@@ -347,14 +347,7 @@ class Node:
                 installing=row.installing,
             )
             if kept is not None and kept.faulty and row.range_id not in self.host.refused:
-                fault = kept.faulty[0]
-                log.warning(
-                    "entries of the log are damaged, but the engine has them",
-                    range=row.range_id,
-                    entries=len(kept.faulty),
-                    segment=fault.segment,
-                    offset=fault.offset,
-                )
+                tell_damage(row.range_id, kept)
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """A task of ours that fails must not fail in silence: without flushes, say, the log grows for ever."""

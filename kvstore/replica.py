@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from kvstore import logs
 from replication.codec import decode_membership, encode_membership
 from replication.types import Entry, EntryKind, Membership
+from replication.wal import GroupLog
 from txn import keycode
 from txn.apply import Overlay, apply_batch
 from txn.closed import Heard, safe_ts
@@ -24,6 +26,8 @@ from txn.state import Answer, RangeRow, RangeState, encode_row
 
 BATCH_BYTES_MAX = 1 << 20  # of commands in one entry; one command at least
 COMMAND_OVERHEAD_BYTES = 96
+
+log = logs.logger("kvstore.replica")
 
 
 class ReplicaConfig(msgspec.Struct, array_like=True):
@@ -41,6 +45,18 @@ class Applied(NamedTuple):
 
     pendings: Sequence[Pending]
     answers: list[Answer]
+
+
+def tell_damage(range_id: int, found: GroupLog) -> None:
+    """Damage is named, also where it costs nothing: the disk that did it has other rows."""
+    fault = found.faulty[0]
+    log.warning(
+        "entries of the log are damaged, but the engine has them",
+        range=range_id,
+        entries=len(found.faulty),
+        segment=fault.segment,
+        offset=fault.offset,
+    )
 
 
 class Replica:
