@@ -252,6 +252,8 @@ class Node:
         engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
         files = self._log = adapters.open_log()
         wal, recovered = Wal.recover(files, segment_bytes=config.log.segment_bytes)
+        if wal.recovery is not None and wal.recovery.unreadable:
+            log.warning("the disk does not give parts of the log", places=wal.recovery.unreadable)
         store = self.store = Store(
             node=found.node_id,
             cluster=found.cluster_id,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Sequence
+
 
 class ReplicationError(Exception):
     """Base of all errors that this package raises for the world's faults (its own bugs are assertions)."""
@@ -25,6 +28,20 @@ class ProposalDropped(ReplicationError):
 
 class LogFormatError(ReplicationError):
     """The log's files are of a format that this version does not read. Nothing was changed."""
+
+
+class LogUnreadable(OSError):
+    """The disk fails for parts of a segment. Recovery takes them for damage where it can tell, else the node does not start.
+
+    data: the whole file, with ones (0xFF) where it could not be read. holes: their offsets, in blocks of 4 KiB.
+    """
+
+    def __init__(self, segment: int, data: bytes, holes: Sequence[int]) -> None:
+        super().__init__(
+            errno.EIO,
+            f"segment {segment} of the log cannot be read in {len(holes)} places, the first at offset {holes[0]}",
+        )
+        self.data, self.holes = data, holes
 
 
 class LogWriteFailed(ReplicationError):

@@ -21,7 +21,7 @@ class LogFiles(Protocol):
         """Ids of the segments that exist, ascending."""
 
     def read(self, segment: int) -> bytes:
-        """The whole file."""
+        """The whole file. Raises: LogUnreadable, with what can be read, if the disk fails for a part of it; OSError."""
 
     def create(self, segment: int, size_bytes: int) -> None:
         """Make a preallocated, zero-filled segment; durable (file and directory entry) when this returns."""

@@ -103,7 +103,7 @@ class Wal:
 
         What is returned is durable: the tail beyond the last known sync is written and synced again. `wal.recovery`
         tells what was cut and what is damaged; a group that is not in the result is suspect if there is damage.
-        Raises: LogFormatError (nothing was changed); LogWriteFailed.
+        Raises: LogFormatError, or OSError if what may be durable cannot be read (nothing was changed); LogWriteFailed.
         """
         recovery, logs, groups = scan(files)
         wal = cls(segment_bytes=segment_bytes, segments_max=segments_max)

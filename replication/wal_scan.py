@@ -10,6 +10,10 @@ before it; HARD_STATE and HEAD say the last (index, term). By log matching, an e
 term proves the log up to there, and so does one with the same term and a smaller index, for one leader wrote both.
 Entries above that and above the last known commit are not believed: they are reported as faulty, for they may have
 been replaced by records that are lost.
+
+What the disk does not give at all is damage like any other before the cut. Behind it stands what may be torn, or may
+be the last durable batches: a block that is not given could be either, so then recovery fails, unless nothing was
+ever written there.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from replication.errors import LogFormatError
+from replication.errors import LogFormatError, LogUnreadable
 from replication.ports import LogFiles
 from replication.types import Entry, HardState
 from replication.wal_format import (
@@ -52,17 +56,19 @@ class Recovery:
     batches: int = 0
     torn_bytes: int = 0  # what was not zero behind the cut
     damage: list[Damage] = field(default_factory=list)
+    unreadable: list[tuple[int, int]] = field(default_factory=list)  # (segment, offset): blocks
     unsure: list[BatchHeader] = field(default_factory=list)  # kept batches that no sync is known of
 
 
 def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, GroupState]]:
-    """Read everything, rebuild every group, and say where to cut. Nothing is changed. Raises: LogFormatError."""
+    """Read everything, rebuild every group, and say where to cut. Nothing is changed. Raises: LogFormatError, OSError."""
     segments = sorted(files.segments())
     headers: list[BatchHeader] = []
     sizes = {}
     number = 0
+    failures: dict[int, LogUnreadable] = {}
     for segment in segments:
-        data = files.read(segment)
+        data = _read(files, segment, failures)
         sizes[segment] = len(data)
         for header in _headers(data, segment, number):
             headers.append(header)
@@ -72,13 +78,33 @@ def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, Grou
         synced = max(synced, position(segments[0], BLOCK_BYTES))
     replay = _Replay()
     cut = _judge(files, segments, headers, synced, replay)
+    for segment, failure in failures.items():
+        if position(segment, failure.holes[-1]) >= cut and not _unused(failure.data, segment, cut):
+            raise failure
     replay.finish_doubts()
     logs = {group: log.finish() for group, log in replay.groups.items()}
     recovery = Recovery(
         (cut >> 32, cut & _OFFSET_MASK), sizes, number, replay.batches, damage=replay.damage
     )
+    recovery.unreadable = [(at, hole) for at, failed in failures.items() for hole in failed.holes]
     recovery.unsure = [header for header in headers if synced <= header.start < cut]
     return recovery, logs, {group: log.state for group, log in replay.groups.items()}
+
+
+def _read(files: LogFiles, segment: int, failures: dict[int, LogUnreadable] | None = None) -> bytes:
+    """A segment, with ones where the disk does not give it."""
+    try:
+        return files.read(segment)
+    except LogUnreadable as failure:
+        if failures is not None:
+            failures[segment] = failure
+        return failure.data
+
+
+def _unused(data: bytes, segment: int, cut: int) -> bool:
+    """Whether nothing was ever written behind the cut in this segment: no batch begins there, so none follows."""
+    offset = cut & _OFFSET_MASK
+    return segment == cut >> 32 and data[offset : offset + BLOCK_BYTES] == bytes(BLOCK_BYTES)
 
 
 def make_durable(files: LogFiles, recovery: Recovery) -> None:
@@ -88,7 +114,7 @@ def make_durable(files: LogFiles, recovery: Recovery) -> None:
     what the disk does not have.
     """
     for segment in dict.fromkeys(header.segment for header in recovery.unsure):
-        data = files.read(segment)
+        data = _read(files, segment)
         for header in recovery.unsure:
             if header.segment == segment:
                 end = header.offset + aligned(header.length)
@@ -102,7 +128,7 @@ def cut_tail(files: LogFiles, recovery: Recovery) -> None:
     for segment in sorted(recovery.sizes, reverse=True):
         if segment < cut_segment:
             break
-        data = files.read(segment)
+        data = _read(files, segment)
         used = _used(data)
         if segment > cut_segment or not cut_offset:
             recovery.torn_bytes += used
@@ -158,7 +184,7 @@ def _judge(
             if header.start > synced and not next_segment:
                 return synced
         if header.segment != loaded:
-            data, loaded = files.read(header.segment), header.segment
+            data, loaded = _read(files, header.segment), header.segment
         records = decode_records(data, header)
         if header.start >= synced and any(
             record is None or record.body is None for record in records

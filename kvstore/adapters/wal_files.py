@@ -20,11 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from replication.errors import LogDiskFull, LogWriteFailed
+from replication.errors import LogDiskFull, LogUnreadable, LogWriteFailed
 
 _NAME: Final = re.compile(r"(\d{8,10})\.log")
 _SPARE: Final = "spare"
 _ZEROS: Final = bytes(1 << 20)
+_BLOCK_BYTES: Final = 4096
+_HOLES_MAX: Final = 256  # in a segment; each may take a disk seconds, and one with more is gone
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
@@ -49,8 +51,16 @@ class DirectoryLogFiles:
         return sorted(int(match[1]) for match in matches if match)
 
     def read(self, segment: int) -> bytes:
-        """The whole file. Raises: OSError if it cannot be read."""
-        return self._path(segment).read_bytes()
+        """The whole file. Raises: LogUnreadable, with what can be read, if the disk fails for a part of it; OSError."""
+        try:
+            return self._path(segment).read_bytes()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        data, holes = _read_blocks(self._path(segment))
+        if holes:
+            raise LogUnreadable(segment, data, holes)
+        return data
 
     def create(self, segment: int, size_bytes: int) -> None:
         """A new segment full of zeros whose blocks are allocated; durable, its name too, when this returns.
@@ -207,6 +217,27 @@ class _Spare:
                 self.path.unlink()  # on a full disk, others need the space now
             return
         self.ready = True
+
+
+def _read_blocks(path: Path) -> tuple[bytes, list[int]]:
+    """A file block by block, and the offsets of those that the disk does not give: they are ones. Raises: OSError."""
+    holes: list[int] = []
+    pieces: list[bytes] = []
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        size_bytes = os.fstat(handle).st_size
+        for offset in range(0, size_bytes, _BLOCK_BYTES):
+            length = min(_BLOCK_BYTES, size_bytes - offset)
+            try:
+                pieces.append(os.pread(handle, length, offset))
+            except OSError as error:
+                if error.errno != errno.EIO or len(holes) == _HOLES_MAX:
+                    raise
+                holes.append(offset)
+                pieces.append(b"\xff" * length)
+    finally:
+        os.close(handle)
+    return b"".join(pieces), holes
 
 
 def _reserve(handle: int, size_bytes: int) -> None:

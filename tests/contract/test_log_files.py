@@ -16,7 +16,7 @@ import pytest
 from kvstore.adapters import wal_files
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
 from kvstore.sim.disk import SECTOR_BYTES, SimDisk
-from replication.errors import LogDiskFull, LogWriteFailed
+from replication.errors import LogDiskFull, LogUnreadable, LogWriteFailed
 from replication.ports import LogFiles
 from replication.types import Entry, HardState
 from replication.wal import Wal
@@ -168,6 +168,49 @@ def test_the_log_runs_and_recovers_on_either(files):
 
 
 # -- what only a directory has ---------------------------------------------------------------------------------------
+
+
+def bad_blocks(monkeypatch: pytest.MonkeyPatch, *offsets: int, number: int = errno.EIO) -> None:
+    """Of every file, these blocks cannot be read."""
+    pread = os.pread
+
+    def read_bytes(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    def read_block(handle: int, length: int, offset: int) -> bytes:
+        if offset in offsets:
+            raise OSError(number, os.strerror(number))
+        return pread(handle, length, offset)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(os, "pread", read_block)
+
+
+def test_around_bad_blocks_everything_is_read_and_they_are_named(tmp_path, monkeypatch):
+    files = DirectoryLogFiles(tmp_path)
+    files.create(1, SIZE)
+    files.write(1, 0, b"x" * SIZE)
+    bad_blocks(monkeypatch, 4096, 3 * 4096)
+    with pytest.raises(
+        LogUnreadable, match="segment 1 .* 2 places, the first at offset 4096"
+    ) as told:
+        files.read(1)
+    bad = b"\xff" * 4096
+    good = b"x" * 4096
+    assert told.value.data == good + bad + good + bad + good * 12
+    assert list(told.value.holes) == [4096, 3 * 4096]
+    assert told.value.errno == errno.EIO
+    files.close()
+
+
+def test_a_disk_that_gives_nothing_is_given_up(tmp_path, monkeypatch):
+    files = DirectoryLogFiles(tmp_path)
+    files.create(1, 300 * 4096)
+    bad_blocks(monkeypatch, *range(0, 300 * 4096, 4096))
+    with pytest.raises(OSError, match="Input/output") as told:
+        files.read(1)
+    assert not isinstance(told.value, LogUnreadable)
+    files.close()
 
 
 def test_files_with_other_names_are_left_alone(tmp_path):
