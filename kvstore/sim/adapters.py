@@ -46,7 +46,7 @@ class Machine:
         self.directory = MemoryDirectory()
         self.engine: MemoryEngine | None = None
         self.io_count = 0
-        self.on_io: Callable[[Machine, str], None] = lambda _machine, _point: None
+        self.on_io: list[Callable[[Machine, str], None]] = []
         self.call_s = QUICK_S
         self.stall_s = 0.0  # of a sync that the loop waits for itself
         self.in_call = False  # a blocking call is done for a thread just now
@@ -84,7 +84,8 @@ class Machine:
     def io(self, point: str) -> None:
         """The process is at this point of its work with the disk. May raise Killed."""
         self.io_count += 1
-        self.on_io(self, point)
+        for look in self.on_io:
+            look(self, point)
 
     def stall(self) -> None:
         """A sync on the loop takes `stall_s`: the process stands still. (One in a thread takes `call_s`.)"""

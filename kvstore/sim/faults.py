@@ -68,7 +68,7 @@ class Nemesis:
         self.flushes: list[asyncio.Task[None]] = []  # kept until the end
         self._over = False
         for server in cluster.servers.values():
-            server.machine.on_io = self._on_io
+            server.machine.on_io.append(self._on_io)
         cluster.on_failure.append(self._on_failure)
 
     def direct(self, names: Sequence[str], mean_s: float, hold_s: float) -> None:
@@ -121,6 +121,13 @@ class Nemesis:
         for server in cluster.servers.values():
             self.mend(server.machine)
             await cluster.restart(server.name)
+
+    def leave(self) -> None:
+        """After `heal`: the cluster does not know of it any more. For one of several that come and go."""
+        for server in self.cluster.servers.values():
+            server.machine.on_io.remove(self._on_io)
+        self.cluster.on_failure.remove(self._on_failure)
+        self.messages.leave()
 
     # -- for the kinds
 

@@ -50,6 +50,11 @@ class MessageFaults:
         else:
             self._paths.clear()
 
+    def leave(self) -> None:
+        """Processes to come are not looked at any more; what is still on its way is lost."""
+        self._cluster.on_open.remove(self._attach)
+        self._direct.clear()
+
     def _attach(self, server: Server) -> None:
         assert server.node is not None
         host: Any = server.node.host
@@ -101,9 +106,9 @@ class MessageFaults:
     def _arrive(self, server: Server, sender: int, message: Message) -> None:
         """At whatever process the machine runs now."""
         process, node = server.process, server.node
-        if process is None or process.dead or node is None or node.host is None:
+        direct = self._direct.get(server.name)
+        if direct is None or process is None or process.dead or node is None or node.host is None:
             self.counters["late_in_vain"] += 1
             return
-        direct = self._direct[server.name]
         loop = asyncio.get_running_loop()
         loop.call_soon(direct, sender, [message], 0, context=process.context())

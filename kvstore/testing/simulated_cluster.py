@@ -342,7 +342,9 @@ class SimCluster:
     async def _recovered(self) -> None:
         await self._end_chaos()
         self._cluster().let_go()
-        await Nemesis(self._cluster(), random.Random(0)).heal()
+        nemesis = Nemesis(self._cluster(), random.Random(0))
+        await nemesis.heal()
+        nemesis.leave()
 
     # --- faults at random -------------------------------------------------------------------------
 
@@ -408,6 +410,7 @@ class SimCluster:
             if workers is not None:
                 workers.cancel()
         await nemesis.heal()
+        nemesis.leave()
         self._nemeses.remove(nemesis)
 
     async def _harm_workers(self, kinds: list[str], mean_s: float, hold_s: float) -> None:
@@ -434,6 +437,7 @@ class SimCluster:
         nemeses, self._nemeses = self._nemeses, []
         for nemesis in nemeses:
             await nemesis.heal()
+            nemesis.leave()
 
     # --- for who runs the test --------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ def half_a_snapshot_is_no_state() -> list[str]:
                     at.engine.flush()  # type: ignore[union-attr]  # as it may do by itself at any time
                     stage.cluster.crash_within("n3", power=False)
 
-        machine.on_io = on_io
+        machine.on_io.append(on_io)
         stage.network.heal()
         await stage.until(lambda: bool(died), "n3 dies while it installs a snapshot")
         stage.cluster.crash("n1")

@@ -16,7 +16,7 @@ from kvstore.sim import loop as simulated
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Client, Server, SimCluster
 from kvstore.sim.faults import Nemesis
-from kvstore.sim.kinds import KINDS, RARE
+from kvstore.sim.kinds import KINDS, RARE, Trap
 from kvstore.sim.process import ProcessDied
 from kvstore.sim.scenario import Options, run
 from kvstore.transactions import Transaction
@@ -105,6 +105,25 @@ def test_who_is_killed_comes_back_by_itself(kind: str) -> None:
         await asyncio.sleep(15.0)
         assert all(server.running for server in world.cluster.servers.values())
         assert boots != [server.machine.boots for server in world.cluster.servers.values()]
+
+    play(test)
+
+
+def test_two_that_do_harm_at_once_keep_their_own_traps() -> None:
+    async def test(world: World) -> None:
+        other = Nemesis(world.cluster, random.Random(2), wave=1)
+        world.nemesis.traps["n1"] = Trap(1, False, "")
+        other.traps["n2"] = Trap(1, False, "")
+        await world.write(3)
+        assert not world.nemesis.traps
+        assert not other.traps
+        for nemesis in (world.nemesis, other):
+            await nemesis.heal()
+        other.leave()
+        world.nemesis.traps["n1"] = Trap(1, False, "")
+        await world.write(3)
+        assert not world.nemesis.traps
+        await world.cluster.restart("n1")
 
     play(test)
 

@@ -3,7 +3,8 @@
 A client locks some of what it writes, and a little else, in any order, so that deadlocks come; it may sit on its locks for
 longer than their lease. Its reads under locks are guards with timestamps of their own, and the replay judges them.
 Checked besides the history: the table after each turn (L1 to L3, I21), that nobody is told of a lock which another was told
-of and has (told apart from the table), that a lock goes with its owner's Prepare (X3), and that a deadlock does not last.
+of and has (told apart from the table), that nothing is undecided there when it is told (X1), that a lock goes with its owner's
+Prepare (X3), and that a deadlock does not last.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class LockChecks:
             self._ended(evaluator, request.owner)  # a read that was held back may have come between
         if not isinstance(request, LockRead) or not isinstance(reply, ReadReply) or request.fresh:
             return  # a fresh one is answered after it was granted: the lock may be over by then
+        self._nothing_undecided(evaluator, request.key)
         now, lease_s = self.world.now, self.world.profile.limits.lock_lease_s
         holders = self._told.setdefault((evaluator, request.key), {})
         for owner, (exclusive, at) in holders.items():
@@ -167,6 +169,14 @@ class LockChecks:
                     raise Violation(f"I21: {request.key!r} is locked by two at a time")
         before = holders.get(request.owner, (False, 0.0))[0]
         holders[request.owner] = (before or not request.shared, now)
+
+    def _nothing_undecided(self, evaluator: Evaluator, key: bytes) -> None:
+        """X1, on the spot: a read that misses what commits later would show only if the stamp was guessed to the number."""
+        state = evaluator.state
+        if key in state.intents:
+            raise Violation(f"X1: {key!r} is locked, and what was prepared there is undecided")
+        if any(True for _ in state.stamped_in(key, point_end(key))):
+            raise Violation(f"X1: {key!r} is locked, and an undecided stamped key may become it")
 
     # -- deadlocks
 

@@ -357,7 +357,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
     "locks_trusted": (_locks_trusted, 10),
     "lock_passes_intents": (_lock_passes_intents, 10),
-    "lock_passes_stamps": (_lock_passes_stamps, 400),
+    "lock_passes_stamps": (_lock_passes_stamps, 40),
     "lock_passes_latches": (_lock_passes_latches, 60),
     "writers_pass_locks": (_writers_pass_locks, 10),
     "lock_left_to_nobody": (_lock_left_to_nobody, 10),

@@ -26,8 +26,7 @@ class Receiver:
 
     def __init__(self) -> None:
         cluster: Any = SimpleNamespace(seed="1", on_open=[])
-        self.faults = MessageFaults(cluster)
-        self.open = cluster.on_open[0]
+        self.cluster, self.faults = cluster, MessageFaults(cluster)
         self.server: Any = SimpleNamespace(name="n2")
         self.boot()
 
@@ -46,7 +45,8 @@ class Receiver:
         )
         self.server.process = Process("n2")
         self.server.node = SimpleNamespace(host=self.host)
-        self.open(self.server)
+        for look in self.cluster.on_open:
+            look(self.server)
 
     def send(self, *terms: int, sender: int = 1) -> None:
         self.host.receive(sender, [Heartbeat(1, 2, 1, term, 0, 0) for term in terms])
@@ -104,6 +104,20 @@ async def test_a_late_message_finds_the_receivers_next_process(world: Receiver) 
     await asyncio.sleep(3.0)
     assert world.got == [7]
     assert world.contexts == [world.server.process]
+
+
+@simulate
+async def test_who_left_looks_at_no_later_process(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LATE)
+    world.send(7)
+    world.faults.leave()
+    assert world.cluster.on_open == []
+    world.server.process.kill()
+    world.boot()
+    world.send(8)
+    await asyncio.sleep(3.0)
+    assert world.got == [8]
+    assert world.faults.counters["late_in_vain"] == 1
 
 
 @simulate
