@@ -252,8 +252,8 @@ class Node:
         engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
         files = self._log = adapters.open_log()
         wal, recovered = Wal.recover(files, segment_bytes=config.log.segment_bytes)
-        if wal.recovery is not None and wal.recovery.unreadable:
-            log.warning("the disk does not give parts of the log", places=wal.recovery.unreadable)
+        if (told := wal.recovery) is not None and told.unreadable:
+            log.warning("the disk does not give parts of the log", places=told.unreadable)
         store = self.store = Store(
             node=found.node_id,
             cluster=found.cluster_id,
@@ -348,8 +348,7 @@ class Node:
                 installed=(config.installed_index, config.installed_term),
                 installing=row.installing,
             )
-            if kept is not None and kept.faulty and row.range_id not in self.host.refused:
-                tell_damage(row.range_id, kept)
+            tell_damage(row.range_id, kept, self.host.refused)
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
         """A task of ours that fails must not fail in silence: without flushes, say, the log grows for ever."""

@@ -6,7 +6,7 @@ held from evaluation until that entry is applied, or the term is over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -47,8 +47,10 @@ class Applied(NamedTuple):
     answers: list[Answer]
 
 
-def tell_damage(range_id: int, found: GroupLog) -> None:
-    """Damage is named, also where it costs nothing: the disk that did it has other rows."""
+def tell_damage(range_id: int, found: GroupLog | None, refused: Container[int]) -> None:
+    """Damage is named, also where it costs nothing, for the disk that did it has other rows. A refusal names itself."""
+    if found is None or not found.faulty or range_id in refused:
+        return
     fault = found.faulty[0]
     log.warning(
         "entries of the log are damaged, but the engine has them",
