@@ -335,13 +335,6 @@ class Leader:
         else:
             self._probe_after_snapshot(peer)
 
-    def tail_needed_after(self, bytes_max: int) -> int:
-        """Entries at or below this index are needed by no follower in touch, or are too many bytes to be kept."""
-        log, now = self._state.log, self._state.now
-        recent = now - 2 * self._state.config.election_timeout_s
-        needed = [peer.match for peer in self.peers.values() if peer.acked_sent_at > recent]
-        return max(log.floor_of_tail(bytes_max), min(needed, default=log.last_index))
-
     def _probe_after_snapshot(self, peer: Progress) -> None:
         """Ask the follower where it is, once it answers a heartbeat."""
         peer.become_probe(self._state.log.last_index + 1)

@@ -167,19 +167,6 @@ class RaftLog:
         del self._entries[:count]
         self.start_index, self.start_term = index, term
 
-    def written_from(self, first: int) -> list[Entry]:
-        """Entries at or above `first` that were handed out for writing."""
-        begin = max(first - self.start_index - 1, 0)
-        return self._entries[begin : self.handed_index - self.start_index]
-
-    def floor_of_tail(self, bytes_max: int) -> int:
-        """The lowest index after which at most `bytes_max` bytes follow. O(1) while everything fits."""
-        index, size = self.start_index, self.bytes
-        while size > bytes_max:
-            size -= len(self._entries[index - self.start_index].data)
-            index += 1
-        return index
-
     def reset(self, index: int, term: int) -> None:
         """The log is empty and starts after (index, term): a snapshot was installed and is durable."""
         self._entries.clear()

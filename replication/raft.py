@@ -147,14 +147,6 @@ class RaftNode(ReplicaState):
         """The snapshot whose installation the host has not reported yet."""
         return self._installing
 
-    def written_entries(self, first: int) -> list[Entry]:
-        """Entries at or above `first` that were handed out in a Ready, as they stand now."""
-        return self.log.written_from(first)
-
-    def tail_needed_after(self, bytes_max: int) -> int:
-        """Up to where `compact` costs no follower in touch a snapshot, keeping at most `bytes_max` bytes for them."""
-        return self._leading.tail_needed_after(bytes_max) if self._leading else self.last_index
-
     def status(self) -> dict[str, Any]:
         """For metrics and debugging."""
         leading = self._leading

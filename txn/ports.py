@@ -19,10 +19,6 @@ class Rows(Protocol):
         """Rows of [start, end) in order (reversed: from the end downwards)."""
 
 
-class Origin(Protocol):
-    """Who asked; opaque to the cores, which only hand it back with the answer."""
-
-
 class Output(Protocol):
     """What an evaluator asks to be done. Calls only append to lists; the store carries them out once a turn."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kvstore.testing.checkers import (
     CheckTooLong,
     check_list_append,
     check_registers,
     check_rw_register,
-    check_totals,
     check_transactions,
 )
 from kvstore.testing.history import MicroTxn, RegisterOp, TxnOp
@@ -31,10 +30,6 @@ def judge_transactions(
 ) -> list[str]:
     """The replay in the order of versions."""
     return check_transactions(initial, ops, final, markers)
-
-
-def judge_totals(ops: Iterable[TxnOp], keys: Sequence[bytes], total: int) -> list[str]:
-    return check_totals(ops, keys, total)
 
 
 def judge_list_append(txns: Sequence[MicroTxn]) -> list[str]:

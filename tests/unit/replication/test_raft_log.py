@@ -38,7 +38,6 @@ def test_each_change_is_handed_out_for_writing_once():
     log.truncate_after(2)
     log.append(Entry(3, 2, 0, b"c"))
     assert [(entry.index, entry.term) for entry in log.take_unwritten()] == [(3, 2)]
-    assert [entry.data for entry in log.written_from(2)] == [b"a", b"c"]
 
 
 def test_durability_counts_only_for_the_log_as_it_is():
@@ -84,8 +83,3 @@ def test_a_slice_keeps_its_limits_and_is_never_empty():
     assert [e.index for e in log.slice_bounded(2, 9, 2 * each)[0]] == [2, 3]
     assert log.slice_bounded(1, 2, 1 << 20)[1] == 2 * each
     assert [e.index for e in log.slice_bounded(3, 0, 0)[0]] == [3]
-
-
-def test_the_tail_that_fits_is_found():
-    log = log_of(1, 1, 1, 1)
-    assert [log.floor_of_tail(size) for size in (40, 39, 20, 0)] == [0, 1, 2, 4]
