@@ -211,7 +211,7 @@ class ClientLink:
         self.ready_bytes = 0
         self.blocked = False  # it had none, and is tried again soon
         self.pending: dict[int, Call] = {}
-        self.refused: list[Call] = []  # too large for any message: to be told so
+        self.refused: list[tuple[Call, KVError]] = []  # of no message: to be told why
 
     def opened(self, channel: Channel) -> None:
         self.channel = channel
@@ -234,10 +234,10 @@ class ClientLink:
             self.outgoing = []
             self.outgoing_bytes = 0
 
-    def _refuse(self, request: Request) -> None:
+    def _refuse(self, request: Request, error: KVError) -> None:
         call = self.pending.pop(request.id, None)
         if call is not None:
-            self.refused.append(call)
+            self.refused.append((call, error))
 
     def flush(self) -> int:
         """Hand over what the channel has room for; how many messages that was."""

@@ -27,7 +27,6 @@ from kvstore.errors import (
     EpochMismatch,
     KVError,
     Throttled,
-    TransactionTooLarge,
     Unavailable,
     from_wire,
 )
@@ -332,7 +331,7 @@ class Router:
     def _flush_link(self, link: ClientLink) -> None:
         self.messages_sent += link.flush()
         while link.refused:
-            self._finish(link.refused.pop(), TransactionTooLarge("too large for one message"))
+            self._finish(*link.refused.pop())
         if link.ready and not link.blocked and not self._closed:
             link.blocked = True
             self._loop.call_later(BLOCKED_RETRY_S, self._unblock, link)
