@@ -43,6 +43,7 @@ from kvstore.links import (
     Parked,
     addressed,
     number,
+    undialled,
 )
 from kvstore.ports import Clock
 from kvstore.ranges import META_KEY, RangeCache
@@ -391,13 +392,12 @@ class Router:
     async def _open_link(self, link: ClientLink) -> None:
         try:
             channel = await self._dial(link.address, link.node)
-        except (KVError, FrameError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - `undialled` tells of what is not foreseen
             link.dialling = False
             link.failures += 1
             now = self.monotonic()
             link.not_before = now + self._backoff(link.failures + 2)
-            failure = error if isinstance(error, KVError) else Unavailable(str(error))
-            self._lost(link, failure)
+            self._lost(link, undialled(link.address, error))
             return
         link.opened(channel)
         channel.on_message = lambda payload: self._on_message(link, payload)
