@@ -554,8 +554,8 @@ class Client:
     @contextmanager
     def batch(self, *, timeout: float | None = None) -> Iterator[Batch]:
         thread, database = self._open()
-        batch = Batch()
-        yield batch
+        with Batch() as batch:
+            yield batch
         thread.call(database.commit_batch(batch, timeout=timeout))
 
     # --- transactions -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from kvstore.errors import (
     Conflict,
     InvalidArgument,
     Throttled,
+    TransactionClosed,
     Unavailable,
 )
 from kvstore.sync import BlockingTransaction, Client, LoopThread
@@ -73,6 +74,8 @@ def test_every_call_of_the_database_is_there(db: Client, cluster: FakeCluster):
         batch.put(b"b", b"1")
         batch.delete(b"z")
     assert batch.version
+    with pytest.raises(TransactionClosed):
+        batch.put(b"c", b"1")
     assert db.get(b"z") is None
     assert db.delete(b"a")
     assert db.delete_range(b"a", b"c")
