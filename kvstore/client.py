@@ -310,8 +310,8 @@ class Database(DatabaseReads, AtomicCalls):
     @asynccontextmanager
     async def batch(self, *, timeout: float | None = None) -> AsyncIterator[Batch]:
         """Collect writes, and commit them together when the block ends well: atomic, over any number of ranges."""
-        batch = Batch()
-        yield batch
+        with Batch() as batch:
+            yield batch
         await self.commit_batch(batch, timeout=timeout)
 
     async def commit_batch(self, batch: Batch, *, timeout: float | None = None) -> int | None:

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from kvstore.errors import KVError
 from kvstore.payloads import payloads
 from kvstore.store import Store
 from kvstore.streams import Stream
@@ -28,7 +29,7 @@ from txn.messages import (
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
 REQUESTS_MAX: Final = 10_000  # in flight, of one connection
-TOO_LARGE: Final = "the answer is too large for a message"
+UNSENDABLE: Final = "the answer is too large for a message, or nothing that one can hold"
 RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
 ROW_OVERHEAD_BYTES: Final = 20  # of a row in an answer: its version, and three lengths
@@ -81,15 +82,19 @@ class ClientConnection:
     def flush(self) -> None:
         replies, self._replies = self._replies, []
         refused: list[Reply] = []
+
+        def refuse(reply: Reply, _error: KVError) -> None:
+            refused.append(reply)
+
         while replies:
             for part in _parts(replies):
-                for payload in payloads(REPLIES, part, refused.append):
+                for payload in payloads(REPLIES, part, refuse):
                     if not self._stream.send(payload) and self._stream.is_open:
                         self._connections.cut_off += 1
                         self._stream.abort()
                         return
-            replies = [Failure(each.id, "internal_error", TOO_LARGE) for each in refused]
-            refused = []
+            replies = [Failure(each.id, "internal_error", UNSENDABLE) for each in refused]
+            refused.clear()
 
 
 class Connections:

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from kvstore import logs
 from kvstore.errors import (
     DeadlineExceeded,
     KVError,
@@ -22,6 +23,7 @@ from kvstore.errors import (
 from kvstore.link import Hello
 from kvstore.payloads import payloads
 from kvstore.ranges import Route
+from replication.errors import FrameError
 from txn.messages import (
     Failure,
     GetDirectory,
@@ -41,6 +43,7 @@ OUTGOING_BYTES_MAX: Final = (
 
 _REQUESTS: Final = b"\x02"  # the first byte of a message of requests
 _replace = msgspec.structs.replace
+log = logs.logger(__name__)
 
 Answer = Reply | KVError
 OnReply = Callable[[Answer], None]
@@ -211,7 +214,7 @@ class ClientLink:
         self.ready_bytes = 0
         self.blocked = False  # it had none, and is tried again soon
         self.pending: dict[int, Call] = {}
-        self.refused: list[Call] = []  # too large for any message: to be told so
+        self.refused: list[tuple[Call, KVError]] = []  # of no message: to be told why
 
     def opened(self, channel: Channel) -> None:
         self.channel = channel
@@ -234,10 +237,10 @@ class ClientLink:
             self.outgoing = []
             self.outgoing_bytes = 0
 
-    def _refuse(self, request: Request) -> None:
+    def _refuse(self, request: Request, error: KVError) -> None:
         call = self.pending.pop(request.id, None)
         if call is not None:
-            self.refused.append(call)
+            self.refused.append((call, error))
 
     def flush(self) -> int:
         """Hand over what the channel has room for; how many messages that was."""
@@ -347,6 +350,15 @@ class Links:
             return None
         self._rotation += 1
         return links[self._rotation % len(links)]
+
+
+def undialled(address: str, error: Exception) -> KVError:
+    """Why there is no connection; what nobody foresaw is told loudly, and the dial repeated as after any other failure."""
+    if isinstance(error, KVError):
+        return error
+    if not isinstance(error, FrameError | OSError):
+        log.error("dial failed unexpectedly", address=address, exc_info=error)
+    return Unavailable(f"no connection to {address}: {error}")
 
 
 def addressed(request: Request, call: Call) -> Request:

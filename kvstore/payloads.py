@@ -7,22 +7,30 @@ from typing import Any, Final
 
 import msgspec
 
+from kvstore.errors import InvalidArgument, KVError, TransactionTooLarge
 from kvstore.limits import MESSAGE_BYTES_MAX
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
-def payloads(kind: bytes, messages: list[Any], refuse: Callable[[Any], None]) -> Iterator[bytes]:
+def payloads(
+    kind: bytes, messages: list[Any], refuse: Callable[[Any, KVError], None]
+) -> Iterator[bytes]:
     """Nearly always one; several, should it come out too large: whoever gathers `messages` knows their sizes only about.
 
-    Limits keep one message alone small enough. One that is too large nevertheless is handed to `refuse`, and not sent: the
-    stream would not take it, and whatever waits behind it would never leave.
+    Limits and checks keep one message alone small and plain enough. One that is not nevertheless is handed to `refuse`, and
+    not sent: the stream would not take it, and whatever waits behind it would never leave.
     """
-    payload = kind + _encode(messages)
-    if len(payload) <= MESSAGE_BYTES_MAX:
+    error: KVError = TransactionTooLarge("too large for one message")
+    payload = None
+    try:
+        payload = kind + _encode(messages)
+    except (TypeError, ValueError, OverflowError, RecursionError) as reason:
+        error = InvalidArgument(f"it cannot be sent: {reason}")
+    if payload is not None and len(payload) <= MESSAGE_BYTES_MAX:
         yield payload
     elif len(messages) == 1:
-        refuse(messages[0])
+        refuse(messages[0], error)
     else:
         half = len(messages) // 2
         yield from payloads(kind, messages[:half], refuse)

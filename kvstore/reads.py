@@ -365,6 +365,8 @@ class SpanPages:
             except EpochMismatch:
                 continue
         self._page_rows = min(PAGE_ROWS_MAX, self._page_rows * 4)
+        if self._left:  # at least 1: 0 means all, and who has enough asks no more
+            self._left = max(1, self._left - len(reply.keys))
         return self._page(piece, reply)
 
     def _page(self, piece: Piece, reply: ScanReply) -> Page:

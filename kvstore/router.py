@@ -27,7 +27,6 @@ from kvstore.errors import (
     EpochMismatch,
     KVError,
     Throttled,
-    TransactionTooLarge,
     Unavailable,
     from_wire,
 )
@@ -44,6 +43,7 @@ from kvstore.links import (
     Parked,
     addressed,
     number,
+    undialled,
 )
 from kvstore.ports import Clock
 from kvstore.ranges import META_KEY, RangeCache
@@ -332,7 +332,7 @@ class Router:
     def _flush_link(self, link: ClientLink) -> None:
         self.messages_sent += link.flush()
         while link.refused:
-            self._finish(link.refused.pop(), TransactionTooLarge("too large for one message"))
+            self._finish(*link.refused.pop())
         if link.ready and not link.blocked and not self._closed:
             link.blocked = True
             self._loop.call_later(BLOCKED_RETRY_S, self._unblock, link)
@@ -392,13 +392,12 @@ class Router:
     async def _open_link(self, link: ClientLink) -> None:
         try:
             channel = await self._dial(link.address, link.node)
-        except (KVError, FrameError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - `undialled` tells of what is not foreseen
             link.dialling = False
             link.failures += 1
             now = self.monotonic()
             link.not_before = now + self._backoff(link.failures + 2)
-            failure = error if isinstance(error, KVError) else Unavailable(str(error))
-            self._lost(link, failure)
+            self._lost(link, undialled(link.address, error))
             return
         link.opened(channel)
         channel.on_message = lambda payload: self._on_message(link, payload)

@@ -35,9 +35,10 @@ class RowScan:
             rows.extend(page)
         return rows
 
-    def walk(self) -> RowIterator:
-        """The iterator, which can also be asked for whole pages."""
-        return RowIterator(self._begin(), self._limit)
+    async def begin(self) -> tuple[RowIterator, list[tuple[bytes, bytes]]]:
+        """An iterator that can be asked for whole pages, and its first one; made on the loop, where the ranges are known."""
+        walk = RowIterator(self._begin(), self._limit)
+        return walk, await walk.page()
 
 
 class RowIterator(AsyncIterator[tuple[bytes, bytes]]):

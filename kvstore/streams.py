@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore import logs
 from kvstore.errors import KVError, PipeClosed
 from kvstore.link import Hello, LinkCore, LinkLimits, LinkState, MalformedFrame, PeerStalled
 from kvstore.ports import FramePipe, Network
@@ -26,6 +27,8 @@ REFUSAL_LINGER_S: Final = 0.5  # how long a refusal may take to leave before the
 OnMessage = Callable[[bytes], None]
 OnClose = Callable[[Exception | None], None]
 Check = Callable[[Hello], KVError | None]
+
+log = logs.logger(__name__)
 
 
 class Stream:
@@ -445,30 +448,35 @@ class PeerLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        clock = self._monotonic or asyncio.get_running_loop().time
         while True:
             self._wake.clear()
             self.dials += 1
             try:
-                stream = await connect(
-                    self._network,
-                    self.address,
-                    self._path,
-                    self._hello(),
-                    limits=self._limits,
-                    timeout_s=self._dial_timeout_s,
-                    monotonic=self._monotonic,
-                )
-            except (KVError, FrameError) as error:
+                await self._dial_once()
+            except Exception as error:
                 self.last_error = error
                 self._failures += 1
-            else:
-                began = clock()
-                await self._attend(stream)
-                self._failures = (
-                    0 if clock() - began >= self._backoff.stable_s else self._failures + 1
-                )
+                if not isinstance(error, KVError | FrameError):
+                    # Nobody foresaw it. Without the link the node is cut off from its peer, and no state of either is in
+                    # doubt: to say so and to dial again helps more than to give up the link, or the node.
+                    log.exception("link failed unexpectedly", address=self.address, path=self._path)
             await self._pause()
+
+    async def _dial_once(self) -> None:
+        """From the dial to the end of the stream. Raises as `connect` does."""
+        clock = self._monotonic or asyncio.get_running_loop().time
+        stream = await connect(
+            self._network,
+            self.address,
+            self._path,
+            self._hello(),
+            limits=self._limits,
+            timeout_s=self._dial_timeout_s,
+            monotonic=self._monotonic,
+        )
+        began = clock()
+        await self._attend(stream)
+        self._failures = 0 if clock() - began >= self._backoff.stable_s else self._failures + 1
 
     async def _attend(self, stream: Stream) -> None:
         """From up to down."""

@@ -102,9 +102,10 @@ class Rows:
         self._scan = scan
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        walk = self._scan.walk()
-        while page := self._thread.call(walk.page()):
+        walk, page = self._thread.call(self._scan.begin())
+        while page:
             yield from page
+            page = self._thread.call(walk.page())
 
     def to_list(self) -> list[tuple[bytes, bytes]]:
         return self._thread.call(self._scan.to_list())
@@ -177,9 +178,7 @@ class BlockingWatch:
         return self._watch.next_ready()
 
     def pull(self, rows_max: int = 0) -> list[Event]:
-        if (
-            not self._watch.has_ready
-        ):  # taken here, not there: an interrupt on the way would lose them
+        if not self._watch.has_ready:  # taken here, not there: an interrupt would lose them
             self._thread.call(self._watch.fill(rows_max))
         return self._watch.all_ready()
 
@@ -554,8 +553,8 @@ class Client:
     @contextmanager
     def batch(self, *, timeout: float | None = None) -> Iterator[Batch]:
         thread, database = self._open()
-        batch = Batch()
-        yield batch
+        with Batch() as batch:
+            yield batch
         thread.call(database.commit_batch(batch, timeout=timeout))
 
     # --- transactions -----------------------------------------------------------------------------

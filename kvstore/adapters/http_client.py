@@ -6,6 +6,8 @@ Deliberately of the standard library: it starts fast, and a request to a hung no
 from __future__ import annotations
 
 import http.client
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
@@ -24,6 +26,56 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class _TimedSocket(socket.socket):
+    """A socket on which nothing waits beyond `until` (monotonic): its own timeout would begin anew with every byte."""
+
+    until = 0.0
+
+    def left_s(self) -> float:
+        left_s = self.until - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        return left_s
+
+    def connect(self, address: Any) -> None:
+        self.settimeout(self.left_s())
+        super().connect(address)
+
+    def sendall(self, *args: Any) -> None:
+        self.settimeout(self.left_s())  # for all of it
+        super().sendall(*args)
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(self.left_s())
+        return super().recv_into(*args)
+
+
+class _TimedConnection(http.client.HTTPConnection):
+    """A connection whose connecting, request and answer together take `timeout_s` at most; not so the look-up of a name."""
+
+    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+        super().__init__(host, port)
+        self._until = time.monotonic() + timeout_s
+
+    def connect(self) -> None:
+        failure = OSError("the name has no address")
+        for family, kind, protocol, _, where in socket.getaddrinfo(
+            self.host, self.port, type=socket.SOCK_STREAM
+        ):
+            connecting = _TimedSocket(family, kind, protocol)
+            connecting.until = self._until
+            try:
+                connecting.connect(where)
+            except OSError as error:
+                connecting.close()
+                failure = error
+                continue
+            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock = connecting
+            return
+        raise failure
+
+
 def request(
     address: str, method: str, path: str, body: bytes | None = None, *, timeout_s: float = 5.0
 ) -> Answer:
@@ -32,7 +84,7 @@ def request(
     Raises: Unavailable when nobody answers HTTP there in time; the request may have been received.
     """
     host, port = parse_address(address)
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    connection = _TimedConnection(host, port, timeout_s)
     try:
         headers = {} if body is None else {"Content-Type": "application/json"}
         connection.request(method, path, body=body, headers=headers)
@@ -43,6 +95,8 @@ def request(
         return Answer(
             response.status, {name.lower(): value for name, value in response.getheaders()}, content
         )
+    except UnicodeError:
+        raise Unavailable(f"{address}: no host can have that name") from None
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(f"{address}: {str(error) or type(error).__name__}") from None
     finally:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from socket import gaierror
-from typing import Final
+from typing import Final, cast
 
 import aiohttp
 from aiohttp import web
@@ -27,7 +28,8 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
-from kvstore.errors import KVError, PipeClosed
+from kvstore.adapters.http_wire import error_body
+from kvstore.errors import KVError, PipeClosed, Throttled
 from kvstore.limits import BOUND_BYTES_MAX
 from kvstore.link import WIRE_BYTES_MAX, MalformedFrame
 from kvstore.ports import FramePipe
@@ -45,6 +47,7 @@ BUFFER_BYTES_MAX: Final = (
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5
+BACKLOG: Final = 128  # connections that the system has taken and we have not
 # For the next request, or the rest of its head, to come; longer than proxies keep idle connections to us (60 s).
 KEEPALIVE_TIMEOUT_S: Final = 75.0
 
@@ -71,6 +74,30 @@ class _Connector(aiohttp.TCPConnector):
         if connection.transport is not None:
             _dialled.get([]).append(connection.transport)
         return connection
+
+
+class _Refused(asyncio.Protocol):
+    """One connection too many: told so before it has said anything, and ended."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        wire = cast("asyncio.Transport", transport)  # uvloop's are none by their class
+        body = error_body(Throttled(1.0, "the node has as many connections as it can have"))
+        head = (
+            "HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        wire.write(head.encode() + body)
+        wire.close()
+
+
+def connections_max() -> int:
+    """Of all kinds together: three quarters of the files that the process may have open; log and rows have the rest."""
+    try:
+        import resource
+    except ImportError:  # a system that has no such limit
+        return sys.maxsize
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if files == resource.RLIM_INFINITY else files * 3 // 4
 
 
 class WsPipe:
@@ -185,7 +212,7 @@ class WsNetwork:
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
-        self._runners: list[web.AppRunner] = []
+        self._serving: list[tuple[asyncio.Server, web.AppRunner]] = []
         self._pipes: dict[int, WsPipe] = {}  # by id(): every pipe that is not finished
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._closed = False
@@ -237,16 +264,22 @@ class WsNetwork:
             auto_decompress=False,  # a value is kept as it was sent, and no few bytes become many
         )
         await runner.setup()
-        self._runners.append(runner)
+        server, most = runner.server, connections_max()
+        assert server is not None
+
+        def connected() -> asyncio.Protocol:
+            return server() if len(server.connections) < most else _Refused()
+
         host, port = split_address(address)
-        site = web.TCPSite(runner, host, port)
         try:
-            await site.start()
+            listener = await asyncio.get_running_loop().create_server(
+                connected, host, port, backlog=BACKLOG
+            )
         except OSError:
-            self._runners.remove(runner)
             await runner.cleanup()
             raise
-        real_host, real_port = runner.addresses[0][:2]
+        self._serving.append((listener, runner))
+        real_host, real_port = listener.sockets[0].getsockname()[:2]
         return f"[{real_host}]:{real_port}" if ":" in real_host else f"{real_host}:{real_port}"
 
     def attach(self, app: web.Application, on_pipe: OnPipe) -> None:
@@ -263,8 +296,9 @@ class WsNetwork:
     async def close(self) -> None:
         """Stop listening, end every connection, and give up what aiohttp holds."""
         self._closed = True
-        runners, self._runners = self._runners, []
-        for runner in runners:
+        serving, self._serving = self._serving, []
+        for listener, runner in serving:
+            listener.close()
             await runner.cleanup()
         await self._close_pipes(None)
         if self._session is not None:

@@ -19,6 +19,7 @@ from kvstore.errors import (
     KeyTooLarge,
     KVError,
     OutcomeExpired,
+    TransactionClosed,
     TransactionTooLarge,
     Unavailable,
     ValueTooLarge,
@@ -270,6 +271,29 @@ def test_arguments_of_nearly_the_right_type_are_understood_or_refused_and_end_no
             assert await tx.scan(reverse=1).to_list() == [(b"b", b"2"), (b"a", b"1")]
             assert await tx.get_for_update(b"a", shared=1, timeout=Seconds(1.0)) == b"1"
         assert not any(pipe.closed for pipe in cluster.network.pipes)
+
+    simulate(test)
+
+
+def test_a_write_to_a_batch_whose_block_has_ended_is_refused_and_not_lost():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with db.batch() as batch:
+            batch.put(b"a", b"1")
+        for write in (
+            lambda: batch.put(b"b", b"2"),
+            lambda: batch.delete(b"a"),
+            lambda: batch.delete_range(b"a", b"b"),
+            lambda: batch.increment(b"n"),
+            lambda: batch.put_versionstamped_key(b"q/", b"3"),
+        ):
+            with pytest.raises(TransactionClosed):
+                write()
+        with pytest.raises(ZeroDivisionError):
+            async with db.batch() as failed:
+                raise ZeroDivisionError
+        with pytest.raises(TransactionClosed):
+            failed.put(b"b", b"2")
+        assert await db.scan().to_list() == [(b"a", b"1")]
 
     simulate(test)
 

@@ -191,6 +191,10 @@ def test_a_limit_is_told_to_the_range():
         assert await db.scan(limit=2).to_list() == [(b"a", b"1"), (b"b", b"2")]
         assert [scan.rows_max for scan in cluster.of(Scan)] == [2]
         assert await db.scan(prefix=b"b").to_list() == [(b"b", b"2")]
+        cluster.page_rows_max = 1
+        cluster.requests.clear()
+        assert len(await db.scan(limit=3).to_list()) == 3
+        assert [scan.rows_max for scan in cluster.of(Scan)] == [3, 2, 1]  # what is left of it
 
     simulate(test)
 

@@ -1,5 +1,5 @@
-"""Claims: a caller who does not read his answer is counted as long as it waits, and that is bounded; so is the time for
-which a connection may be idle, or its request half there."""
+"""Claims: a caller who does not read his answer is counted as long as it waits, and that is bounded; so are the
+time for which a connection may be idle, or its request half there, and the number of connections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from aiohttp import test_utils, web
 
 from kvstore.adapters import http_server, ws_transport
+from kvstore.adapters.loop import new_event_loop
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
 ENDED_WITHIN_S = 20.0
@@ -85,6 +86,19 @@ async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
         await ended.wait()
 
 
+async def listening():
+    """A gateway on a node's port, and its address."""
+
+    async def on_pipe(path, pipe):
+        raise AssertionError("nobody asked for a stream")
+
+    app = web.Application()
+    node = FakeNode(FakeDatabase())
+    http_server.add_routes(app, node, node.metrics.observe_request)
+    network = ws_transport.WsNetwork()
+    return network, await network.serve("127.0.0.1:0", on_pipe, app)
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -97,14 +111,7 @@ async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
 async def test_a_connection_that_asks_nothing_more_is_ended(monkeypatch, sent):
     monkeypatch.setattr(ws_transport, "KEEPALIVE_TIMEOUT_S", 0.05)
 
-    async def on_pipe(path, pipe):
-        raise AssertionError("nobody asked for a stream")
-
-    app = web.Application()
-    node = FakeNode(FakeDatabase())
-    http_server.add_routes(app, node, node.metrics.observe_request)
-    network = ws_transport.WsNetwork()
-    address = await network.serve("127.0.0.1:0", on_pipe, app)
+    network, address = await listening()
     reader, writer = await asyncio.open_connection(*ws_transport.split_address(address))
     try:
         writer.write(sent)
@@ -113,4 +120,44 @@ async def test_a_connection_that_asks_nothing_more_is_ended(monkeypatch, sent):
         assert answer.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
     finally:
         writer.close()
+        await network.close()
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, new_event_loop])
+def test_a_connection_too_many_is_told_so_and_another_may_come_when_one_has_gone(
+    monkeypatch, loop_factory
+):
+    monkeypatch.setattr(ws_transport, "connections_max", lambda: 2)
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(one_connection_too_many())
+
+
+async def one_connection_too_many() -> None:
+    network, address = await listening()
+    writers = []
+
+    async def asked() -> bytes:
+        """The first line of the answer to one request, over a connection of its own that stays."""
+        reader, writer = await asyncio.open_connection(*ws_transport.split_address(address))
+        writers.append(writer)
+        writer.write(b"GET /health/live HTTP/1.1\r\nHost: n\r\n\r\n")
+        try:
+            return await reader.readline()
+        except ConnectionResetError:  # refused before it was read
+            return b""
+
+    try:
+        assert [await asked() for _ in range(2)] == [b"HTTP/1.1 200 OK\r\n"] * 2
+        reader, writer = await asyncio.open_connection(*ws_transport.split_address(address))
+        writers.append(writer)
+        refusal = await reader.read()
+        assert refusal.startswith(b"HTTP/1.1 429 ")
+        assert b'"code":"throttled"' in refusal
+        writers[0].close()
+        async with asyncio.timeout(ENDED_WITHIN_S):
+            while await asked() != b"HTTP/1.1 200 OK\r\n":  # until the node has seen that it went
+                pass
+    finally:
+        for writer in writers:
+            writer.close()
         await network.close()

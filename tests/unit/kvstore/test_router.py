@@ -14,6 +14,7 @@ from kvstore.errors import (
     DeadlineExceeded,
     DiskFull,
     EpochMismatch,
+    InvalidArgument,
     KVError,
     NoQuorum,
     Throttled,
@@ -96,6 +97,20 @@ def test_a_request_too_large_for_any_message_fails_alone_and_blocks_nothing():
         with pytest.raises(TransactionTooLarge):
             await db.router.ask(large, b"k", b"", until)
         await put
+        assert await db.get(b"k") == b"v"
+        assert db.router.calls == 0
+
+    simulate(test)
+
+
+def test_a_request_that_no_message_can_hold_fails_alone_and_blocks_nothing():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        until = db.router.monotonic() + 5
+        puts = [asyncio.ensure_future(db.put(key, b"v")) for key in (b"k", b"z")]
+        with pytest.raises(InvalidArgument, match="cannot be sent"):
+            await db.router.ask(Read(0, 0, 0, 1 << 64, [b"k"]), b"k", b"", until)
+        await asyncio.gather(*puts)
         assert await db.get(b"k") == b"v"
         assert db.router.calls == 0
 

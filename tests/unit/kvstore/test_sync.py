@@ -25,8 +25,10 @@ from kvstore.errors import (
     Conflict,
     InvalidArgument,
     Throttled,
+    TransactionClosed,
     Unavailable,
 )
+from kvstore.ranges import RangeCache
 from kvstore.sync import BlockingTransaction, Client, LoopThread
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
@@ -73,11 +75,40 @@ def test_every_call_of_the_database_is_there(db: Client, cluster: FakeCluster):
         batch.put(b"b", b"1")
         batch.delete(b"z")
     assert batch.version
+    with pytest.raises(TransactionClosed):
+        batch.put(b"c", b"1")
     assert db.get(b"z") is None
     assert db.delete(b"a")
     assert db.delete_range(b"a", b"c")
     assert db.clear_range() == 1
     assert list(db.scan()) == []
+
+
+@pytest.mark.parametrize("how", ["stale", "snapshot", "plain"])
+def test_what_a_scan_needs_of_the_ranges_is_looked_up_on_the_clients_own_thread(
+    db: Client, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    """There they change: between two of their lists another thread would find one that is newer than the other."""
+    db.put(b"a", b"1")
+    seen: list[threading.Thread] = []
+
+    def noted(real: Any) -> Any:
+        def call(*args: Any) -> Any:
+            seen.append(threading.current_thread())
+            return real(*args)
+
+        return call
+
+    for name in ("split", "find", "before"):
+        monkeypatch.setattr(RangeCache, name, noted(getattr(RangeCache, name)))
+    rows = {
+        "stale": lambda: db.scan(max_staleness=5.0),
+        "snapshot": lambda: db.snapshot(max_staleness=5.0).scan(),
+        "plain": db.scan,
+    }[how]()
+    assert list(rows) == [(b"a", b"1")]
+    assert seen
+    assert threading.current_thread() not in seen
 
 
 def test_transactions_commit_on_a_clean_exit_and_roll_back_on_an_exception(db: Client):
