@@ -9,10 +9,10 @@ since somebody's forgotten snapshot must not fill every disk; and it ends LEASE_
 
 Holds are in the memory of the oracle's leader. A new one says "not known" (0) for LEASE_S: nothing is collected before each
 client that lives has told it. The same holds after timestamps have leapt by half of the retention or more: a view that was
-opened a moment ago is old then at once, and not held yet. They leap when a clock that was behind is set, and with the first
-write after an idle time, since reads issue none. And it holds after the oracle has stood still for a lease (its process was
-stopped, its machine slept): it has heard nobody, and each lease seems to be over. A hold that comes too late, or is lost
-with its client, costs `SnapshotTooOld`, never a wrong answer.
+opened a moment ago is old then at once, and not held yet. They leap with the first write after an idle time, since reads
+issue none. And it holds after the oracle has stood still for a lease (its process was stopped, its machine slept): it has
+heard nobody, and each lease seems to be over. A hold that comes too late, or is lost with its client, costs
+`SnapshotTooOld`, never a wrong answer.
 """
 
 from __future__ import annotations

@@ -69,9 +69,9 @@ class OpenViews:
         for number in idle:
             del self._views[number]
         ages = [
-            view.at
+            view.oldest
             for view, _ in self._views.values()
-            if view.at and view.opened_at + HOLD_AFTER_S <= now
+            if view.oldest and view.opened_at + HOLD_AFTER_S <= now
         ]
         oldest = min(ages, default=0)
         if oldest or self._held:

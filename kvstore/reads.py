@@ -73,6 +73,7 @@ class View:
         "at",
         "deadline",
         "opened_at",
+        "rests_on",
         "router",
         "timeout_s",
         "used_at",
@@ -88,6 +89,7 @@ class View:
         self.router = router
         self.opened_at = self.used_at = router.monotonic()
         self.views: OpenViews | None = None  # where it is to be noted when it lasts
+        self.rests_on = 0  # what else its transaction needs, and is to be held (0: nothing)
         self._checked = at == 0
         self._first: Bell[None] | None = None  # of the read that finds out `at`
         self._joined = False  # others wait for that one
@@ -98,6 +100,15 @@ class View:
         assert not self.at, "the view has begun"
         self.at = reply.at
         self._given[key] = Found(reply.values[0], reply.versions[0])
+
+    def rest_on(self, ts: int) -> None:
+        """Its transaction began at `ts`, or will have what it read then validated: to be held as well."""
+        self.rests_on = min(self.rests_on or ts, ts)
+
+    @property
+    def oldest(self) -> int:
+        """From where on versions are to be held for it; 0: it needs none yet."""
+        return min(self.at or self.rests_on, self.rests_on or self.at)
 
     def until(self) -> float:
         """When a read that begins now has to be done."""

@@ -192,6 +192,7 @@ class Transaction(BufferedWrites):
             if self._router.monotonic() - self._router.seen_at > 2 * ID_AGE_S_MAX:
                 raise Unavailable("begin the transaction with `async with`, or read first")
             self._txn_id = self._committer.txn_id(self._router.seen_ts)
+            self._view.rest_on(self._router.seen_ts)
         self._id_told = True
         return encode_token(self._txn_id, self._buffer.anchor_key)
 
@@ -262,7 +263,8 @@ class Transaction(BufferedWrites):
             self._begin_locks(await self._committer.begin_ts(self._until()))
         try:
             for key in sorted(wanted):
-                await self._locks.lock(key, bool(shared), until)
+                locked = await self._locks.lock(key, bool(shared), until)
+                self._view.rest_on(locked.at)
         except (Deadlock, LockTimeout) as error:
             self._end()
             self._ended_by = error

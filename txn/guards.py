@@ -12,6 +12,7 @@ C2 meanwhile collection may take a tombstone that is newer than the read; then g
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -25,6 +26,7 @@ from txn.types import FenceReason, Guard, PartStatus, point_end
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
     from txn.latches import Pending
+    from txn.recent import Recent
 
 SLICE: Final = 2_000  # rows in one go; one of more than a KiB counts for more
 STEP_S: Final = 0.002  # between two slices of a walk
@@ -43,12 +45,13 @@ class GuardCheck:
     def look(self, guards: Sequence[Guard]) -> tuple[Answer | None, list[Guard]]:
         """The refusal of a transaction of which a read is no longer the newest, and what was not looked at yet."""
         left = 1 if chance("guards_walked_slowly") else SLICE
+        lately = _Lately(self.owner.state.recent, guards)
         rest: list[Guard] = []
         for guard in guards:
             if rest:
                 rest.append(guard)
                 continue
-            newer, low, left = self._newer_than(guard, left)
+            newer, low, left = self._newer_than(guard, left, lately)
             if newer is not None:
                 return _refusal(*newer), []
             if low is not None:
@@ -63,7 +66,9 @@ class GuardCheck:
                 return _refusal(guard.start, threshold, b"")
         return None
 
-    def _newer_than(self, guard: Guard, left: int) -> tuple[Newer | None, bytes | None, int]:
+    def _newer_than(
+        self, guard: Guard, left: int, lately: _Lately
+    ) -> tuple[Newer | None, bytes | None, int]:
         """A version in the span that is above the read; or, when `left` rows are used up, from where on it is to be walked."""
         start, end, read_ts = guard.start, guard.end, guard.read_ts
         rows = self.owner.rows
@@ -72,9 +77,11 @@ class GuardCheck:
             if row is not None and latest_ts(row) > read_ts:
                 return (start, latest_ts(row), row[8:24]), None, left
             return None, None, left - 1
-        recent = self.owner.state.recent
-        if read_ts >= recent.low and not chance("guards_not_from_recent"):
-            return self._lately(guard), None, left
+        if read_ts >= self.owner.state.recent.low and not chance("guards_not_from_recent"):
+            cost = lately.cost(read_ts)
+            if cost and left <= 0:
+                return None, start, 0
+            return self._newest(lately.first(guard)), None, left - cost
         low, high = keycode.family_span(keycode.LATEST, start, end)
         for found, row in rows.scan(low, high):
             if left <= 0:
@@ -84,17 +91,13 @@ class GuardCheck:
             left -= 1 + (len(row) >> 10)
         return None, None, left
 
-    def _lately(self, guard: Guard) -> Newer | None:
-        """The same from what was committed lately: the first of the keys, as a walk would have found it."""
-        found = self.owner.state.recent.between(guard.read_ts, 1 << 64, guard.start, guard.end)
-        newest: dict[bytes, int] = {}
-        for version, keys in found:
-            newest[keys[0]] = version
-        if not newest:
+    def _newest(self, found: tuple[bytes, int] | None) -> Newer | None:
+        """What a walk would have found at this key."""
+        if found is None:
             return None
-        key = min(newest)
+        key, version = found
         row = self.owner.rows.get(b"L" + key)
-        return (key, newest[key], b"") if row is None else (key, latest_ts(row), row[8:24])
+        return (key, version, b"") if row is None else (key, latest_ts(row), row[8:24])
 
     # -- in slices
 
@@ -128,6 +131,37 @@ class GuardCheck:
 
     def stop(self) -> None:
         self._walks.clear()
+
+
+class _Lately:
+    """What was committed lately where these guards are: looked for once for each timestamp, since the spans may be many."""
+
+    def __init__(self, recent: Recent, guards: Sequence[Guard]) -> None:
+        self._recent, self._guards = recent, guards
+        self._found: dict[int, tuple[list[bytes], dict[bytes, int]]] = {}  # keys; newest versions
+
+    def cost(self, read_ts: int) -> int:
+        """How many rows it counts for, to look for what was written since; 0: that has been done."""
+        return 0 if read_ts in self._found else len(self._recent)
+
+    def first(self, guard: Guard) -> tuple[bytes, int] | None:
+        """The first key of the span that was written since it was read, and its newest version."""
+        found = self._found.get(guard.read_ts)
+        if found is None:
+            start = min(each.start for each in self._guards)
+            end = max(each.end for each in self._guards) if self._bounded() else b""
+            newest: dict[bytes, int] = {}
+            for version, keys in self._recent.between(guard.read_ts, 1 << 64, start, end):
+                newest.update(dict.fromkeys(keys, version))
+            found = self._found[guard.read_ts] = sorted(newest), newest
+        keys, newest = found
+        place = bisect_left(keys, guard.start)
+        if place == len(keys) or (guard.end and keys[place] >= guard.end):
+            return None
+        return keys[place], newest[keys[place]]
+
+    def _bounded(self) -> bool:
+        return all(each.end for each in self._guards)
 
 
 def _refusal(key: bytes, ts: int, other: bytes) -> Answer:

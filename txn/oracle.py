@@ -2,7 +2,7 @@
 
 Promises: O1 every fresh timestamp is handed out once; O2 a timestamp is below the bound `hi` that is committed in the meta
 range; O3 the first one of a new leader is above every bound an earlier leader had; O4 it follows the wall clock, but never
-back and at most twice as fast as monotonic time passes, so that one bad clock expires nothing.
+back and at most twice as fast as monotonic time has passed since the last one, so that one bad clock expires nothing.
 The caller confirms leadership after a batch was asked for (lease checked after generating, or a read index): without
 that, a deposed leader could still answer, below what its successor issued.
 Source: Peng and Dabek, "Percolator" (OSDI 2010); TiKV's placement driver, and its bugs (pd#4885, #3616).
@@ -14,6 +14,7 @@ from replication.probes import chance, reached
 from txn.types import TIMESTAMP_SHIFT
 
 CATCH_UP_RATE = 2  # of monotonic time
+PACE_S = 1.0  # it is counted from the last timestamp, but not from each: they may be closer than its unit
 RENEW_SHARE = 2  # a new bound is asked for when less than 1/2 of the window is left
 
 
@@ -29,7 +30,7 @@ class Oracle:
         self._serving = False
         self._leads = False
         self._asked = 0  # a bound that was proposed and is not applied; 0: none
-        self._base = 0  # timestamp at `_since`
+        self._base = 0  # timestamp at `_since`; one from which the pace is counted
         self._since = 0.0
 
     def start_term(self, now: float) -> None:
@@ -74,13 +75,16 @@ class Oracle:
         if not self._serving:
             return 0
         first = self._target(wall_ms, now)
-        if first + count > self.hi:
+        near = first + count > self.hi
+        if near:
             reached("oracle_bound_near")
             first = self.last + 1  # the clock may wait for the next bound, the order may not
             if first + count > self.hi:
                 reached("oracle_bound_used_up")
                 return 0
         self.last = first + count - 1
+        if not near and now >= self._since + PACE_S:
+            self._base, self._since = self.last, now
         return first
 
     def _target(self, wall_ms: int, now: float) -> int:

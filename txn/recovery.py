@@ -193,7 +193,9 @@ class Recovery:
         if self._waits_or_misses(request, origin, now):
             return
         if request.txn_id in ev.state.staged:
-            self._decide(request.txn_id, request.anchor_key, request.commit_ts, request, origin)
+            part = ev.state.part(request.txn_id, request.anchor_key)
+            if part is None or not self._refuse_below(part, request, origin):
+                self._decide(request.txn_id, request.anchor_key, request.commit_ts, request, origin)
             return
         if self._reply_known(request, origin):
             return
@@ -442,6 +444,8 @@ class Recovery:
             ev.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
             return
         part = ev.state.part(request.txn_id, request.locus)
+        if part is not None and self._refuse_below(part, request, origin):
+            return
         if part is not None and part.row.participants:  # the anchor's own: only with its record
             self._decide(request.txn_id, request.locus, request.commit_ts, request, origin)
             return
@@ -464,6 +468,14 @@ class Recovery:
             ev.out.reply(origin, Failure(request.id, "invalid_argument", message), True)
         else:
             ev.out.reply(origin, Ack(request.id), False)
+
+    def _refuse_below(self, part: Part, request: Finalize | Resolve, origin: Any) -> bool:
+        """A commit below what the part was prepared at is a mistake of who says so, and may not come into the log (I4)."""
+        if not request.commit_ts or request.commit_ts >= part.row.min_ts:
+            return False
+        message = f"committed at {request.commit_ts}, but prepared here at {part.row.min_ts}"
+        self.ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+        return True
 
     def _ask_orphan(self, part: Part) -> None:
         if part.resolving is not None:
@@ -506,6 +518,8 @@ class Recovery:
             return False
         ev = self.ev
         current = ev.state.part(part.txn_id, part.locus)
+        if current is not None and 0 < reply.ts < current.row.min_ts:
+            return False  # as in `_refuse_below`
         if current is not None and current.resolving is None and part.txn_id not in ev.latches.txns:
             if current.row.anchor_key == current.locus and part.txn_id in ev.state.staged:
                 self._propose_decision(

@@ -51,7 +51,7 @@ def _guards_not_held() -> Patches:
 
 def _guards_not_validated() -> Patches:
     """What a transaction read is protected, and not compared with what is there."""
-    return [(GuardCheck, "_newer_than", lambda _self, _guard, left: (None, None, left))]
+    return [(GuardCheck, "_newer_than", lambda _self, _guard, left, _lately: (None, None, left))]
 
 
 def _guards_until_prepared() -> Patches:

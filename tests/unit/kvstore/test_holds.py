@@ -11,10 +11,10 @@ import pytest
 from kvstore import holds
 from kvstore.client import Database
 from kvstore.errors import ClientClosed
-from kvstore.holds import HOLD_AFTER_S, LEASE_S, RECKON_S, Holds
+from kvstore.holds import HOLD_AFTER_S, LEASE_S, RECKON_S, RENEW_S, Holds
 from kvstore.open_views import IDLE_S
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import GetTimestamps
+from txn.messages import GetTimestamps, KeepLocks
 from txn.types import TIMESTAMP_SHIFT
 
 HOUR = 3_600_000 << TIMESTAMP_SHIFT
@@ -161,6 +161,32 @@ def test_a_snapshot_is_held_until_its_end_even_if_it_was_read_before_its_beginni
             await asyncio.sleep(IDLE_S + 60.0)
             assert cluster.of(GetTimestamps)[-1].oldest == at
         await asyncio.sleep(10.0)
+        assert cluster.of(GetTimestamps)[-1].oldest == 0
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("by", ["lock", "id"])
+def test_a_transaction_is_held_from_the_oldest_that_its_commit_rests_on(by: str):
+    """The guard of a locking read is of that time; and what began before something was collected has expired."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(KeepLocks, times=100)
+        async with db.transaction() as tx:
+            if by == "lock":
+                await tx.get_for_update(b"k")
+            else:
+                tx.put(b"k", b"v")
+                assert tx.id
+            began = cluster.ts
+            await asyncio.sleep(HOLD_AFTER_S + RENEW_S)
+            assert cluster.of(GetTimestamps)[-1].oldest == began
+            cluster.seed(other=b"v")
+            await tx.get(b"other")  # its snapshot is newer
+            assert tx.read_version == cluster.ts > began
+            await asyncio.sleep(2 * RENEW_S)
+            assert cluster.of(GetTimestamps)[-1].oldest == began
+        await asyncio.sleep(2 * RENEW_S)
         assert cluster.of(GetTimestamps)[-1].oldest == 0
 
     simulate(test)

@@ -109,6 +109,55 @@ def test_what_was_committed_lately_says_the_same_as_the_rows(written, rows_max, 
     assert check.look([guard]) == answered
 
 
+@given(
+    written=st.lists(st.integers(0, 9), max_size=20),
+    back=st.integers(0, 12),
+    spans=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10)), min_size=1, max_size=12),
+)
+def test_many_spans_are_answered_as_each_alone(written, back, spans):
+    place = Range()
+    for key in written:
+        stored(place, b"%d" % key)
+    read_ts = place.clock - back
+    several = [Guard(b"%d" % min(span), b"%d/" % max(span), read_ts) for span in spans]
+    check = GuardCheck(place.evaluator)
+    refusals = [refusal for guard in several if (refusal := check.look([guard])[0]) is not None]
+    assert check.look(several) == (refusals[0] if refusals else None, [])
+
+
+def test_many_spans_cost_one_look_at_what_was_committed_lately(monkeypatch):
+    """10,000 spans, which a transaction may read, times all that is remembered: that would hold the node for seconds."""
+    place, _ = place_of(50)
+    looks = []
+    between = Recent.between
+
+    def counted(recent: Recent, *bounds):
+        looks.append(bounds)
+        return between(recent, *bounds)
+
+    monkeypatch.setattr(Recent, "between", counted)
+    read_ts = place.clock
+    stored(place, b"other", b"new")
+    several = [Guard(b"k%03d" % number, b"k%03d/" % number, read_ts) for number in range(500)]
+    asked = place.prepare(1, put(b"mine"), guards=several, begin_ts=read_ts)
+    assert settled(place, asked).reply.status == PartStatus.COMMITTED
+    assert len(looks) == 1
+
+
+@pytest.mark.usefixtures("ten_at_once")
+def test_spans_of_many_snapshots_are_checked_in_slices():
+    place, _ = place_of(3)
+    first = place.clock
+    for number in range(30):
+        stored(place, b"new%d" % number)
+    several = [Guard(b"k%03d" % back, b"k%03d/" % back, first + back) for back in range(20)]
+    check = GuardCheck(place.evaluator)
+    refusal, rest = check.look(several)
+    assert (refusal, rest) == (None, several[1:])
+    asked = place.prepare(1, put(b"mine"), guards=several, begin_ts=first)
+    assert walked(place, asked).reply.status == PartStatus.COMMITTED
+
+
 # -- from the rows, in slices
 
 

@@ -114,6 +114,46 @@ def test_a_clock_within_the_pace_is_followed_exactly():
     assert oracle.issue(1, 2000, 1.0) == 2000 << TIMESTAMP_SHIFT
 
 
+def wrote_for(seconds: int) -> Oracle:
+    """One that has followed a good clock since 0, with a timestamp each second."""
+    oracle = led()
+    for second in range(1, seconds + 1):
+        bound = oracle.next_bound(second * 1000, float(second))
+        if bound:
+            oracle.bound_applied(bound)
+        assert oracle.issue(1, second * 1000, float(second)) == (second * 1000) << TIMESTAMP_SHIFT
+    return oracle
+
+
+def test_a_clock_that_leaps_is_followed_at_that_pace_however_long_it_was_right():
+    oracle = wrote_for(600)
+    leapt_ms = 1_000_000
+    for second in range(601, 620):
+        oracle.bound_applied(max(oracle.hi, oracle.next_bound(leapt_ms, float(second))))
+        issued = oracle.issue(1, leapt_ms, float(second)) >> TIMESTAMP_SHIFT
+        assert issued == 600_000 + (second - 600) * 1000 * CATCH_UP_RATE
+
+
+def test_an_idle_time_is_made_up_for_at_once():
+    oracle = wrote_for(10)
+    bound = oracle.next_bound(3_600_000, 3600.0)
+    last = oracle.last
+    assert oracle.issue(1, 3_600_000, 3600.0) == last + 1  # the bound is not applied yet
+    oracle.bound_applied(bound)
+    assert oracle.issue(1, 3_600_001, 3600.001) == 3_600_001 << TIMESTAMP_SHIFT
+
+
+def test_timestamps_that_are_issued_without_a_pause_follow_the_clock():
+    oracle = wrote_for(1)
+    for tenth in range(1, 40_000):
+        now = 1.0 + tenth / 10_000
+        wall_ms = int(now * 1000)
+        bound = oracle.next_bound(wall_ms, now)
+        if bound:
+            oracle.bound_applied(bound)
+        assert oracle.issue(1, wall_ms, now) >> TIMESTAMP_SHIFT == wall_ms
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_through_leader_changes_every_timestamp_is_new_larger_and_below_the_committed_bound(seed):
     rng = random.Random(seed)

@@ -168,6 +168,23 @@ def test_a_commit_that_was_never_staged_here_is_refused_only_with_leadership_con
     assert (asked.reply.code, asked.confirm) == ("invalid_argument", True)
 
 
+def test_a_commit_below_what_was_prepared_is_refused_and_stops_no_replica():
+    """Apply asserts that it does not happen: in the log it would stop all replicas, and again at each start."""
+    place = staged()
+    asked = settled(place, place.finalize(1, b"a", 100))
+    assert (asked.reply.code, decisions(place)) == ("invalid_argument", [])
+    assert settled(place, place.finalize(1, b"a", 101)).reply.status == TxnStatus.COMMITTED
+    place = held()
+    for record in (False, True):
+        asked = settled(place, place.resolve(1, b"x", 100, record=record))
+        assert asked.reply.code == "invalid_argument"
+    place.pass_time(2.1)
+    place.answer(TxnReply(0, TxnStatus.COMMITTED, 100))
+    place.settle()
+    assert place.state.part(txn_id(1), b"x") is not None
+    assert settled(place, place.resolve(1, b"x", 101)).reply == Ack(0)
+
+
 def test_the_outcome_of_what_nobody_knows_is_aborted_and_stays_so():
     place = Range()
     asked = place.outcome(1, b"a")
