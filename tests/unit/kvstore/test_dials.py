@@ -34,7 +34,14 @@ def errors(caplog) -> list[str]:
 def test_a_link_goes_on_dialling_whatever_a_dial_ended_in(caplog):
     async def main(_loop: sim.SimLoop) -> None:
         network = BadNetwork()
-        link = PeerLink(network, "far:1", "/v1/peer", Hello, rng=random.Random(1), on_message=print)
+        link = PeerLink(
+            network,  # type: ignore[arg-type]
+            "far:1",
+            "/v1/peer",
+            Hello,
+            rng=random.Random(1),
+            on_message=print,
+        )
         link.start()
         await asyncio.sleep(60.0)
         assert 30 <= network.dials <= 80
@@ -86,7 +93,7 @@ def test_a_client_goes_on_dialling_whatever_a_dial_ended_in(caplog):
                 raise failures.pop()
             return await dial(address, path, timeout_s)
 
-        cluster.network.dial = failing
+        cluster.network.dial = failing  # type: ignore[method-assign]
         cluster.network.cut()
         assert await db.get(b"a") is None
         assert not failures
