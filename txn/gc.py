@@ -61,6 +61,7 @@ COLLECT_ROWS_MAX: Final = 512
 STEP_S: Final = 0.02  # between two slices of a sweep
 FIRST_SWEEP_S: Final = 30.0  # of a term, at the latest: leaders may change oftener than sweeps come
 SWEEPS_PER_RETENTION: Final = 4
+SILENT_MAX: Final = 3  # anchors' ranges that do not answer; then no other is asked in this sweep
 _LATCH: Final = b"\xff" * 8  # no transaction's id begins so
 _FAMILIES: Final = (keycode.HISTORY, keycode.LATEST, keycode.DECIDED, keycode.TERMINAL)
 
@@ -107,6 +108,7 @@ class Collector:
         self._settled: list[
             tuple[bytes, bytes, int]
         ] = []  # spans of anchors, and upto when they are
+        self._silent = 0  # of this sweep: questions about anchors that came to nothing
         self._cut = False
         self._position = b""  # where the next slice begins
         self._key: bytes | None = None  # whose HISTORY rows are being looked at
@@ -190,6 +192,7 @@ class Collector:
         self._expiry = TIMESTAMP_MAX
         self._key = None
         self._settled = [(row.start, row.end, self._settled_here())]
+        self._silent = 0
         self._begin_family(keycode.HISTORY)
         return True
 
@@ -344,6 +347,8 @@ class Collector:
         for start, end, upto in self._settled:
             if start <= row.anchor_key and (not end or row.anchor_key < end):
                 return upto
+        if self._silent >= SILENT_MAX:  # away, perhaps for hours, and there may be many anchors
+            return 0
         self._ask_settled(row.anchor_key)
         return None
 
@@ -354,6 +359,8 @@ class Collector:
             self._in_flight -= 1
             if isinstance(reply, Settled):
                 self._settled.append((reply.start, reply.end, reply.upto))
+            else:
+                self._silent += 1
             self._settled.append((anchor_key, point_end(anchor_key), 0))  # else not in this sweep
 
         self._ev.recovery.call(anchor_key, QuerySettled(0, 0, 0, anchor_key), on_reply)

@@ -375,6 +375,38 @@ def test_a_record_goes_when_all_parts_have_acknowledged_their_resolve():
     assert settled(place, place.outcome(1, b"k")).reply.status == TxnStatus.EXPIRED
 
 
+def test_anchors_that_do_not_answer_hold_up_a_sweep_for_a_few_questions_only():
+    """Each is waited for for seconds; meanwhile nothing else of the range is collected."""
+    place = place_with()
+    for number in range(20):
+        key = b"k%02d" % number
+        settled(place, place.prepare(
+            number, put(key), begin_ts=place.clock, anchor_key=b"z" + key, one_range=False
+        ))  # fmt: skip
+        ((txn_id_,),) = [list(place.state.parts)]
+        ts = place.clock
+        settled(
+            place, place.ask(Resolve(0, 0, 0, txn_id_, b"z" + key, key, key, key + b"\x00", ts))
+        )
+    sweep(place, clock=place.clock + RETENTION)
+    asked = 0
+    for _ in range(100):
+        if not place.calls:
+            break
+        place.answer(Failure(0, "unavailable"))
+        asked += 1
+        for _ in range(4):
+            place.pass_time(gc.STEP_S)
+            place.settle()
+    assert asked == gc.SILENT_MAX
+    assert len(rows_of(place, keycode.DECIDED)) == 20
+    sweep(place, clock=place.clock + RETENTION)  # the next sweep asks again
+    assert len(place.calls) == 1
+    place.answer(Settled(0, b"y", b"", place.clock))
+    sweep(place)
+    assert rows_of(place, keycode.DECIDED) == []
+
+
 def test_what_is_settled_is_below_the_horizon_and_below_everything_staged():
     place = place_with()
     asked = place.ask(QuerySettled(0, 0, 0, b"k"))
