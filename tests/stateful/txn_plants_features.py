@@ -351,7 +351,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "page_cut_inside_a_version": (_page_cut_inside_a_version, 10),
     "recent_forgets": (_recent_forgets, 40),
     "recent_begins_at_nothing": (_recent_begins_at_nothing, 10),
-    "waiting_poll_misses_a_late_commit": (_waiting_poll_misses_a_late_commit, 40),
+    "waiting_poll_misses_a_late_commit": (_waiting_poll_misses_a_late_commit, 100),
     "search_of_latest_alone": (_search_of_latest_alone, 60),
     "full_backlog_speaks_of_all": (_full_backlog_speaks_of_all, 300),
     "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
@@ -366,7 +366,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "validated_before_its_time": (_validated_before_its_time, 20),
     "committed_before_validated": (_committed_before_validated, 20),
     "one_range_answers_for_all": (_one_range_answers_for_all, 40),
-    "validation_passes_latches": (_validation_passes_latches, 40),
+    "validation_passes_latches": (_validation_passes_latches, 120),
     "validation_passes_intents": (_validation_passes_intents, 200),
     "guards_half_walked": (_guards_half_walked, 20),
 }
