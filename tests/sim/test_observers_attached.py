@@ -21,10 +21,12 @@ from kvstore.sim.cluster import SimCluster
 from kvstore.sim.observers import Observers
 from kvstore.sim.scenario import Options, run
 from replication.durability import Gate
+from replication.types import Entry, EntryKind
 from tests.sim.directed_leaders import a_stopped_leader_reads_nothing_old
 from tests.sim.plants import planted
 from txn import keycode
-from txn.commands import Decide, OutboxDone
+from txn.apply import Overlay
+from txn.commands import Batch, Decide, OutboxDone, encode_batch
 from txn.evaluate import Evaluator
 from txn.latches import Pending
 from txn.messages import ReadReply, TxnReply
@@ -35,6 +37,7 @@ from txn.state import RangeState
 from txn.types import TxnStatus
 
 CALM: Final = Options(seconds=1.0, clients=3, ops=8, faults=False)
+NOTHING: Final = encode_batch(Batch(0, 1, []))
 CRASHES: Final = Options(
     seconds=1.5, clients=2, ops=6, kinds=("crash", "flush"), mean_s=0.3, hold_s=0.2
 )
@@ -295,3 +298,32 @@ def test_a_node_that_has_failed_is_not_compared_with_its_rows() -> None:
     silent, told = simulated.run(main, 1, time_limit_s=100.0)
     assert silent == []
     assert _told(told) == ["I17"]
+
+
+def test_entries_before_one_that_fails_count_as_applied() -> None:
+    """Seed 4825: a write batch was cut behind them, so they were in the engine, and a later look took their rows for wrong."""
+
+    async def main(_loop: simulated.SimLoop) -> None:
+        cluster = SimCluster("1")
+        observers = Observers(cluster)
+        with observers.watching_outcomes():
+            await cluster.start()
+            node = cluster.servers["n1"].node
+            assert node is not None
+            assert node.store is not None
+            replica = node.store.replicas[2]
+            row, apply = replica.state.row, replica.apply
+            first = row.applied_index + 1
+
+            def failing(entry: Entry, overlay: Overlay) -> None:
+                if entry.index > first:
+                    raise OSError("the disk does not answer")
+                apply(entry, overlay)
+
+            term, kind = row.applied_term, EntryKind.COMMAND
+            entries = [Entry(first + each, term, kind, NOTHING) for each in range(2)]
+            with patch.object(replica, "apply", failing), pytest.raises(OSError, match="disk"):
+                node.store.apply(2, entries)
+            assert observers.contents._ranges[2].index == row.applied_index == first
+
+    simulated.run(main, 1, time_limit_s=100.0)

@@ -215,10 +215,13 @@ class _Node:
         def checked_apply(group: int, entries: Sequence[Entry]) -> None:
             observers.entries += len(entries)
             observers.consensus.apply(name, host.raft(group), entries)
-            apply(group, entries)
             state = store.replicas[group].state
-            for entry in entries:
-                observers.entry(name, state, entry)
+            try:
+                apply(group, entries)
+            finally:  # a write batch may have been cut before the entry at which it failed: those are in the engine
+                for entry in entries:
+                    if entry.index <= state.row.applied_index:
+                        observers.entry(name, state, entry)
             observers.transactions.replica_stands(name, store.replicas[group])
 
         def checked_leadership(group: int, term: int, is_leader: bool) -> None:
