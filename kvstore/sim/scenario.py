@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TextIO
 
 import msgspec
-import structlog
 
+from kvstore import logs
 from kvstore.config import LimitsSection, LogSection, NodeConfig, StorageSection, TxnSection
 from kvstore.errors import KVError
 from kvstore.limits import KIB, MIB
@@ -333,10 +333,12 @@ def draw_config(rng: random.Random, seed: int) -> NodeConfig:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Nodes log to nobody."""
-    before = structlog.get_config()
-    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
-    structlog.configure(wrapper_class=quiet)
+    ours = [logging.getLogger(name) for name in logs.OURS]
+    before = [each.level for each in ours]
+    for each in ours:
+        each.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        structlog.configure(**before)
+        for each, level in zip(ours, before, strict=True):
+            each.setLevel(level)

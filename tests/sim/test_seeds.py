@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from typing import Final
+from unittest.mock import patch
 
 import pytest
 
+from kvstore import logs
+from kvstore.node import Node
 from kvstore.sim.scenario import Options
 from tools.simulate import judge
 
@@ -29,3 +32,16 @@ def test_a_short_seed_passes(seed: int) -> None:
     verdict = judge(seed, SHORT)
     assert verdict.problems == []
     assert verdict.operations > 0
+
+
+def test_what_nodes_log_is_heard_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Their warnings stood between the lines of the progress."""
+    start = Node.start
+
+    async def loudly(self: Node) -> None:
+        logs.logger("kvstore.node").warning("something is damaged")
+        await start(self)
+
+    with patch.object(Node, "start", loudly):
+        assert judge(1, Options(seconds=1.0, clients=1, ops=2, faults=False)).problems == []
+    assert caplog.records == []
