@@ -160,4 +160,5 @@ def test_a_run_is_exactly_once_when_its_client_is_killed_before_the_answer(
 
 def test_the_status_tells_what_is_undecided(cluster: LocalCluster) -> None:
     found = cluster.status(0)["transactions"]
-    assert set(found) == {"prepared", "staged", "outbox"}, json.dumps(found)
+    names = {"prepared", "staged", "outbox", "locks_held", "lock_waiters"}
+    assert set(found) == names, json.dumps(found)
