@@ -35,10 +35,8 @@ class Holds:
     def __init__(self, hold_s: float, retention: int = 0) -> None:
         self._hold = int(hold_s * 1000) << TIMESTAMP_SHIFT
         self._leap_ms = (retention >> TIMESTAMP_SHIFT) / 2
-        self._ahead_ms = float(
-            "inf"
-        )  # of the last answer: its timestamp, less the time of its node
-        self._answered_at = float("inf")  # that one
+        # Of the last answer: its timestamp, less the time of the oracle's node; and that time.
+        self._ahead_ms = self._answered_at = float("inf")
         self._sessions: dict[int, tuple[int, float]] = {}  # -> oldest timestamp, end of the lease
         self._known_from = float("inf")
         self._lowest = 0

@@ -45,6 +45,8 @@ class GuardCheck:
     def look(self, guards: Sequence[Guard]) -> tuple[Answer | None, list[Guard]]:
         """The refusal of a transaction of which a read is no longer the newest, and what was not looked at yet."""
         left = 1 if chance("guards_walked_slowly") else SLICE
+        if not guards:
+            return None, []
         lately = _Lately(self.owner.state.recent, guards)
         rest: list[Guard] = []
         for guard in guards:

@@ -19,10 +19,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
-from txn.commands import FencePart
 from txn.latches import Pending, Waiter
 from txn.messages import Failure, Prepare, Reply, Validate, Validated, fast
-from txn.types import TXN_ID_BYTES, FenceReason, begin_ts_of, point_end
+from txn.state import Answer
+from txn.types import TXN_ID_BYTES, FenceReason, PartStatus, begin_ts_of, point_end
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -76,10 +76,8 @@ class Validation:
     ) -> None:
         """A refusal is durable before it is told (E4)."""
         pending.asking = 0
-        request: Prepare = pending.request
-        pending.command = FencePart(
-            request.txn_id, request.locus, request.anchor_key, reason, key, other, ts
-        )
+        refusal = Answer(PartStatus.FENCED, 0, reason, key, other, ts)
+        pending.command = self.owner.fence_of(pending.request, refusal)
         self.owner.proposals.append(pending)
 
     def deadline(self) -> float | None:
