@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, Literal, TextIO
 
 import structlog
@@ -80,6 +82,20 @@ def set_up(level: Level = "info", format: Format = "auto", stream: TextIO | None
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,  # so that a second set_up reaches loggers that exist
     )
+
+
+@contextmanager
+def silenced(*, unless_set: bool = False) -> Iterator[None]:
+    """Our records go to nobody meanwhile. `unless_set`: but for loggers whose level somebody has set: he wants them."""
+    ours = [logging.getLogger(name) for name in OURS]
+    levels = [(each, each.level) for each in ours if not (unless_set and each.level)]
+    for each, _ in levels:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for each, level in levels:
+            each.setLevel(level)
 
 
 def _shared(*, as_json: bool) -> list[Processor]:

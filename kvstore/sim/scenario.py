@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, TextIO
 
@@ -87,7 +85,7 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
     async def play(loop: simulated.SimLoop) -> None:
         await _Scenario(loop, seed, chosen, result, points, sink).play()
 
-    with _silence(), probes.counting() as result.probes, probes.choosing(points):
+    with logs.silenced(), probes.counting() as result.probes, probes.choosing(points):
         try:
             simulated.run(play, seed, time_limit_s=LIMIT_S)
         except simulated.SimError as error:
@@ -328,17 +326,3 @@ def draw_config(rng: random.Random, seed: int) -> NodeConfig:
         config.storage, read_cache_bytes=of_cache.choice((0, 4 * KIB, 16 * KIB, 64 * MIB))
     )
     return msgspec.structs.replace(config, log=log, txn=txn, limits=limits, storage=storage)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Nodes log to nobody."""
-    ours = [logging.getLogger(name) for name in logs.OURS]
-    before = [each.level for each in ours]
-    for each in ours:
-        each.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for each, level in zip(ours, before, strict=True):
-            each.setLevel(level)

@@ -16,18 +16,15 @@ import asyncio
 import functools
 import gc
 import inspect
-import logging
 import traceback
 import unittest
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import CodeType, TracebackType
 from typing import Any, Final, overload
 
-import structlog
-
+from kvstore import logs
 from kvstore.adapters.real_world import kept_out
 from kvstore.sim import cluster as internal
 from kvstore.sim import loop as simulated
@@ -147,7 +144,7 @@ def _play(
     """One seed. Returns what it failed with, with its note."""
     run = Run(seed)
     try:
-        with _quiet_nodes(), kept_out(f"user/{seed}", SimError):
+        with logs.silenced(unless_set=True), kept_out(f"user/{seed}", SimError):
             simulated.run(lambda _loop: _played(run, options, ours, test, args, kwargs), seed)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the caller raises it
         if not _is_skip(error):
@@ -310,16 +307,3 @@ def _waiting_at(coro: Any) -> list[str]:
 
 def _is_skip(error: BaseException) -> bool:
     return isinstance(error, unittest.SkipTest) or type(error).__name__ == "Skipped"  # pytest's
-
-
-@contextmanager
-def _quiet_nodes() -> Iterator[None]:
-    """Simulated nodes log to nobody, unless structlog has been configured: then its owner decides."""
-    if structlog.is_configured():
-        yield
-        return
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    try:
-        yield
-    finally:
-        structlog.reset_defaults()

@@ -153,6 +153,20 @@ def test_before_set_up_a_module_logs_as_the_standard_library_does(caplog, capsys
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("unless_set", "heard"), [(False, []), (True, ["during"])])
+def test_silenced_records_go_to_nobody_unless_their_level_was_set_and_that_counts(
+    unless_set, heard, caplog
+):
+    logging.getLogger("kvstore").setLevel(logging.WARNING)
+    with logs.silenced(unless_set=unless_set):
+        logs.logger("kvstore.node").warning("during")
+        logs.logger("replication.wal").critical("its level was not set")
+    logs.logger("kvstore.node").warning("after")
+    logs.logger("replication.wal").warning("after, too")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [*heard, "after", "after, too"]
+
+
 def test_importing_the_module_sets_nothing_up():
     program = "import logging, structlog, kvstore.logs; print(logging.getLogger().handlers, structlog.is_configured())"
     result = subprocess.run(

@@ -18,7 +18,7 @@ import uuid
 import pytest
 from _pytest.outcomes import Skipped
 
-from kvstore import Client, Database
+from kvstore import Client, Database, logs
 from kvstore.errors import KVError
 from kvstore.sim.loop import SimError, SimTimeout
 from kvstore.sim.process import PROCESS
@@ -185,6 +185,19 @@ def test_what_is_skipped_is_skipped_and_makes_no_sense_is_refused():
 
     with pytest.raises(SimError, match="its own event loop"):
         asyncio.run(calls())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_nodes_log_to_nobody_but_who_has_set_a_level(wanted, caplog):
+    @simulate(seeds=1, faults=False)
+    async def test(db: Database) -> None:
+        logs.logger("kvstore.node").warning("as a node would")
+
+    if wanted:
+        caplog.set_level(logging.WARNING, "kvstore")
+    test()
+    heard = [each for each in caplog.records if each.getMessage() == "as a node would"]
+    assert len(heard) == wanted
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
