@@ -169,10 +169,17 @@ class OracleClient:
             evaluator = replica.evaluator
             if evaluator is None or not (evaluator.await_fresh or evaluator.await_read):
                 continue
-            pendings, evaluator.await_fresh = evaluator.await_fresh, []
+            room = FRESH_MAX - 1 - fresh  # one for `look`
+            pendings, evaluator.await_fresh = (
+                evaluator.await_fresh[:room],
+                evaluator.await_fresh[room:],
+            )
             readers, evaluator.await_read = evaluator.await_read, []
             wants.append(_Want(replica, evaluator, pendings, readers))
             fresh += len(pendings)
+            if evaluator.await_fresh:  # the rest goes with the next one
+                self._wanting[number] = replica
+                store.wake()
         if not wants and not self._look:
             return
         fresh += self._advance
