@@ -19,7 +19,7 @@ from kvstore.ports import FramePipe
 from kvstore.sim.disk import SimDisk
 from kvstore.sim.loop import SimLoop
 from kvstore.sim.network import SimHost, SimNetwork
-from kvstore.sim.process import PROCESS, Process, world
+from kvstore.sim.process import PROCESS, Process
 from kvstore.sim.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class Machine:
         self.io_count = 0
         self.on_io: list[Callable[[Machine, str], None]] = []
         self.call_s = QUICK_S
-        self.stall_s = 0.0  # of a sync that the loop waits for itself
         self.in_call = False  # a blocking call is done for a thread just now
         self.wall_jump_s = 0.0
         self.boots = 0
@@ -58,28 +57,32 @@ class Machine:
         assert isinstance(loop, SimLoop)
         self._loop, self._time = loop, loop.time
         self._mono_at, self._mono = 0.0, 0.0
+        self._busy_until = 0.0  # of its process: what it does now, it does at this time
 
     def boot(self, process: Process) -> None:
         """A new process, or a new machine: its monotonic clock begins anywhere."""
         self.boots += 1
         self._process, process.clock_rate = process, self._rate
-        self._mono_at = self._time()
+        self._mono_at, self._busy_until = self._time(), 0.0
         self._mono = self.rng.uniform(100.0, 100_000.0)
 
     def drift(self, rate: float) -> None:
         """The monotonic clock goes at `rate` from now on."""
         assert abs(rate - 1.0) <= DRIFT_MAX
-        now = self._time()
-        self._mono, self._mono_at = self.monotonic(), now
+        self._mono, self._mono_at = self.monotonic(), max(self._loop.now, self._busy_until)
         self._rate = rate
         if self._process is not None:
             self._process.clock_rate = rate
 
     def monotonic(self) -> float:
-        return self._mono + (self._loop.now - self._mono_at) * self._rate  # called all the time
+        now = self._loop.now  # called all the time
+        if now < self._busy_until:
+            now = self._busy_until
+        return self._mono + (now - self._mono_at) * self._rate
 
     def wall_ms(self) -> int:
-        return int((WALL_EPOCH_S + self._time() + self.wall_jump_s) * 1000)
+        now = max(self._loop.now, self._busy_until)
+        return int((WALL_EPOCH_S + now + self.wall_jump_s) * 1000)
 
     def io(self, point: str) -> None:
         """The process is at this point of its work with the disk. May raise Killed."""
@@ -87,20 +90,18 @@ class Machine:
         for look in self.on_io:
             look(self, point)
 
-    def stall(self) -> None:
-        """A sync on the loop takes `stall_s`: the process stands still. (One in a thread takes `call_s`.)"""
-        process = PROCESS.get()
-        if self.stall_s and not self.in_call and process is not None and not process.paused:
-            self.trace.note("stall", self.name, self.stall_s)
-            process.pause()
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.stall_s, self._go_on, process, context=world())
+    def wait(self) -> None:
+        """A sync on the loop takes as long as one in a thread, and the loop stands still: its process does nothing else.
 
-    def _go_on(self, process: Process) -> None:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, SimLoop)
-        if process.paused and not process.dead:
-            loop.resume(process)
+        While nothing is wrong it takes no time: to the others that is as if the callback had begun a little later.
+        """
+        process = PROCESS.get()
+        if self.call_s == QUICK_S or self.in_call or process is None or process.dead:
+            return
+        seconds = self.rng.uniform(*self.call_s)
+        self.trace.note("stall", self.name, seconds)
+        self._loop.stand_still(process, seconds)
+        self._busy_until = process.busy_until
 
     def lose_process(self, *, power: bool) -> int:
         """What is on the disk afterwards; `power`: unsynced writes are lost too. Returns how many engine batches were."""
@@ -203,7 +204,7 @@ class SimFiles:
         self._disk.sync(segment)
         self._machine.trace.note("sync", self._machine.name, segment)
         self._machine.io("synced")
-        self._machine.stall()
+        self._machine.wait()
 
     def delete(self, segment: int) -> None:
         self._machine.io("delete")

@@ -160,7 +160,7 @@ class Nemesis:
     @staticmethod
     def mend(machine: Machine) -> None:
         """The disk works again."""
-        machine.call_s, machine.stall_s = QUICK_S, 0.0
+        machine.call_s = QUICK_S
         machine.disk.mend()
         machine.directory.write_error = machine.directory.read_error = None
 

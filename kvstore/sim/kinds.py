@@ -314,14 +314,14 @@ def _slow_disk(fault: Kinds) -> None:
 
 
 def _stalled_disk(fault: Kinds) -> None:
-    """A sync takes longer than an election: in a thread the call does, on the loop the process stands still."""
+    """A sync takes longer than an election."""
     machine = fault.any_server().machine
     stall_s = fault.rng.uniform(1.5, 4.0) * fault.cluster.config.raft.election_timeout_s
     fault.say(f"{machine.name} {stall_s:.3f} s a call {_for(fault)}")
-    machine.call_s, machine.stall_s = (0.9 * stall_s, stall_s), stall_s
+    machine.call_s = (0.9 * stall_s, stall_s)
 
     def end() -> None:
-        machine.call_s, machine.stall_s = QUICK_S, 0.0
+        machine.call_s = QUICK_S
 
     fault.until(end)
 

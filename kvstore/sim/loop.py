@@ -212,9 +212,12 @@ class SimLoop(asyncio.BaseEventLoop):
         if self._closed:  # type: ignore[attr-defined]
             self._check_closed()  # type: ignore[attr-defined]
         process = PROCESS.get() if context is None else context.get(PROCESS)
-        if process is not None and process.clock_rate != 1.0:
+        if process is not None:
             now = self.now
-            when = now + (when - now) / process.clock_rate + ROUNDING_S
+            if process.clock_rate != 1.0:
+                when = now + (when - now) / process.clock_rate + ROUNDING_S
+            if process.held:
+                when += process.when(now) - now
         timer = SimTimerHandle(process, when, callback, args, self, context)
         if process is not None and process.dead:
             return timer
@@ -234,6 +237,16 @@ class SimLoop(asyncio.BaseEventLoop):
     def resume(self, process: Process) -> None:
         """Let a paused process go on: first what has become due meanwhile, in order."""
         self._ready.extend(process.resume())  # type: ignore[attr-defined]
+
+    def stand_still(self, process: Process, seconds: float) -> None:
+        """The callback of `process` that runs now waits for so long, in the midst of what it does."""
+        until = process.when(self.now) + seconds
+        process.work_until(until)
+        self.call_at(until, self._goes_on, process, context=self._world)
+
+    def _goes_on(self, process: Process) -> None:
+        if process.busy_until <= self.now and not process.dead:  # else it has waited once more
+            self._ready.extend(process.worked())  # type: ignore[attr-defined]
 
     def bury(self) -> None:
         """At the very end: kill every process and take its tasks away. Nothing of them runs."""

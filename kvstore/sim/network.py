@@ -16,8 +16,8 @@ import asyncio
 import contextvars
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from crc32c import crc32c
 
@@ -25,6 +25,7 @@ from kvstore.errors import KVError, PipeClosed
 from kvstore.ports import FramePipe
 from kvstore.sim.loop import SimLoop
 from kvstore.sim.process import PROCESS
+from kvstore.sim.reader import Reader
 from kvstore.sim.trace import Trace
 from replication.errors import FrameError
 
@@ -392,68 +393,6 @@ class SimPipe:
             self.outgoing.put(frame)
 
 
-class _Reader:
-    """What the task that reads a pipe awaits: a future, but an arrival steps the task itself, at once.
-
-    A future would take one more callback of the loop for every frame. A process that is held (paused, dead, or to be
-    killed at some step) gets that callback, since each of its steps must be seen.
-    """
-
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_context", "_loop", "_wakeup")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Of one pipe, for each frame that is waited for in turn."""
-        self._loop = loop
-        self._asyncio_future_blocking = False  # asyncio asks: was this object really awaited?
-        self._wakeup: Callable[[Any], object] | None = None
-        self._context: contextvars.Context | None = None
-        self._cancelled = False
-
-    def __await__(self) -> Generator[_Reader, None, None]:
-        assert self._wakeup is None, "two readers on one pipe"
-        self._asyncio_future_blocking = True
-        yield self
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
-    def add_done_callback(
-        self, wakeup: Callable[[Any], object], *, context: contextvars.Context
-    ) -> None:
-        self._wakeup, self._context = wakeup, context
-
-    def result(self) -> None:
-        """Raises: CancelledError."""
-        if self._cancelled:
-            self._cancelled = False
-            raise asyncio.CancelledError
-
-    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - tasks give one
-        if self._wakeup is None:
-            return False  # nobody waits any more: the task is about to run
-        self._cancelled = True
-        self.wake()
-        return True
-
-    def wake(self) -> None:
-        """Its task runs soon."""
-        wakeup, self._wakeup = self._wakeup, None
-        if wakeup is not None:
-            self._loop.call_soon(wakeup, self, context=self._context)
-
-    def step(self) -> None:
-        """Its task runs now. Only where no other task runs."""
-        wakeup, context = self._wakeup, self._context
-        if wakeup is None or context is None:
-            return
-        process = context.get(PROCESS)
-        if process is not None and process.held:
-            self.wake()
-        else:
-            self._wakeup = None
-            context.run(wakeup, self)
-
-
 class _Direction:
     """The frames of one connection that go one way."""
 
@@ -470,7 +409,7 @@ class _Direction:
         self._flight: deque[tuple[float, bytes | None]] = deque()  # (arrival, frame); None: the end
         self._consumed_bytes = 0  # whose acknowledgement is held back
         self._last_at = 0.0
-        self._ended = False  # nothing is sent any more
+        self._ended = self._departed_end = False  # nothing is sent any more
         self.discards = False  # the receiving end is closed
         self._writers: deque[asyncio.Future[None]] = deque()
         loop = asyncio.get_running_loop()
@@ -478,7 +417,7 @@ class _Direction:
         self._loop = loop
         self._timer = loop.timer(self._arrive)  # for one arrival after the other
         self._armed = False
-        self.reader = _Reader(loop)
+        self.reader = Reader(loop)
 
     def put(self, frame: bytes) -> None:
         if self._ended:
@@ -542,6 +481,16 @@ class _Direction:
                 waiter.set_result(None)
 
     def _launch(self, frame: bytes | None) -> None:
+        process = PROCESS.get()
+        if process is not None and process.held:
+            if process.leaves_later(lambda: self._depart(frame)):
+                return
+        self._depart(frame)
+
+    def _depart(self, frame: bytes | None) -> None:
+        if self._departed_end or self.discards:
+            return  # meanwhile
+        self._departed_end = frame is None
         at = self._loop.now + self._network.draw_delay(self.source, self.target)
         if at < self._last_at:
             at = self._last_at  # not before the frame that is before it

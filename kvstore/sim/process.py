@@ -2,8 +2,10 @@
 
 Every callback belongs to the process in whose context it was scheduled (asyncio hands contexts on by itself), or to
 none: then it is the world's. A paused process runs no callback; they wait, in order, until it is resumed, while time
-goes on. A dead one never runs another: no `finally`, no `except` of its tasks is executed, as under SIGKILL. Its tasks
-are kept until the loop ends, since collecting a coroutine would run its cleanup.
+goes on. A callback that waits for the disk makes its process busy: it runs to its end at once, but by the clock of the
+time when it is over (`when`), what it sends leaves then, and no other callback runs before. A dead process never runs
+another: no `finally`, no `except` of its tasks is executed, as under SIGKILL. Its tasks are kept until the loop ends,
+since collecting a coroutine would run its cleanup.
 """
 
 from __future__ import annotations
@@ -35,11 +37,14 @@ class Process:
         self.name = name
         self.dead = False
         self.paused = False
+        self.busy_until = 0.0  # when the callback that ran last is over, if it waited in between
         self.held = (
-            False  # dead, paused or with a fuse: each of its callbacks is looked at (`takes`)
+            False  # dead, paused, busy or with a fuse: each of its callbacks is looked at (`takes`)
         )
         self.clock_rate = 1.0  # of its machine's monotonic clock, by which its timers go
         self.parked: list[events.Handle] = []
+        self._busy = False
+        self._leaving: list[Callable[[], None]] = []  # what a busy one has sent
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # that have not ended, by number
         self._fuse = 0  # steps until `_on_fuse`; 0: there is none
         self._on_fuse: Callable[[], None] = lambda: None
@@ -72,6 +77,7 @@ class Process:
             return
         self.dead = self.held = True
         self.parked.clear()
+        self._leaving.clear()
         for ended in self._deaths.values():
             _set(ended)
 
@@ -86,7 +92,7 @@ class Process:
 
     def takes(self, handle: events.Handle) -> bool:
         """Whether this callback runs now, though the process is held: what is left is a step of its fuse."""
-        if self.paused:
+        if self.paused or self._busy:
             self.parked.append(handle)
             return False
         if self._fuse and not self.dead:
@@ -101,7 +107,7 @@ class Process:
         self._hold()
 
     def _hold(self) -> None:
-        self.held = self.dead or self.paused or self._fuse > 0
+        self.held = self.dead or self.paused or self._busy or self._fuse > 0
 
     @property
     def lit(self) -> bool:
@@ -116,7 +122,34 @@ class Process:
         What arrived comes first, then the timers that are due: so do event loops when a stopped process goes on.
         """
         self.paused = False
+        return self._released()
+
+    def work_until(self, when: float) -> None:
+        """The callback that runs now is over at `when`."""
+        self.busy_until, self._busy, self.held = when, True, True
+
+    def worked(self) -> list[events.Handle]:
+        """It is busy no longer. Returns what waits to run, as `resume`."""
+        self._busy = False
+        return self._released()
+
+    def when(self, now: float) -> float:
+        """What time it is for the callback that runs."""
+        return max(now, self.busy_until)
+
+    def leaves_later(self, send: Callable[[], None]) -> bool:
+        """Whether it is busy. Then `send` is done when it goes on, and never if it dies before."""
+        if self._busy:
+            self._leaving.append(send)
+        return self._busy
+
+    def _released(self) -> list[events.Handle]:
         self._hold()
+        if self.paused or self._busy:
+            return []
+        leaving, self._leaving = self._leaving, []
+        for send in leaving:
+            send()
         parked, self.parked = self.parked, []
         parked.sort(key=lambda handle: isinstance(handle, events.TimerHandle))
         return parked

@@ -9,12 +9,15 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
+from kvstore.config import NodeConfig
 from kvstore.errors import KVError
 from kvstore.sim import loop as simulated
+from kvstore.sim.adapters import QUICK_S
 from kvstore.sim.atlas import Atlas
-from kvstore.sim.cluster import Client, Server, SimCluster
+from kvstore.sim.cluster import Client, Server, SimCluster, small_logs
 from kvstore.sim.faults import Nemesis
 from kvstore.sim.kinds import KINDS, RARE, Trap
 from kvstore.sim.process import ProcessDied
@@ -27,8 +30,8 @@ KEYS = (b"a", b"k", b"z")  # one in each range of users
 class World:
     """A cluster that runs, with a client and a nemesis."""
 
-    def __init__(self, seed: str, nodes: int = 3) -> None:
-        self.cluster = SimCluster(seed, nodes=nodes)
+    def __init__(self, seed: str, nodes: int = 3, config: NodeConfig | None = None) -> None:
+        self.cluster = SimCluster(seed, nodes=nodes, config=config)
         self.client: Client
         self.nemesis = Nemesis(self.cluster, random.Random(seed), self.victims)
 
@@ -66,9 +69,20 @@ class World:
         return self.cluster.servers[self.nemesis.atlas.frail[0]]
 
 
-def play(test: Callable[[World], Awaitable[None]], seed: str = "1", nodes: int = 3) -> None:
+def with_sync(mode: str) -> NodeConfig:
+    config = small_logs(NodeConfig())
+    log = msgspec.structs.replace(config.log, sync_mode=mode)
+    return msgspec.structs.replace(config, log=log)
+
+
+def play(
+    test: Callable[[World], Awaitable[None]],
+    seed: str = "1",
+    nodes: int = 3,
+    config: NodeConfig | None = None,
+) -> None:
     async def main(_loop: simulated.SimLoop) -> None:
-        world = World(seed, nodes)
+        world = World(seed, nodes, config)
         await world.start()
         await test(world)
         assert world.cluster.problems == []
@@ -128,23 +142,39 @@ def test_two_that_do_harm_at_once_keep_their_own_traps() -> None:
     play(test)
 
 
-def test_a_process_stands_still_for_a_stalled_sync_on_the_loop() -> None:
+@pytest.mark.parametrize("mode", ["inline", "auto", "thread"])
+def test_nothing_is_acknowledged_before_slow_disks_have_synced_it(mode: str) -> None:
     async def test(world: World) -> None:
-        machine = world.cluster.servers["n1"].machine
-        process = world.cluster.servers["n1"].process
-        assert process is not None
-        machine.stall_s = 3.0
-        writing = asyncio.get_running_loop().create_task(world.write(1))
-        while not process.paused:  # noqa: ASYNC110 - it is virtual time
-            await asyncio.sleep(0.01)
-        machine.stall_s = 0.0
-        await asyncio.sleep(2.9)
-        assert process.paused
-        await asyncio.sleep(0.2)
-        assert not process.paused
-        await writing
+        leader = world.cluster.leader_of(2)
+        assert leader is not None
+        for server in world.cluster.servers.values():
+            if server is not leader:
+                server.machine.call_s = (0.35, 0.4)  # less than an election
+        put = world.client.database.put(b"a", b"v")
+        began = asyncio.get_running_loop().time()
+        await world.client.process.call(put)
+        assert asyncio.get_running_loop().time() - began >= 0.35
+        for server in world.cluster.servers.values():
+            server.machine.call_s = QUICK_S
 
-    play(test)
+    play(test, config=with_sync(mode))
+
+
+@pytest.mark.parametrize("mode", ["inline", "auto", "thread"])
+def test_a_leader_whose_sync_takes_longer_than_an_election_is_replaced(mode: str) -> None:
+    async def test(world: World) -> None:
+        leader = world.cluster.leader_of(2)
+        assert leader is not None
+        leader.machine.call_s = (8.0, 8.0)
+        began = asyncio.get_running_loop().time()
+        await world.write(3)
+        assert asyncio.get_running_loop().time() - began < 7.0
+        after = world.cluster.leader_of(2)
+        assert after is not None
+        assert after is not leader
+        leader.machine.call_s = QUICK_S
+
+    play(test, config=with_sync(mode))
 
 
 def test_a_cut_between_two_nodes_leaves_the_third_in_touch_with_both() -> None:
