@@ -473,7 +473,7 @@ class RaftNode(ReplicaState):
             self.term = term
             self._vote = 0
             self._hard_state_due = True
-            self._ack_index = NOTHING_TO_ACKNOWLEDGE
+            self._forget_acknowledgement()
             self._wait_s = self._draw_wait()
 
     def _end_if_over(self) -> None:
@@ -499,7 +499,7 @@ class RaftNode(ReplicaState):
     def _start_ballots(self, role: Role) -> None:
         self._set_role(role)
         self.leader = 0
-        self._ack_index = NOTHING_TO_ACKNOWLEDGE
+        self._forget_acknowledgement()
         self._ballots.clear()
         self._wait_s = self._draw_wait()
         impatient = chance("candidate_impatient")  # it hears no leader: its own vote may come early
@@ -636,6 +636,10 @@ class RaftNode(ReplicaState):
         self._ack_index = max(self._ack_index, index)
         self._ack_probe = max(self._ack_probe, probe)
 
+    def _forget_acknowledgement(self) -> None:
+        """Its term is over, or its leader: the probe, too, is of nobody else (I6)."""
+        self._ack_index, self._ack_probe = NOTHING_TO_ACKNOWLEDGE, 0
+
     def _send_acknowledgement(self) -> None:
         index, self._ack_index = self._ack_index, NOTHING_TO_ACKNOWLEDGE
         probe, self._ack_probe = self._ack_probe, 0
@@ -701,7 +705,7 @@ class RaftNode(ReplicaState):
         if self.leader in {0, message.sender}:
             reached("leader_stepped_down")
             self.leader = 0
-            self._ack_index = NOTHING_TO_ACKNOWLEDGE
+            self._forget_acknowledgement()
             self._heard_at = NEVER
             wait_s = self.config.heartbeat_s * self._rng.random()
             earliest = max(self.now, self._vote_not_before)

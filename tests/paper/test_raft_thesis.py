@@ -448,6 +448,18 @@ def test_lease_is_of_the_membership_of_now():
     assert not replica.raft.lease_valid(0.0)
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_reads_a_probe_of_an_earlier_leader_is_not_answered_to_the_next(said):
+    replica = Replica()
+    replica.raft.step(AppendRequest(GROUP, 1, 2, 1, 0, 0, [], 0, 4), 0.0)
+    if said:  # in the same turn it hears that this leader gives up
+        replica.raft.step(SteppedDown(GROUP, 1, 2, 1), 0.0)
+        replica.work()
+    sent = replica.step(AppendRequest(GROUP, 1, 3, 2, 0, 0, [], 0, 1))
+    [answer] = of(AppendResponse, sent)
+    assert (answer.to, answer.term, answer.probe) == (3, 2, 1)
+
+
 # ---------------------------------------------------------------- T 10.2.1: writing to disk in parallel
 
 

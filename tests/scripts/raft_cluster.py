@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 
 from replication.membership import members
 from replication.messages import (
+    AppendRequest,
     AppendResponse,
+    Heartbeat,
+    HeartbeatResponse,
     InstallSnapshot,
     Message,
     VoteRequest,
@@ -108,6 +111,7 @@ class Judge:
             int, tuple[int, bytes]
         ] = {}  # index -> (term, data): state machine safety
         self.chosen_last = 0
+        self.probes: dict[tuple[int, int], int] = {}  # (replica, term) -> the highest sent to it
 
     def appended(self, entries: Sequence[Entry], previous_term: int) -> None:
         for entry in entries:
@@ -160,7 +164,13 @@ class Judge:
         elif isinstance(message, VoteRequest) and not message.pre:
             assert durable >= (message.term, 0), "a candidacy left before it was durable"
             self._voted(message.sender, message.term, message.sender)
-        elif isinstance(message, AppendResponse) and message.success:
+        elif isinstance(message, AppendRequest | Heartbeat):
+            key = (message.to, message.term)
+            self.probes[key] = max(message.probe, self.probes.get(key, 0))
+        if isinstance(message, AppendResponse | HeartbeatResponse):
+            sent = self.probes.get((message.sender, message.term), 0)
+            assert message.probe <= sent, f"probe {sent} was sent, and answered with {message}"
+        if isinstance(message, AppendResponse) and message.success:
             assert durable[0] >= message.term, "an answer left before its term was durable"
             if durable[0] == message.term:
                 assert disk.last[0] >= message.match_index, "acknowledged, and not on disk"

@@ -17,7 +17,15 @@ from kvstore.sim.observers.contents import Contents, EntryRows
 from kvstore.sim.observers.oracle import Timestamps
 from kvstore.sim.observers.report import MISTAKES_MAX, Report
 from replication.log import RaftLog
-from replication.messages import AppendResponse, VoteRequest, VoteResponse
+from replication.messages import (
+    AppendRequest,
+    AppendResponse,
+    Heartbeat,
+    HeartbeatResponse,
+    Message,
+    VoteRequest,
+    VoteResponse,
+)
 from replication.ready import Ready
 from replication.types import Entry, Membership
 from txn import keycode
@@ -265,7 +273,7 @@ def test_a_vote_that_a_restart_forgets() -> None:
 
 def test_a_term_that_a_restart_forgets() -> None:
     cluster = Cluster()
-    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 4, True, 0, 1)])
+    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 4, True, 0, 0)])
     cluster.restart(Core(3, term=3))
     assert cluster.told == ["durable term"]
 
@@ -273,10 +281,30 @@ def test_a_term_that_a_restart_forgets() -> None:
 def test_an_entry_that_is_acknowledged_before_it_is_durable() -> None:
     cluster = Cluster()
     cluster.write(3, entry(1, 1))
-    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 1, True, 1, 1)])
+    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 1, True, 1, 0)])
     assert cluster.told == []
-    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 1, True, 2, 1)])
+    cluster.consensus.told("n3", [AppendResponse(GROUP, 1, 3, 1, True, 2, 0)])
     assert cluster.told == ["durable log"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        AppendResponse(GROUP, 1, 3, 2, True, 0, 4),
+        AppendResponse(GROUP, 1, 3, 2, False, 0, 4),
+        HeartbeatResponse(GROUP, 1, 3, 2, 4, 0),
+    ],
+)
+def test_an_answer_to_a_probe_of_another_term(answer: Message) -> None:
+    cluster = Cluster()
+    cluster.consensus.told("n2", [AppendRequest(GROUP, 3, 2, 1, 0, 0, [], 0, 4)])
+    cluster.consensus.told("n1", [AppendRequest(GROUP, 3, 1, 2, 0, 0, [], 0, 3)])
+    assert cluster.told == []
+    cluster.consensus.told("n3", [answer])
+    assert cluster.told == ["probe"]
+    cluster.consensus.told("n1", [Heartbeat(GROUP, 3, 1, 2, 0, 4)])
+    cluster.consensus.told("n3", [answer])
+    assert cluster.told == ["probe"]
 
 
 def test_a_batch_that_the_disk_has_not_synced() -> None:

@@ -6,6 +6,7 @@
 - durable log: a batch counts as synced when the disk has it; an entry is acknowledged when it is durable; a restart
   finds a log that ends no earlier than what was durable, and every committed entry that was.
 - log matching: an (index, term) stands for one entry and one entry before it, in every log: so equal ends mean equal logs.
+- probe: nobody answers a probe of a term that the leader of that term has not sent to it: leases and reads count on it.
 - quorum: an index counts as committed when a majority has the entry on disk.
 - state machine safety: an index is committed with one entry, and nothing else is applied there, nor before.
 - commit: within one process the commit index does not fall.
@@ -23,7 +24,15 @@ from typing import Any, NamedTuple
 from crc32c import crc32c
 
 from kvstore.sim.observers.report import Report
-from replication.messages import AppendResponse, Message, VoteRequest, VoteResponse
+from replication.messages import (
+    AppendRequest,
+    AppendResponse,
+    Heartbeat,
+    HeartbeatResponse,
+    Message,
+    VoteRequest,
+    VoteResponse,
+)
 from replication.ready import Ready
 from replication.types import Entry
 
@@ -86,7 +95,7 @@ class _Replica:
 class _Group:
     """What is known of one group."""
 
-    __slots__ = ("by", "committed", "committed_upto", "entries", "leaders", "votes")
+    __slots__ = ("by", "committed", "committed_upto", "entries", "leaders", "probes", "votes")
 
     def __init__(self) -> None:
         self.entries: dict[tuple[int, int], tuple[int, int]] = {}  # (index, term) -> (before, crc)
@@ -95,6 +104,7 @@ class _Group:
         self.committed_upto = 0
         self.leaders: dict[int, tuple[int, int]] = {}  # term -> (replica, boots)
         self.votes: dict[tuple[int, int], int] = {}  # (replica, term) -> candidate
+        self.probes: dict[tuple[int, int], int] = {}  # the same -> the highest that was sent there
 
 
 class NodeDisk:
@@ -201,7 +211,13 @@ class Consensus:
         """Messages leave."""
         for message in messages:
             kind = type(message)
-            if kind is AppendResponse:
+            if kind is AppendRequest or kind is Heartbeat:
+                probes, key = self._groups[message.group].probes, (message.to, message.term)
+                probes[key] = max(message.probe, probes.get(key, 0))  # type: ignore[union-attr]
+            elif kind is HeartbeatResponse:
+                self._answer(node, message)
+            elif kind is AppendResponse:
+                self._answer(node, message)
                 if message.success:  # type: ignore[union-attr]
                     self._acknowledge(node, message)
             elif kind is VoteResponse:
@@ -340,6 +356,12 @@ class Consensus:
             self._report.broken("durable vote", what, group=number, node=node)
         seen = self._replicas[number, replica]
         seen.told_term = max(seen.told_term, term)
+
+    def _answer(self, node: str, message: Any) -> None:
+        sent = self._groups[message.group].probes.get((message.sender, message.term), 0)
+        if message.probe > sent:
+            what = f"replica {message.sender} answers probe {message.probe} of term {message.term}; {sent} was sent"
+            self._report.broken("probe", what, group=message.group, node=node)
 
     def _acknowledge(self, node: str, message: Any) -> None:
         seen = self._replicas[message.group, message.sender]

@@ -9,7 +9,7 @@ from replication.codec import decode_membership
 from replication.errors import NotLeader, ProposalDropped
 from replication.leading import Leader
 from replication.quorum import agreed_value
-from replication.raft import RaftNode
+from replication.raft import NOTHING_TO_ACKNOWLEDGE, RaftNode
 from replication.ready import RaftConfig
 from replication.types import Entry, EntryKind
 from tests.sim import directed_leaders
@@ -73,6 +73,13 @@ def _old_terms_are_counted() -> Patches:
     return [(Leader, "_try_commit", commit)]
 
 
+def _probe_outlives_its_term() -> Patches:
+    def forget(self: RaftNode) -> None:
+        self._ack_index = NOTHING_TO_ACKNOWLEDGE
+
+    return [(RaftNode, "_forget_acknowledgement", forget)]
+
+
 def _proposed_again() -> Patches:
     """What a term lost is proposed as it is, when this node leads again."""
     leadership, propose = Store.leadership, Store._propose
@@ -126,6 +133,11 @@ LEADERS: Final[dict[str, Plant]] = {
         "a leader commits entries of earlier terms by counting",
         _old_terms_are_counted,
         directed=Directed(directed_leaders.an_old_entry_is_not_committed_by_counting),
+    ),
+    "probe outlives its term": Plant(
+        "the probe of a former leader is answered to the next one, which takes it for its own",
+        _probe_outlives_its_term,
+        Seeds(PARTITIONS, 20),
     ),
     "proposed again": Plant(
         "what a term lost is proposed in the next one as it was",
