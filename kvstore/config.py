@@ -132,7 +132,7 @@ class LogSection(Section, frozen=True, kw_only=True):
         int,
         Meta(
             ge=16 * MIB,
-            le=1 << 32,
+            le=(1 << 32) - SEGMENT_ALIGNMENT_BYTES,  # or positions in it would be those of the next
             description="Size of a segment file, preallocated; a multiple of 4KiB.",
         ),
     ] = 64 * MIB

@@ -519,11 +519,11 @@ class Host:
 
     def _tidy_segments(self) -> None:
         """A segment was begun: groups that keep old ones are carried forward, and what nobody needs goes."""
-        lane = self._lane
-        for group in lane.pinned():
+        lane, room = self._lane, self.limits.carried_bytes_max
+        for group in lane.pinned():  # those without room wait for the next segment
             replica = self._replicas.get(group)
-            if replica is not None:  # a refused group keeps its segments
-                lane.carry(group, replica.live_log())
+            if replica is not None and room > 0:  # a refused group keeps its segments
+                room -= lane.carry(group, replica.live_log())
         if lane.obsolete():
             self.run_blocking(lane.delete, lane.deleted)
 

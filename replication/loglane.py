@@ -171,10 +171,11 @@ class LogLane:
         """Groups that keep old segments; ask when a segment was begun."""
         return self._wal.pinned()
 
-    def carry(self, group: int, entries: Sequence[Entry]) -> None:
-        """Write a group's live log again, so that old segments may go."""
+    def carry(self, group: int, entries: Sequence[Entry]) -> int:
+        """Write a group's live log again, so that old segments may go. Returns its bytes, about."""
         self._wal.carry(group, entries)
         self.staged = True
+        return sum(len(entry.data) for entry in entries)
 
     def obsolete(self) -> bool:
         """Whether `delete`, then `deleted`, have something to do."""

@@ -268,8 +268,10 @@ def open_replica(
     now: float,
     measures: Measures | None = None,
 ) -> Replica:
-    """A replica as it begins. quiet: an old self may have promised a lease; no vote until the longest one is over."""
-    alone = membership.voters == (replica,) and not membership.voters_outgoing
+    """A replica as it begins. quiet: an old self may have promised a lease; no vote until the longest one is over.
+
+    `membership` is that of the engine; the log may have a later one. So who is the sole voter is for the core to say.
+    """
     raft = RaftNode(
         group,
         replica,
@@ -281,7 +283,7 @@ def open_replica(
         entries=start.entries,
         applied=start.applied,
         now=now,
-        vote_not_before=now + config.election_timeout_s if quiet and not alone else 0.0,
+        vote_not_before=now + config.election_timeout_s if quiet else 0.0,
         measures=measures,
     )
     return Replica(group, replica, raft, start.applied)

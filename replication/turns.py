@@ -36,6 +36,7 @@ class HostLimits:
     apply_entries_max: int = 2_000
     log_tail_bytes_max: int = 16 * MIB  # of a group's log in memory, kept for followers that lag
     held_log_bytes_max: int = 64 * MIB  # of a group's log while its state is being replaced
+    carried_bytes_max: int = 1 << 30  # written again in one batch, so that old segments may go
     idle_mark_s: float = 1.0  # after the last write: record how far the log is durable
     ask_again_s: float = 1.0  # for a snapshot, by a replica without state
     timer_s_min: float = 0.0005

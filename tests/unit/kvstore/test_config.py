@@ -194,6 +194,7 @@ def test_a_value_that_is_malformed_or_out_of_its_limits_is_told_with_its_source(
         ({"raft.append_bytes": "5MiB"}, "must not descend"),
         ({"raft.inflight_bytes": "65MiB"}, "must not descend"),
         ({"log.segment_bytes": (16 << 20) + 1}, "multiple of 4KiB"),
+        ({"log.segment_bytes": "4GiB"}, "log.segment_bytes"),  # a position in it would wrap
         (
             {"raft.append_bytes": "9MiB", "raft.inflight_bytes": "9MiB"},
             "raft.append_bytes must be at most 8MiB",

@@ -5,15 +5,20 @@ There is no loop here (`World`): phases follow one another within a turn.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from kvstore.sim.disk import SimDisk
+from replication.codec import encode_membership
 from replication.errors import LogMismatch, LogWriteFailed, NotLeader
 from replication.messages import AppendRequest, InstallSnapshot, VoteRequest, VoteResponse
 from replication.ready import RaftConfig
-from replication.turns import HostLimits
-from replication.types import Entry, EntryKind, Membership, SnapshotMeta
+from replication.replica import open_replica
+from replication.turns import HostLimits, Start
+from replication.types import Entry, EntryKind, HardState, Membership, SnapshotMeta
 from replication.wal import Wal
+from tests.scripts.raft_cluster import plain
 from tests.unit.replication.host_driver import ListMachine, State, World, append, led, restarted
 
 # -- the order of a turn
@@ -277,6 +282,24 @@ def test_a_restarted_voter_does_not_vote_for_the_longest_lease_but_a_lone_one_le
     assert alone.nodes[1].host.raft(1).is_leader
 
 
+def test_a_voter_that_was_alone_when_its_engine_was_flushed_and_is_not_in_its_log_does_not_vote_either():
+    grown = Entry(1, 1, EntryKind.CONFIG, encode_membership(plain((1, 2, 3))))
+    replica = open_replica(
+        1,
+        1,
+        Start(HardState(1, 2, 0), (0, 0), [grown], 0, reset=False),
+        plain((1,)),
+        config=RaftConfig(),
+        rng=random.Random(1),
+        quiet=True,
+        now=100.0,
+    )
+    replica.raft.step(VoteRequest(1, 1, 3, 2, 9, 9, False), 100.01)
+    [answer] = [each.message for each in replica.raft.ready().outgoing]
+    assert isinstance(answer, VoteResponse)
+    assert not answer.granted
+
+
 def test_a_damaged_log_is_refused_and_neither_votes_nor_serves():
     world = World(nodes=3)
     world.settle()
@@ -455,6 +478,35 @@ def test_a_group_that_pins_old_segments_is_carried_forward():
     restarted(world)
     world.advance(0.1)
     assert node.values(2) == [b"stays"]
+
+
+def test_groups_that_do_not_fit_into_one_batch_are_carried_one_after_the_other():
+    world = World(nodes=1, groups=(1, 2, 3, 4), limits=HostLimits(carried_bytes_max=1))
+    world.settle()
+    world.advance(0.1)
+    node = world.nodes[1]
+    for group in (2, 3, 4):
+        world.propose(b"stays", group)
+    world.settle()
+    lane, carried_in, most = node.host._lane, [], 0
+    carry = lane.carry
+
+    def noted(group, entries):
+        carried_in.append(node.wal.segments[-1])
+        return carry(group, entries)
+
+    lane.carry = noted
+    for number in range(150):
+        world.propose(b"%d" % number + bytes(4000))
+        world.settle()
+        if number % 5 == 4:
+            node.host.flushed({1: node.machine.flush([1])[1]})
+        most = max(most, len(node.disk.segments()))
+    assert most <= 8
+    assert len(carried_in) == len(set(carried_in)) > 3
+    restarted(world)
+    world.advance(0.1)
+    assert [node.values(group) for group in (2, 3, 4)] == [[b"stays"]] * 3
 
 
 def test_the_configuration_of_elections_is_taken():
