@@ -246,7 +246,7 @@ class Node:
 
     async def _open(self, found: identities.Identity) -> None:
         """Recover log and engine, build the rest, begin to turn."""
-        self.state = "starting"
+        born, self.state = self.state == "waiting", "starting"
         config, adapters = self.config, self.adapters
         self.cluster_id, self.node_id = found.cluster_id, found.node_id
         engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
@@ -297,7 +297,7 @@ class Node:
         store.on_deadline = self._arm
         store.on_settled = self.connections.flush
         store.send_closed = peers.send_closed
-        self._add_replicas(wal, recovered)
+        self._add_replicas(wal, recovered, born=born)
         for node in found.nodes:
             if node.node_id != found.node_id:
                 peers.add(node.node_id, node.address)
@@ -313,7 +313,7 @@ class Node:
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
 
-    def _add_replicas(self, wal: Wal, recovered: dict[int, GroupLog]) -> None:
+    def _add_replicas(self, wal: Wal, recovered: dict[int, GroupLog], *, born: bool) -> None:
         """Every range that the engine has a row of. Raises: LogMismatch: the log knows of others, so rows were lost.
 
         If the log is damaged, records of any range may be lost: one without any may have voted, and is not begun anew.
@@ -329,10 +329,9 @@ class Node:
         ]
         if lost:
             raise LogMismatch(f"the log has ranges {lost} of which the engine has no rows")
-        damaged = bool(wal.recovery and wal.recovery.damage)
         for row in rows:
             kept = recovered.get(row.range_id)
-            if kept is None and damaged:
+            if kept is None and wal.recovery and wal.recovery.damage:
                 kept = wal.doubt(row.range_id)
             stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
             assert stored is not None, "a range has its configuration row"
@@ -347,6 +346,7 @@ class Node:
                 replica.applied,
                 installed=(config.installed_index, config.installed_term),
                 installing=row.installing,
+                born=born,
             )
             tell_damage(row.range_id, kept, self.host.refused)
 

@@ -128,8 +128,9 @@ class Host:
         *,
         installed: tuple[int, int] = (0, 0),
         installing: bool = False,
+        born: bool = False,
     ) -> None:
-        """Serve a replica: at start with what recovery found, later as it is created (recovered None).
+        """Serve a replica. recovered: what the log has of it. born: it never ran before, so it promised nothing.
 
         applied: (index, term) as the engine has it; membership as of there. installed: the `applied` that the last
         snapshot, or the group's creation, set: where the engine may stand though the log does not know yet.
@@ -151,7 +152,7 @@ class Host:
             membership,
             config=self._raft_config,
             rng=random.Random(self._rng.getrandbits(64)),
-            quiet=recovered is not None,
+            quiet=not born,
             now=self._clock.monotonic(),
             measures=self.measures,
         )

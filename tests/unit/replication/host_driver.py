@@ -218,6 +218,7 @@ class Node:
                 state.applied,
                 installed=state.installed,
                 installing=state.installing,
+                born=new,
             )
         self.up = True
 

@@ -282,6 +282,19 @@ def test_a_restarted_voter_does_not_vote_for_the_longest_lease_but_a_lone_one_le
     assert alone.nodes[1].host.raft(1).is_leader
 
 
+def test_a_voter_of_which_the_log_has_nothing_yet_does_not_vote_at_once_when_it_is_back():
+    """It may have heard a leader before its first batch was durable, and that one counts on it."""
+    world = World(nodes=3)
+    node = world.nodes[3]
+    node.crash()
+    node.disk = SimDisk()
+    node.start()
+    node.host.receive(2, [VoteRequest(1, 3, 2, 50, 99, 50, False)])
+    node.host.turn()
+    [answer] = [m for _, sent in node.peers.sends for m in sent if isinstance(m, VoteResponse)]
+    assert not answer.granted
+
+
 def test_a_voter_that_was_alone_when_its_engine_was_flushed_and_is_not_in_its_log_does_not_vote_either():
     grown = Entry(1, 1, EntryKind.CONFIG, encode_membership(plain((1, 2, 3))))
     replica = open_replica(
@@ -401,7 +414,9 @@ def test_a_wiped_disk_is_a_new_replica_and_does_not_answer_for_the_old_one():
     node.disk, node.machine = SimDisk(), ListMachine({1: State(membership)})
     node.groups = []
     node.start()
-    node.host.add_group(1, 4, None, membership, (0, 0))  # the group again, under a new id
+    node.host.add_group(
+        1, 4, None, membership, (0, 0), born=True
+    )  # the group again, under a new id
     for message in (append(1, to=3), VoteRequest(1, 3, 1, 50, 99, 50, False)):
         node.host.receive(message.sender, [message])
         node.host.turn()

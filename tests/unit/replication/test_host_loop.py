@@ -88,7 +88,7 @@ class OnLoop:
             sync_mode=sync_mode,
             run_in_thread=self.in_thread,
         )
-        self.host.add_group(1, 1, None, membership, (0, 0))
+        self.host.add_group(1, 1, None, membership, (0, 0), born=True)
         self.task = loop.create_task(self.host.run())
 
     def in_thread(self, work: Callable[[], T], /) -> Awaitable[T]:
@@ -377,7 +377,7 @@ def test_three_hosts_agree_whatever_the_sync_mode(sync_mode):
                 run_in_thread=lambda work: loop.run_in_executor(None, work),
             )
             for group in (1, 2):
-                hosts[number].add_group(group, number, None, membership, (0, 0))
+                hosts[number].add_group(group, number, None, membership, (0, 0), born=True)
         tasks = [loop.create_task(host.run()) for host in hosts.values()]
         await asyncio.sleep(5.0)
         for value in range(300):
