@@ -356,13 +356,13 @@ def start_of(
         if here == term:
             commit = max(index, min(state.commit, last))
             return Start(_at_least(state, last_term, commit), found.start, entries, index, False)
-    if applied == installed and log is not None:
-        reached("crash_before_the_logs_reset")
-    if applied != installed:
+    if applied != installed or index < first:  # the log is cut only below what was flushed
         raise LogMismatch(
             f"the engine has applied up to {index} (term {term}), but the log begins after {first} (term {first_term}) "
             f"and ends at {last} (term {last_term})"
         )
+    if log is not None:
+        reached("crash_before_the_logs_reset")
     return Start(_at_least(state, term, index), applied, [], index, True)
 
 
