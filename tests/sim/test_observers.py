@@ -26,7 +26,7 @@ from replication.messages import (
     VoteRequest,
     VoteResponse,
 )
-from replication.ready import Ready
+from replication.ready import ReadState, Ready
 from replication.types import Entry, Membership
 from txn import keycode
 from txn.apply import Overlay
@@ -305,6 +305,33 @@ def test_an_answer_to_a_probe_of_another_term(answer: Message) -> None:
     cluster.consensus.told("n1", [Heartbeat(GROUP, 3, 1, 2, 0, 4)])
     cluster.consensus.told("n3", [answer])
     assert cluster.told == ["probe"]
+
+
+def test_a_lease_that_holds_while_somebody_leads_a_later_term() -> None:
+    cluster = committed()
+    cluster.consensus.lease_holds("n1", cluster.cores[1])
+    cluster.step(2, leads=2)
+    assert cluster.told == []
+    cluster.consensus.lease_holds("n1", cluster.cores[1])
+    assert cluster.told == ["lease"]
+    cluster.consensus.lease_holds("n2", cluster.cores[2])
+    assert cluster.told == ["lease"]
+
+
+def test_a_read_that_is_confirmed_though_somebody_led_a_later_term_when_it_was_asked() -> None:
+    cluster = committed()
+    leader = cluster.cores[1]
+    for context in (1, 2):
+        cluster.consensus.read_asked(leader, context)
+    cluster.step(2, leads=2)
+    for context in (3, 4):
+        cluster.consensus.read_asked(leader, context)
+    ready = Ready(read_states=[ReadState(1, 1)], reads_failed=[2, 3])
+    cluster.consensus.ready("n1", cluster.disks[1], leader, ready)
+    assert cluster.told == []
+    ready = Ready(read_states=[ReadState(4, 1)])
+    cluster.consensus.ready("n1", cluster.disks[1], leader, ready)
+    assert cluster.told == ["read index"]
 
 
 def test_a_batch_that_the_disk_has_not_synced() -> None:

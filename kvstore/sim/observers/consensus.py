@@ -7,6 +7,7 @@
   finds a log that ends no earlier than what was durable, and every committed entry that was.
 - log matching: an (index, term) stands for one entry and one entry before it, in every log: so equal ends mean equal logs.
 - probe: nobody answers a probe of a term that the leader of that term has not sent to it: leases and reads count on it.
+- lease, read index: while a lease holds nobody leads a later term, and nobody did when a read was asked that is confirmed.
 - quorum: an index counts as committed when a majority has the entry on disk.
 - state machine safety: an index is committed with one entry, and nothing else is applied there, nor before.
 - commit: within one process the commit index does not fall.
@@ -81,12 +82,15 @@ class _Step(NamedTuple):
 class _Replica:
     """What is known of one replica, whatever its process."""
 
-    __slots__ = ("boots", "commit", "durable", "led_term", "told_term", "written")
+    __slots__ = ("boots", "commit", "durable", "led_term", "reads", "told_term", "written")
 
     def __init__(self) -> None:
         self.boots = 0
         self.commit = 0  # the highest that its present process reported
         self.led_term = 0
+        self.reads: dict[
+            int, int
+        ] = {}  # context -> the newest term that anybody led when it was asked
         self.told_term = 0  # that binds it: a vote or an acknowledgement of this term left
         self.written = Log()  # handed to the log
         self.durable = Log()  # synced
@@ -95,7 +99,16 @@ class _Replica:
 class _Group:
     """What is known of one group."""
 
-    __slots__ = ("by", "committed", "committed_upto", "entries", "leaders", "probes", "votes")
+    __slots__ = (
+        "by",
+        "committed",
+        "committed_upto",
+        "entries",
+        "leaders",
+        "led",
+        "probes",
+        "votes",
+    )
 
     def __init__(self) -> None:
         self.entries: dict[tuple[int, int], tuple[int, int]] = {}  # (index, term) -> (before, crc)
@@ -103,6 +116,7 @@ class _Group:
         self.by: dict[int, int] = {}  # index -> the reporter's term
         self.committed_upto = 0
         self.leaders: dict[int, tuple[int, int]] = {}  # term -> (replica, boots)
+        self.led = 0  # the newest of these terms
         self.votes: dict[tuple[int, int], int] = {}  # (replica, term) -> candidate
         self.probes: dict[tuple[int, int], int] = {}  # the same -> the highest that was sent there
 
@@ -137,7 +151,7 @@ class Consensus:
             seen = self._replicas[key] = _Replica()
         else:
             self._recovered(node, group, seen, raft, found)
-        seen.boots, seen.commit, seen.led_term = boots, raft.commit_index, 0
+        seen.boots, seen.commit, seen.led_term, seen.reads = boots, raft.commit_index, 0, {}
         seen.durable = found
         seen.written = Log(found.start_index, found.start_term, found.terms)
         self._match(node, raft.group, group, log.start_term, entries)
@@ -182,6 +196,20 @@ class Consensus:
             self._lead(node, group, seen, raft)
         if raft.commit_index != seen.commit:
             self._commit(node, group, seen, raft)
+        if seen.reads:
+            for state in ready.read_states:
+                self._newest(node, raft, seen.reads.pop(state.context, 0), "read index")
+            for context in ready.reads_failed:
+                seen.reads.pop(context, None)
+
+    def read_asked(self, raft: Any, context: int) -> None:
+        """A linearizable read begins."""
+        group = self._groups[raft.group]
+        self._replicas[raft.group, raft.replica].reads[context] = group.led
+
+    def lease_holds(self, node: str, raft: Any) -> None:
+        """A replica says that it leads, and nobody else can."""
+        self._newest(node, raft, self._groups[raft.group].led, "lease")
 
     def reset(self, disk: NodeDisk, raft: Any, last: tuple[int, int]) -> None:
         """A snapshot is in: the log is to begin anew behind `last`."""
@@ -295,6 +323,7 @@ class Consensus:
 
     def _lead(self, node: str, group: _Group, seen: _Replica, raft: Any) -> None:
         term, me = raft.term, (raft.replica, seen.boots)
+        group.led = max(group.led, term)
         other = group.leaders.setdefault(term, me)
         if other != me:
             what = f"replica {me[0]} (boot {me[1]}) leads term {term}, and so did {other}"
@@ -356,6 +385,11 @@ class Consensus:
             self._report.broken("durable vote", what, group=number, node=node)
         seen = self._replicas[number, replica]
         seen.told_term = max(seen.told_term, term)
+
+    def _newest(self, node: str, raft: Any, led: int, rule: str) -> None:
+        if led > raft.term:
+            what = f"it counts in term {raft.term}, and somebody leads term {led}"
+            self._report.broken(rule, what, group=raft.group, node=node)
 
     def _answer(self, node: str, message: Any) -> None:
         sent = self._groups[message.group].probes.get((message.sender, message.term), 0)

@@ -180,6 +180,19 @@ class _Node:
             consensus.told(name, messages)
             send(node, messages)
 
+        lease_valid, read_index = host.lease_valid, host.read_index
+
+        def checked_lease_valid(group: int) -> bool:
+            holds: bool = lease_valid(group)
+            if holds:
+                consensus.lease_holds(name, host.raft(group))
+            return holds
+
+        def checked_read_index(group: int, context: int) -> None:
+            consensus.read_asked(host.raft(group), context)
+            read_index(group, context)
+
+        host.lease_valid, host.read_index = checked_lease_valid, checked_read_index
         host._carry_out = checked_carry_out  # noqa: SLF001
         host._peers.send = checked_send  # noqa: SLF001
 
