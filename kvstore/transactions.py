@@ -18,7 +18,8 @@ import msgspec
 
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
-from kvstore.commits import Committer, WriteSet
+from kvstore.commits import Committer
+from kvstore.cutting import WriteSet
 from kvstore.errors import (
     Conflict,
     Deadlock,
