@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
-from kvstore.cutting import WriteSet, cut
+from kvstore.cutting import WriteSet, cut, single_part
 from kvstore.errors import (
     AuthenticationError,
     CommitUnknown,
@@ -111,8 +111,8 @@ class Committer:
         Args: patient: conflicts are tried again under a new id. renames: an attempt that nobody refused because of its
         content (its ranges changed, or it was given up) may be tried again under a new id; asked whenever one is about to
         be taken, for the old one may have been told meanwhile. txn_id: of the first attempt, if it has one already. first:
-        its only Prepare and the answer, if that has been sent. on_rename: is told every id that is taken here, before
-        anything is sent under it: the last one is what to ask the outcome of.
+        its only Prepare, which is of one key, and what came of it, if that has been sent. on_rename: is told every id that is
+        taken here, before anything is sent under it: the last one is what to ask the outcome of.
         Raises: Conflict, CompareFailed, InvalidArgument, TransactionTooLarge, CommitUnknown, OutcomeExpired,
         DeadlineExceeded, Unavailable, Throttled.
         """
@@ -128,7 +128,10 @@ class Committer:
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or age_of(begin_ts_of(txn_id), priority)
-            parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
+            if first is not None:  # it may have happened: no search for its range may end this
+                parts = [single_part(write_set)]
+            else:
+                parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
             if fast and not failures:  # later attempts guard in the log, where the older one waits
                 parts = with_fast_guards(parts)
             self.attempts += 1
@@ -137,6 +140,8 @@ class Committer:
             if first is not None:
                 drive.resume(*first)
                 first = None
+            elif self._router.monotonic() >= deadline:  # where the link is up, nobody else looks
+                raise DeadlineExceeded("the time ran out before the commit was sent")
             else:
                 drive.start()
             await drive.decided()
@@ -382,10 +387,12 @@ class _Drive:
         except ContradictoryAnswers as error:
             self._contradicted(error)
 
-    def _on_outcome(self, answer: Answer) -> None:
+    def _on_outcome(self, request: Outcome, answer: Answer) -> None:
         try:
             if isinstance(answer, TxnReply):
                 self._run(self.coordinator.on_outcome(answer))
+            elif isinstance(answer, Throttled) and self._may_ask_again():
+                self._ask_again(request)
             else:
                 self._failure = self._failure or _failure(answer)
                 self._run(self.coordinator.on_time_out())
@@ -422,17 +429,24 @@ class _Drive:
     def _ask(self, request: Outcome) -> None:
         reached("outcome_asked")
         if self._asked:  # the answer was not final: not at once again
-            asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._send_outcome, request)
+            self._ask_again(request)
             return
         self._asked = True
         self._send_outcome(request)
 
+    def _may_ask_again(self) -> bool:
+        return self._committer.router.monotonic() + ASK_AGAIN_S < self._deadline
+
+    def _ask_again(self, request: Outcome) -> None:
+        asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._send_outcome, request)
+
     def _send_outcome(self, request: Outcome) -> None:
         router, key = self._committer.router, request.anchor_key
+        on_reply = partial(self._on_outcome, request)
         try:
-            call = router.send(request, key, b"", self._deadline, on_reply=self._on_outcome)
+            call = router.send(request, key, b"", self._deadline, on_reply=on_reply)
         except KVError as error:
-            self._on_outcome(error)
+            on_reply(error)
         else:
             self._calls.append(call)
 

@@ -99,6 +99,13 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
     ]
 
 
+def single_part(write_set: WriteSet) -> Part:
+    """The part of a write set of one key, which needs no knowledge of the ranges."""
+    key = write_set.anchor_key
+    participant = Participant(key, key, point_end(key))
+    return Part(participant, write_set.writes, write_set.expects, write_set.guards)
+
+
 def _share(shares: dict[int, _Share], route: Route, low: bytes, high: bytes) -> _Share:
     known = shares.get(route.range_id)
     if known is None:
