@@ -136,14 +136,8 @@ class Committer:
                 parts = with_fast_guards(parts)
             self.attempts += 1
             coordinator = Coordinator(txn_id, parts, age=age, lock_owner=write_set.lock_owner)
-            drive = _Drive(self, coordinator, deadline)
-            if first is not None:
-                drive.resume(*first)
-                first = None
-            elif self._router.monotonic() >= deadline:  # where the link is up, nobody else looks
-                raise DeadlineExceeded("the time ran out before the commit was sent")
-            else:
-                drive.start()
+            drive = self._started(coordinator, deadline, first)
+            first = None
             await drive.decided()
             if coordinator.state is State.COMMITTED:
                 results = coordinator.results[0] if coordinator.one_range else None
@@ -165,6 +159,18 @@ class Committer:
             self.retries += 1
             txn_id = b""
             await asyncio.sleep(wait_s)
+
+    def _started(
+        self, coordinator: Coordinator, deadline: float, first: tuple[Call, Answer] | None
+    ) -> _Drive:
+        drive = _Drive(self, coordinator, deadline)
+        if first is not None:
+            drive.resume(*first)
+        elif self._router.monotonic() >= deadline:  # where the link is up, nobody else looks
+            raise DeadlineExceeded("the time ran out before the commit was sent")
+        else:
+            drive.start()
+        return drive
 
     def _fast(self, write_set: WriteSet) -> bool:
         """Whether what it has read elsewhere may be asked about, instead of being guarded in the log."""

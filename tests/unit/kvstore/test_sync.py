@@ -28,8 +28,9 @@ from kvstore.errors import (
     TransactionClosed,
     Unavailable,
 )
+from kvstore.loop_thread import LoopThread
 from kvstore.ranges import RangeCache
-from kvstore.sync import BlockingTransaction, Client, LoopThread
+from kvstore.sync import BlockingTransaction, Client
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
 from txn.messages import Changed, Changes, Prepare
@@ -260,21 +261,6 @@ def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
         assert watch.version == began
         assert [(event.key, event.version) for event in watch.pull()] == [(b"k", began + 1)]
         assert watch.version == began + 1
-
-
-def test_a_call_from_the_clients_own_thread_is_refused_and_does_not_wait_for_itself():
-    """As `on_progress` of `clear_range` would make it."""
-    thread = LoopThread("t")
-
-    async def callback() -> None:
-        thread.call(asyncio.sleep(0))
-
-    try:
-        with pytest.raises(InvalidArgument, match="own thread"):
-            thread.call(callback())
-        assert thread.call(asyncio.sleep(0, "goes on")) == "goes on"
-    finally:
-        thread.close()
 
 
 def test_in_a_forked_process_it_is_closed_and_its_parents_goes_on(
