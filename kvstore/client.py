@@ -23,7 +23,8 @@ from kvstore.batch import Batch
 from kvstore.buffer import WriteBuffer
 from kvstore.clearing import clearing
 from kvstore.client_reads import DatabaseReads, checked_version
-from kvstore.commits import Committer, Done, WriteSet
+from kvstore.commits import Committer, Done
+from kvstore.cutting import WriteSet
 from kvstore.errors import (
     ClientClosed,
     CompareFailed,

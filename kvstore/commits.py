@@ -10,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
 
-import msgspec
-
-from kvstore import limits
+from kvstore.cutting import WriteSet, cut, single_part
 from kvstore.errors import (
     AuthenticationError,
     CommitUnknown,
@@ -35,20 +32,13 @@ from kvstore.errors import (
 )
 from kvstore.links import Answer, Call
 from kvstore.locking import LockKeeper
-from kvstore.ranges import RangeCache, Route
 from kvstore.router import Router
 from replication.probes import chance, reached
-from txn import stamps
 from txn.coordinator import ContradictoryAnswers, Coordinator, Part, State, with_fast_guards
 from txn.messages import Finalize, Outcome, Prepare, PrepareReply, Request, Resolve, TxnReply
 from txn.types import (
-    Expect,
     FenceReason,
-    Guard,
-    Participant,
     TxnStatus,
-    Write,
-    WriteKind,
     age_of,
     begin_ts_of,
     make_txn_id,
@@ -65,20 +55,6 @@ CONFLICT_BACKOFF_S: Final = 0.001
 CONFLICT_BACKOFF_S_MAX: Final = 0.1
 NO_FAST_GUARDS_S: Final = 5.0  # after a range was asked in vain
 
-_DELETE_RANGE: Final = int(WriteKind.DELETE_RANGE)  # as plain numbers: asked for each write
-_STAMPED_KEY: Final = int(WriteKind.STAMPED_KEY)
-
-
-@dataclass(slots=True)
-class WriteSet:
-    """What one transaction wants. DELETE_RANGE writes come first; each key has one other write at most."""
-
-    anchor_key: bytes  # the first key written, or the start of the first DELETE_RANGE
-    writes: list[Write]
-    expects: list[Expect] = field(default_factory=list)
-    guards: list[Guard] = field(default_factory=list)
-    lock_owner: bytes = b""  # the id under which the transaction holds locks
-
 
 class Done(NamedTuple):
     """A commit."""
@@ -86,129 +62,6 @@ class Done(NamedTuple):
     version: int
     results: list[bytes] | None  # of the ADD writes, if one range held them all and told
     txn_id: bytes
-
-
-class _Share(msgspec.Struct, eq=False, gc=False):
-    """What of a write set lies in one range, while it is being cut. A Struct: many are made."""
-
-    low: bytes
-    high: bytes
-    writes: list[Write] = []
-    expects: list[Expect] = []
-    guards: list[Guard] = []
-    size_bytes: int = 0
-    rows: int = 0
-    spans_bytes: int = 0
-
-    def part(self, locus: bytes) -> Part:
-        return Part(Participant(locus, self.low, self.high), self.writes, self.expects, self.guards)
-
-    def add_span(self, start: bytes, end: bytes) -> None:
-        self.spans_bytes += len(start) + len(end) + limits.SPAN_OVERHEAD_BYTES
-
-    def locus(self) -> bytes:
-        for write in self.writes:
-            if write.kind != _DELETE_RANGE:
-                return write.key
-        return self.writes[0].key if self.writes else self.low
-
-
-def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
-    """One part for each range concerned, the anchor's first; None if the ranges are not all known.
-
-    Raises: TransactionTooLarge; InvalidArgument if what can follow a prefix lies in several ranges.
-    """
-    find, anchor_key = ranges.find, write_set.anchor_key
-    route = find(anchor_key)
-    if route is None:
-        return None
-    anchor = _Share(anchor_key, point_end(anchor_key))
-    shares = {route.range_id: anchor}  # by range id, in the order in which they are met
-    for write in write_set.writes:
-        key = write.key
-        if write.kind == _DELETE_RANGE:
-            if not _cut_clear(write, ranges, shares):
-                return None
-            continue
-        route = find(key)
-        if route is None:
-            return None
-        end = _stamped_end(key, route) if write.kind == _STAMPED_KEY else point_end(key)
-        target = _share(shares, route, key, end)
-        target.writes.append(write)
-        target.rows += 1
-        target.size_bytes += len(key) + len(write.value)
-    for expect in write_set.expects:
-        route = find(expect.key)
-        if route is None:
-            return None
-        _share(shares, route, expect.key, point_end(expect.key)).expects.append(expect)
-    for guard in write_set.guards:
-        if not _cut_guard(guard, ranges, shares):
-            return None
-    size_bytes = rows = 0
-    for known in shares.values():
-        limits.validate_range_batch_size(known.size_bytes, known.rows)
-        limits.validate_range_message_size(known.size_bytes + known.spans_bytes)
-        size_bytes += known.size_bytes
-        rows += known.rows
-    limits.validate_transaction_size(size_bytes, rows, len(shares))
-    return [
-        known.part(anchor_key if known is anchor else known.locus()) for known in shares.values()
-    ]
-
-
-def _share(shares: dict[int, _Share], route: Route, low: bytes, high: bytes) -> _Share:
-    known = shares.get(route.range_id)
-    if known is None:
-        known = shares[route.range_id] = _Share(low, high)
-        return known
-    if low < known.low:
-        known.low = low
-    if high > known.high:
-        known.high = high
-    return known
-
-
-def _cut_clear(write: Write, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
-    """False: the ranges are not all known."""
-    pieces = ranges.split(write.key, write.value)
-    if pieces is None:
-        return False
-    for piece in pieces:
-        target = _share(shares, piece.route, piece.start, piece.end)
-        target.writes.append(Write(WriteKind.DELETE_RANGE, piece.start, piece.end))
-        target.add_span(piece.start, piece.end)
-    return True
-
-
-def _cut_guard(guard: Guard, ranges: RangeCache, shares: dict[int, _Share]) -> bool:
-    """False: the ranges are not all known."""
-    start, end = guard.start, guard.end
-    route = ranges.find(start)
-    if route is not None and start < end and (not route.end or end <= route.end):
-        target = _share(shares, route, start, end)  # nearly always
-        target.guards.append(guard)
-        target.add_span(start, end)
-        return True
-    pieces = ranges.split(start, end)
-    if pieces is None:
-        return False
-    for piece in pieces:
-        target = _share(shares, piece.route, piece.start, piece.end)
-        target.guards.append(Guard(piece.start, piece.end, guard.read_ts))
-        target.add_span(piece.start, piece.end)
-    return True
-
-
-def _stamped_end(prefix: bytes, route: Route) -> bytes:
-    """The end of what can follow a prefix. Raises: InvalidArgument if that is not in one range."""
-    _, end = stamps.span(prefix)
-    if route.end and end > route.end:
-        raise InvalidArgument(
-            f"what can follow the prefix {prefix!r} must lie in one range: choose another prefix"
-        )
-    return end
 
 
 class Committer:
@@ -258,8 +111,8 @@ class Committer:
         Args: patient: conflicts are tried again under a new id. renames: an attempt that nobody refused because of its
         content (its ranges changed, or it was given up) may be tried again under a new id; asked whenever one is about to
         be taken, for the old one may have been told meanwhile. txn_id: of the first attempt, if it has one already. first:
-        its only Prepare and the answer, if that has been sent. on_rename: is told every id that is taken here, before
-        anything is sent under it: the last one is what to ask the outcome of.
+        its only Prepare, which is of one key, and what came of it, if that has been sent. on_rename: is told every id that is
+        taken here, before anything is sent under it: the last one is what to ask the outcome of.
         Raises: Conflict, CompareFailed, InvalidArgument, TransactionTooLarge, CommitUnknown, OutcomeExpired,
         DeadlineExceeded, Unavailable, Throttled.
         """
@@ -275,17 +128,16 @@ class Committer:
                 if on_rename is not None:
                     on_rename(txn_id)
             age = age or age_of(begin_ts_of(txn_id), priority)
-            parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
+            if first is not None:  # it may have happened: no search for its range may end this
+                parts = [single_part(write_set)]
+            else:
+                parts = cut(write_set, self._router.ranges) or await self._cut(write_set, deadline)
             if fast and not failures:  # later attempts guard in the log, where the older one waits
                 parts = with_fast_guards(parts)
             self.attempts += 1
             coordinator = Coordinator(txn_id, parts, age=age, lock_owner=write_set.lock_owner)
-            drive = _Drive(self, coordinator, deadline)
-            if first is not None:
-                drive.resume(*first)
-                first = None
-            else:
-                drive.start()
+            drive = self._started(coordinator, deadline, first)
+            first = None
             await drive.decided()
             if coordinator.state is State.COMMITTED:
                 results = coordinator.results[0] if coordinator.one_range else None
@@ -307,6 +159,18 @@ class Committer:
             self.retries += 1
             txn_id = b""
             await asyncio.sleep(wait_s)
+
+    def _started(
+        self, coordinator: Coordinator, deadline: float, first: tuple[Call, Answer] | None
+    ) -> _Drive:
+        drive = _Drive(self, coordinator, deadline)
+        if first is not None:
+            drive.resume(*first)
+        elif self._router.monotonic() >= deadline:  # where the link is up, nobody else looks
+            raise DeadlineExceeded("the time ran out before the commit was sent")
+        else:
+            drive.start()
+        return drive
 
     def _fast(self, write_set: WriteSet) -> bool:
         """Whether what it has read elsewhere may be asked about, instead of being guarded in the log."""
@@ -529,10 +393,12 @@ class _Drive:
         except ContradictoryAnswers as error:
             self._contradicted(error)
 
-    def _on_outcome(self, answer: Answer) -> None:
+    def _on_outcome(self, request: Outcome, answer: Answer) -> None:
         try:
             if isinstance(answer, TxnReply):
                 self._run(self.coordinator.on_outcome(answer))
+            elif isinstance(answer, Throttled) and self._may_ask_again():
+                self._ask_again(request)
             else:
                 self._failure = self._failure or _failure(answer)
                 self._run(self.coordinator.on_time_out())
@@ -569,17 +435,24 @@ class _Drive:
     def _ask(self, request: Outcome) -> None:
         reached("outcome_asked")
         if self._asked:  # the answer was not final: not at once again
-            asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._send_outcome, request)
+            self._ask_again(request)
             return
         self._asked = True
         self._send_outcome(request)
 
+    def _may_ask_again(self) -> bool:
+        return self._committer.router.monotonic() + ASK_AGAIN_S < self._deadline
+
+    def _ask_again(self, request: Outcome) -> None:
+        asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._send_outcome, request)
+
     def _send_outcome(self, request: Outcome) -> None:
         router, key = self._committer.router, request.anchor_key
+        on_reply = partial(self._on_outcome, request)
         try:
-            call = router.send(request, key, b"", self._deadline, on_reply=self._on_outcome)
+            call = router.send(request, key, b"", self._deadline, on_reply=on_reply)
         except KVError as error:
-            self._on_outcome(error)
+            on_reply(error)
         else:
             self._calls.append(call)
 

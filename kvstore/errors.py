@@ -52,8 +52,10 @@ class KVError(Exception):
             f"two classes share the code {cls.code!r}"
         )
 
-    def __reduce__(self) -> tuple[Callable[..., KVError], tuple[str, str, dict[str, Any]]]:
-        return from_wire, to_wire(self)  # pickled and copied with its fields
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., KVError], tuple[str, str, dict[str, Any]], dict[str, Any]]:
+        return from_wire, to_wire(self), self.__dict__  # with its fields, and flags of its own
 
     @property
     def message(self) -> str:

@@ -60,8 +60,10 @@ class Replicas:
             self._turn += 1
             link = self._router.links.by_node.get(nodes[self._turn % len(nodes)])
             if link is not None and link.usable(now):
-                call.link = link if link.channel is not None else None
-                call.node = link.node
+                if link.channel is not None:
+                    call.link = link
+                else:  # to be dialled; where there is a link it would be left for the next try
+                    call.link, call.node = None, link.node
                 return
 
 

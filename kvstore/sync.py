@@ -7,91 +7,27 @@ where a loop runs already (a notebook), and from several threads at once. A tran
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Self, TypeVar, overload
 
 from kvstore.attempts import KeptResult
 from kvstore.batch import Batch
 from kvstore.buffer import NumberFormat, WriteBuffer
 from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Database, over_websockets
-from kvstore.errors import ClientClosed, InvalidArgument, KVError
+from kvstore.errors import ClientClosed, KVError
 from kvstore.limits import VALUE_BYTES_MAX
+from kvstore.loop_thread import LoopThread
 from kvstore.reads import Entry
 from kvstore.scans import RowScan
 from kvstore.transactions import Aborted, Committed, Snapshot, Transaction
 from kvstore.watches import Event, Watch
 from kvstore.writes import BufferedWrites
 
-JOIN_TIMEOUT_S: Final = 5.0
-
-T = TypeVar("T")
 R = TypeVar("R")
-
-
-class LoopThread:
-    """An event loop in a thread of its own."""
-
-    def __init__(self, name: str) -> None:
-        from kvstore.adapters.loop import new_event_loop
-
-        self._loop = new_event_loop()
-        self._lock = threading.Lock()
-        self._waited_for: dict[concurrent.futures.Future[Any], None] = {}
-        self._closed = False
-        self._process = os.getpid()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:  # there are too many threads, or none are allowed
-            self._loop.close()
-            raise
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it there and wait. An interrupt (Ctrl-C) cancels it."""
-        if self._process != os.getpid():  # its thread is not here
-            work.close()
-            raise ClientClosed("it was opened before the fork: open another client here")
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise InvalidArgument("the client's own thread cannot wait for itself")
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise ClientClosed
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
-            self._waited_for[future] = None
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise ClientClosed from None
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            self._waited_for.pop(future, None)
-
-    def close(self) -> None:
-        """What other threads still wait for ends with ClientClosed."""
-        with self._lock:
-            self._closed = True
-            waited_for = list(self._waited_for)
-        for future in waited_for:
-            future.cancel()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(JOIN_TIMEOUT_S)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
 
 
 class Rows:
@@ -151,7 +87,9 @@ class BlockingSnapshot:
         return Rows(self._thread, scan)
 
     def __enter__(self) -> Self:
-        self._thread.call(self._snapshot.__aenter__())
+        self._thread.call(
+            self._snapshot.__aenter__(), undo=lambda view: view.__aexit__(None, None, None)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -267,7 +205,10 @@ class BlockingTransaction(BufferedWrites):
         self._thread.call(self._tx.rollback())
 
     def __enter__(self) -> Self:
-        self._thread.call(self._tx.__aenter__())
+        interrupt = KeyboardInterrupt()  # so that nothing is committed
+        self._thread.call(
+            self._tx.__aenter__(), undo=lambda tx: tx.__aexit__(type(interrupt), interrupt, None)
+        )
         return self
 
     def __exit__(
@@ -329,7 +270,7 @@ class Client:
             if self._opened is None:
                 thread = LoopThread("kvstore-client")
                 try:
-                    database = thread.call(self._made())
+                    database = thread.call(self._made(), undo=Database.close)
                 except BaseException:
                     thread.close()
                     raise

@@ -18,7 +18,8 @@ import msgspec
 
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
-from kvstore.commits import Committer, WriteSet
+from kvstore.commits import Committer
+from kvstore.cutting import WriteSet
 from kvstore.errors import (
     Conflict,
     Deadlock,
@@ -532,7 +533,10 @@ class Transaction(BufferedWrites):
         for key in asked:
             point = buffer.points.get(key)
             below = locked[key].value if key in locked else found[key].value
-            values[key] = below if point is None else value_over(point, below)
+            if point is not None:
+                values[key] = value_over(point, below)
+            else:
+                values[key] = None if buffer.cleared(key) else below
 
 
 # --- small things shared with the client ----------------------------------------------------------

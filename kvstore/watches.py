@@ -112,8 +112,10 @@ class Watches:
 
     async def close(self) -> None:
         """End those that are still open: the client goes."""
-        for watch in list(self._open):
-            await watch.close()
+        for reference in self._open.keyrefs():  # a copy, made at once: other threads open watches
+            watch = reference()
+            if watch is not None:
+                await watch.close()
 
 
 def span_of(key: bytes | None, prefix: bytes | None) -> tuple[bytes, bytes]:

@@ -70,7 +70,9 @@ class Globals(NamedTuple):
 def guarded(work: Callable[[], T]) -> T:
     """`work()`, with its errors as one line and Ctrl-C as exit 130."""
     try:
-        return work()
+        done = work()
+        sys.stdout.flush()  # here, where a failure is met
+        return done
     except KVError as error:
         fail(error)
     except (

@@ -13,9 +13,9 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from kvstore import operations
+from kvstore import limits, operations
 from kvstore.cli.output import Format, Notation, console, print_json, table
-from kvstore.errors import InvalidArgument, NotFound
+from kvstore.errors import InvalidArgument, NotFound, TransactionTooLarge
 
 if TYPE_CHECKING:
     from kvstore.client import Database
@@ -207,18 +207,23 @@ def export(target: Target, span: Span, path: Path | None) -> int:
 def import_(target: Target, path: Path | None) -> int:
     """Put every line of an export; the number of rows. Each batch is atomic, the whole is not; running it again is right.
 
-    Raises: InvalidArgument with the line's number; what came before it has been written.
+    Of a key that stands there twice the later line wins.
+    Raises: InvalidArgument and its kin with the line's number; what came before it has been written.
     """
 
     async def work(database: Database) -> int:
         count = 0
         with _reading(path) as file:
-            chunks = _batches(file)
-            while group := [
-                batch for _, batch in zip(range(IMPORT_CONCURRENCY), chunks, strict=False)
-            ]:
-                await asyncio.gather(*(_write(database, batch) for batch in group))
+            batches = _batches(file)
+            refusal: InvalidArgument | None = None
+            while refusal is None:
+                group, refusal = _group(batches)
+                if not group and refusal is None:
+                    break
                 count += sum(len(batch) for batch in group)
+                await asyncio.gather(*(_write(database, rows) for rows in _last_of_each(group)))
+        if refusal is not None:
+            raise refusal
         return count
 
     return run(target, work)
@@ -254,22 +259,56 @@ async def _rows(
         yield row
 
 
+def _group(batches: Iterator[list[Row]]) -> tuple[list[list[Row]], InvalidArgument | None]:
+    """What is written together, and what is wrong with the line behind it; nothing at the end."""
+    group: list[list[Row]] = []
+    try:
+        for batch in batches:
+            group.append(batch)
+            if len(group) == IMPORT_CONCURRENCY:
+                break
+    except InvalidArgument as error:
+        return group, error
+    return group, None
+
+
+def _last_of_each(group: list[list[Row]]) -> list[list[Row]]:
+    """Each key in the last of its batches alone: they are not written in their order."""
+    kept: list[list[Row]] = []
+    later: dict[bytes, None] = {}
+    for batch in reversed(group):
+        kept.append([row for row in batch if row.key not in later])
+        later |= dict.fromkeys(row.key for row in batch)
+    return kept[::-1]
+
+
 async def _write(database: Database, rows: list[Row]) -> None:
-    async with database.batch() as batch:
-        for row in rows:
-            batch.put(row.key, row.value)
+    """In one transaction; in halves where it would touch more ranges than one may."""
+    try:
+        async with database.batch() as batch:
+            for row in rows:
+                batch.put(row.key, row.value)
+    except TransactionTooLarge:
+        if len(rows) == 1:
+            raise
+        middle = len(rows) // 2
+        await _write(database, rows[:middle])
+        await _write(database, rows[middle:])
 
 
 def _batches(file: IO[bytes]) -> Iterator[list[Row]]:
+    """Raises: InvalidArgument and its kin, behind the batch of what comes before the line."""
     batch: list[Row] = []
     size_bytes = 0
     for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES_MAX), b""), 1):
         if not line.strip():
             continue
         try:
-            row = msgspec.json.decode(line, type=Row)
-        except (msgspec.DecodeError, RecursionError, binascii.Error) as error:
-            raise InvalidArgument(f"line {number}: {error}") from None
+            row = _row(line)
+        except InvalidArgument as error:
+            if batch:
+                yield batch
+            raise type(error)(f"line {number}: {error}") from None
         batch.append(row)
         size_bytes += len(row.key) + len(row.value)
         if len(batch) >= IMPORT_ROWS or size_bytes >= IMPORT_BYTES:
@@ -277,6 +316,17 @@ def _batches(file: IO[bytes]) -> Iterator[list[Row]]:
             batch, size_bytes = [], 0
     if batch:
         yield batch
+
+
+def _row(line: bytes) -> Row:
+    """Raises: InvalidArgument, KeyTooLarge, ValueTooLarge."""
+    try:
+        row = msgspec.json.decode(line, type=Row)
+    except (msgspec.DecodeError, RecursionError, binascii.Error) as error:
+        raise InvalidArgument(str(error)) from None
+    limits.validate_key(row.key)
+    limits.validate_value(row.value)
+    return row
 
 
 @contextmanager

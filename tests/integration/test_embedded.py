@@ -4,9 +4,13 @@ a second user of its directory, and refuses a directory that is not its own, wit
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import random
+import threading
 import tracemalloc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -119,6 +123,32 @@ def test_the_blocking_client_has_the_same_store(tmp_path):
         assert db.get(b"k") == b"1"
     with kvstore.Client.open(tmp_path) as db:
         assert db.get(b"k") == b"1"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("of", ["open", "close"])
+def test_an_interrupt_of_the_blocking_client_leaves_the_directory_free(
+    tmp_path, monkeypatch, of: str, moment: str
+):
+    """Ctrl-C as `open` or `close` is waited for: before it has ended, or just behind it."""
+
+    def result(future: concurrent.futures.Future[Any], timeout: float | None = None) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return real(future, timeout)
+        if moment == "after":
+            real(future, timeout)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    real: Callable[..., Any] = concurrent.futures.Future.result
+    db = kvstore.Client.open(tmp_path)
+    if of == "close":
+        db.put(b"k", b"1")
+    monkeypatch.setattr(concurrent.futures.Future, "result", result)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(db, "start" if of == "open" else "close")()
+    with kvstore.Client.open(tmp_path) as again:
+        assert again.get(b"k") == (b"1" if of == "close" else None)
 
 
 def test_the_default_configuration_is_valid():

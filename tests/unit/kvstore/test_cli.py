@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 import typer
 from hypothesis import given
@@ -352,21 +352,21 @@ def test_a_reader_that_went_away_is_no_news(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
-def test_an_import_of_many_rows_goes_in_batches(kvctl, database, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    rows = [data.Row(b"k%04d" % n, b"v") for n in range(data.IMPORT_ROWS * 5 + 1)]
-    file.write_bytes(b"\n".join(msgspec.json.encode(row) for row in rows))
-    assert kvctl("import", str(file)).exit_code == 0
-    assert len(database.rows) == len(rows) + 2
-    assert database.version == FIRST_VERSION + 6
-
-
-def test_an_import_names_the_line_that_is_wrong(kvctl, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"key":"YQ==","value":""}\n\n{"key":1}\n')
-    done = kvctl("import", str(file))
-    assert done.exit_code == 1
-    assert done.stderr.startswith("error: invalid_argument: line 3: ")
+def test_a_reader_that_went_away_before_what_is_printed_leaves_the_buffer_is_no_news():
+    """As with `kvctl get k | true`: the interpreter would flush, and complain, behind everything else."""
+    program = (
+        "import os, sys\n"
+        "from kvstore.cli import admin\n"
+        "read, write = os.pipe()\n"
+        "os.dup2(write, 1)\nos.close(write)\nos.close(read)\n"
+        "try:\n    admin.guarded(lambda: sys.stdout.write('v\\n'))\n"
+        "except BaseException as error:\n    raise SystemExit(error.exit_code)\n"
+    )
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=buffered, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_file_that_is_not_there_is_one_line_too(kvctl, tmp_path):

@@ -85,6 +85,16 @@ def test_an_error_survives_the_wire_pickling_and_copying(cls: type[KVError]):
             assert getattr(again, name) == getattr(error, name) == FILLED[cls][name]
 
 
+@pytest.mark.parametrize("cls", EVERY)
+def test_flags_of_one_error_alone_survive_pickling_and_copying(cls: type[KVError]):
+    error = filled(cls)
+    error.retryable, error.maybe_committed = not cls.retryable, not cls.maybe_committed
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is cls
+        assert again.retryable is error.retryable
+        assert again.maybe_committed is error.maybe_committed
+
+
 @pytest.mark.parametrize("cls", [cls for cls in EVERY if cls is not EpochMismatch])
 def test_an_error_survives_json_where_bytes_are_base64_and_versions_strings(cls: type[KVError]):
     code, message, details = to_wire(filled(cls))

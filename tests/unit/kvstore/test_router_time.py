@@ -95,3 +95,19 @@ def test_a_stale_read_does_not_make_its_timestamp_new(step: int):
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
 
     simulate(test)
+
+
+def test_a_stale_read_that_a_replica_does_not_answer_goes_to_another_one():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        for _ in cluster.nodes:  # each is connected
+            await db.get(b"k", max_staleness=60.0)
+        for _ in cluster.nodes:
+            cluster.ignore(Read)
+            before = len(cluster.requests)
+            began = now()
+            await db.get(b"k", max_staleness=60.0)
+            asked = [node for node, request in cluster.requests[before:] if type(request) is Read]
+            assert asked[0] != asked[1]
+            assert now() - began == pytest.approx(1.0, abs=0.1)
+
+    simulate(test)

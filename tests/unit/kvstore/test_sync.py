@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -28,8 +30,9 @@ from kvstore.errors import (
     TransactionClosed,
     Unavailable,
 )
+from kvstore.loop_thread import LoopThread
 from kvstore.ranges import RangeCache
-from kvstore.sync import BlockingTransaction, Client, LoopThread
+from kvstore.sync import BlockingTransaction, Client
 from kvstore.transactions import Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster
 from txn.messages import Changed, Changes, Prepare
@@ -262,19 +265,26 @@ def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
         assert watch.version == began + 1
 
 
-def test_a_call_from_the_clients_own_thread_is_refused_and_does_not_wait_for_itself():
-    """As `on_progress` of `clear_range` would make it."""
-    thread = LoopThread("t")
+def test_a_watch_that_another_thread_opens_as_the_client_closes_is_in_nobodys_way(db: Client):
+    """Watches are opened on their callers' threads. Here one is opened at every line of a walk over those that are open."""
+    opened = [db.watch(key=b"k"), db.watch(key=b"k")]
 
-    async def callback() -> None:
-        thread.call(asyncio.sleep(0))
+    def at_line(frame: FrameType, event: str, _argument: object) -> Any:
+        if event == "line" and frame.f_code is weakref.WeakKeyDictionary.__iter__.__code__:
+            opened.append(db.watch(key=b"k"))
+        return at_line
 
-    try:
-        with pytest.raises(InvalidArgument, match="own thread"):
-            thread.call(callback())
-        assert thread.call(asyncio.sleep(0, "goes on")) == "goes on"
-    finally:
-        thread.close()
+    async def close(database: Database) -> None:
+        before = sys.gettrace()
+        sys.settrace(at_line)
+        try:
+            await database._watches.close()
+        finally:
+            sys.settrace(before)
+
+    assert db._opened is not None
+    thread, database = db._opened
+    thread.call(close(database))
 
 
 def test_in_a_forked_process_it_is_closed_and_its_parents_goes_on(

@@ -23,7 +23,7 @@ from kvstore.errors import (
     TransactionTooOld,
     ValueTooLarge,
 )
-from kvstore.transactions import Aborted, Committed, Transaction, decode_token
+from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, Scan
 from txn.types import FenceReason, Write, WriteKind
@@ -113,17 +113,6 @@ def test_all_reads_see_one_snapshot_whoever_writes_meanwhile():
             assert tx.read_version == cluster.of(Read)[-1].at
         assert tx.commit_version is None
         assert {request.at for request in cluster.of(Scan)} == {tx.read_version}
-
-    simulate(test, FakeCluster(b"m"))
-
-
-def test_several_reads_awaited_together_share_a_version():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        cluster.seed(a=b"1", z=b"1")
-        async with db.transaction() as tx:
-            await asyncio.gather(tx.get(b"a"), tx.get(b"z"), tx.scan().to_list(), tx.get(b"q"))
-        ats = [read.at for read in cluster.of(Read)] + [scan.at for scan in cluster.of(Scan)]
-        assert set(ats) == {tx.read_version}
 
     simulate(test, FakeCluster(b"m"))
 
@@ -503,38 +492,6 @@ def test_an_attempt_whose_id_was_told_is_not_tried_again_under_another():
             tx.put(b"a", b"1")
             tx.put(b"c", b"1")
         assert tx.commit_version
-
-    simulate(test)
-
-
-def test_an_id_that_another_task_reads_during_the_commit_stays_the_commits():
-    """Whenever it is read: before the first attempt, between two, or before the second one's id is taken."""
-
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        told: list[str] = []
-        for moment in range(12):
-            await db.get(b"a")
-            cluster.set_ranges(b"b", version=2 * moment + 2)  # the first attempt meets other ranges
-            tx = db.transaction()
-            tx.put(b"a", b"%d" % moment)
-            tx.put(b"c", b"1")
-            commit = asyncio.ensure_future(tx.commit())
-            for _ in range(moment):
-                await asyncio.sleep(0)
-            if moment >= 8:
-                await asyncio.sleep(0.001 * (moment - 7))
-            token = tx.id
-            try:
-                version = await commit or 0
-            except Conflict:
-                assert await db.outcome(token) == Aborted()
-                told.append("aborted")
-            else:
-                assert await db.outcome(token) == Committed(version)
-                told.append("committed")
-            assert tx.id == token
-            cluster.set_ranges(version=2 * moment + 3)
-        assert set(told) == {"aborted", "committed"}
 
     simulate(test)
 

@@ -1,0 +1,174 @@
+"""An event loop in a thread of its own, and calls of it from other threads: what the blocking client stands on.
+
+A call is a task over there. When its caller is interrupted, or the loop is closed, the task is cancelled and comes to its end
+before the loop stops: half an end would keep a directory locked, or leave a written value without anybody who knows of it.
+Only when that takes longer than END_TIMEOUT_S is it left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Final, Generic, TypeVar
+
+from kvstore.errors import ClientClosed, InvalidArgument
+
+END_TIMEOUT_S: Final = 5.0  # for what is cancelled, to come to its end
+JOIN_TIMEOUT_S: Final = 6.0  # for the thread, after all
+
+T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """Work for the loop. `task` and `interrupted` belong to the loop; whoever called waits for `result`."""
+
+    __slots__ = ("interrupted", "result", "task", "undo", "work")
+
+    def __init__(
+        self,
+        work: Coroutine[Any, Any, T],
+        undo: Callable[[T], Coroutine[Any, Any, object]] | None,
+    ) -> None:
+        self.work = work
+        self.undo = undo
+        self.result: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.task: asyncio.Task[T]
+        self.interrupted = False
+
+
+class LoopThread:
+    """Args: name: the thread's."""
+
+    def __init__(self, name: str) -> None:
+        from kvstore.adapters.loop import new_event_loop
+
+        self._loop = new_event_loop()
+        self._lock = threading.Lock()
+        self._calls: dict[_Call[Any], None] = {}  # whose callers wait
+        self._tasks: dict[
+            asyncio.Task[Any], bool
+        ] = {}  # and whether it is to be cancelled at the end
+        self._closed = False
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:  # there are too many threads, or none are allowed
+            self._loop.close()
+            raise
+
+    def call(
+        self,
+        work: Coroutine[Any, Any, T],
+        undo: Callable[[T], Coroutine[Any, Any, object]] | None = None,
+    ) -> T:
+        """Run it there and wait. An interrupt (Ctrl-C) cancels it; if it has succeeded all the same, its result goes to `undo`.
+
+        Raises: ClientClosed, with maybe_committed if it had begun; what `work` raises.
+        """
+        if self._process != os.getpid():  # its thread is not here
+            work.close()
+            raise ClientClosed("it was opened before the fork: open another client here")
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise InvalidArgument("the client's own thread cannot wait for itself")
+        call = _Call(work, undo)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise ClientClosed
+            self._calls[call] = None
+            self._loop.call_soon_threadsafe(self._begin, call)
+        try:
+            return call.result.result()
+        except concurrent.futures.CancelledError:
+            raise ClientClosed(
+                "the client was closed during the call: what it was to write may have been written",
+                maybe_committed=True,
+            ) from None
+        except (
+            BaseException
+        ):  # an interrupt; or what the work raised, and then there is nothing to do
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._interrupt, call)
+            raise
+        finally:
+            self._calls.pop(call, None)
+
+    def close(self) -> None:
+        """What other threads still wait for is cancelled, and ends with ClientClosed or as it may. Within JOIN_TIMEOUT_S."""
+        with self._lock:
+            self._closed = True
+        self._loop.call_soon_threadsafe(self._end)
+        try:
+            self._thread.join(JOIN_TIMEOUT_S)
+        finally:
+            for call in list(self._calls):  # none, unless the loop hangs, or this is interrupted
+                call.result.cancel()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    # --- on the loop ------------------------------------------------------------------------------
+
+    def _begin(self, call: _Call[Any]) -> None:
+        call.task = self._loop.create_task(call.work)
+        self._note(call.task, cancelled_at_end=True)
+        call.task.add_done_callback(lambda _: self._ended(call))
+
+    def _note(self, task: asyncio.Task[Any], *, cancelled_at_end: bool) -> None:
+        self._tasks[task] = cancelled_at_end
+        task.add_done_callback(self._tasks.pop)
+
+    def _ended(self, call: _Call[Any]) -> None:
+        task, result = call.task, call.result
+        with suppress(concurrent.futures.InvalidStateError):  # `close` has not waited for it
+            if task.cancelled():
+                result.cancel()
+            elif (error := task.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(task.result())
+        self._undo(call)
+
+    def _interrupt(self, call: _Call[Any]) -> None:
+        call.interrupted = True
+        if call.task.done():
+            self._undo(call)
+        else:  # not in this turn: what has never begun would not do what it does at its end
+            self._loop.call_soon(_cancel, call.task)
+
+    def _undo(self, call: _Call[Any]) -> None:
+        """Of a call that came to a result which nobody has seen."""
+        task = call.task
+        if call.interrupted and call.undo and not task.cancelled() and task.exception() is None:
+            undoing = self._loop.create_task(call.undo(task.result()))
+            self._note(undoing, cancelled_at_end=False)
+            call.undo = None
+
+    def _end(self) -> None:
+        self._loop.call_later(END_TIMEOUT_S, self._loop.stop)
+        self._ending = self._loop.create_task(self._cancel_all())
+
+    async def _cancel_all(self) -> None:
+        for task, cancelled_at_end in self._tasks.items():
+            if cancelled_at_end:
+                _cancel(task)
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._loop.stop()
+
+
+def _cancel(task: asyncio.Task[Any]) -> None:
+    """Once: a second time would break off what it does at its end."""
+    if not task.cancelling():
+        task.cancel()
