@@ -187,7 +187,7 @@ class SimCluster:
         for look in self.on_crash:
             look(server)
         process.kill()
-        outside(self.network.crash, name)
+        outside(lambda: self.network.crash(name, silent=power))
         lost = server.machine.lose_process(power=power)
         if server.node is not None and server.node.fatal.done():
             server.node.fatal.exception()  # it dies before it could say why: that is not a failure of the product

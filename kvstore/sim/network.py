@@ -62,6 +62,7 @@ class SimNetwork:
         self._delays: dict[tuple[str, str], tuple[float, float]] = {}
         self.blocked: dict[tuple[str, str], float] = {}  # path -> until when; nearly always empty
         self._hosts: dict[str, SimHost] = {}
+        self._off: dict[str, None] = {}  # machines without power
         self._listeners: dict[str, tuple[SimHost, OnPipe]] = {}
         self._pipes: dict[int, SimPipe] = {}  # ends that are not closed, by number
         self._number = 0
@@ -72,6 +73,7 @@ class SimNetwork:
     def host(self, name: str) -> SimHost:
         """The network as one host sees it. After `crash` a new one of the same name may be made."""
         assert name not in self._hosts, f"{name} runs already"
+        self._off.pop(name, None)
         self._hosts[name] = SimHost(self, name)
         return self._hosts[name]
 
@@ -124,8 +126,12 @@ class SimNetwork:
         return len(mine)
 
     def crash(self, name: str, *, silent: bool = False) -> None:
-        """The host is gone: nobody listens, its connections end. `silent`: the others get no word of that."""
+        """The host is gone: nobody listens, its connections end. `silent`: the machine is off, and no answer comes from it;
+        the others get no word of that until it is made again, and then each by what it sends next.
+        """
         host = self._hosts.pop(name)
+        if silent:
+            self._off[name] = None
         for address in [a for a, (owner, _) in self._listeners.items() if owner is host]:
             del self._listeners[address]
         for pipe in [pipe for pipe in self._pipes.values() if pipe.local == name]:
@@ -172,6 +178,13 @@ class SimNetwork:
     def unlisten(self, host: SimHost) -> None:
         for address in [a for a, (owner, _) in self._listeners.items() if owner is host]:
             del self._listeners[address]
+
+    def is_off(self, name: str) -> bool:
+        return name in self._off
+
+    def is_up(self, name: str) -> bool:
+        """Whether a host of this name runs."""
+        return name in self._hosts
 
     def listener(self, address: str) -> tuple[SimHost, OnPipe] | None:
         return self._listeners.get(address)
@@ -272,7 +285,7 @@ class SimHost:
         now, network = asyncio.get_running_loop().time(), self._network
         there = network.blocked_until(self.name, target)
         back = network.blocked_until(target, self.name)
-        return max(there, back) <= now
+        return max(there, back) <= now and not network.is_off(target)
 
     def attend(self, path: str, pipe: SimPipe, on_pipe: OnPipe) -> None:
         self._served += 1
@@ -411,6 +424,7 @@ class _Direction:
         self._last_at = 0.0
         self._ended = self._departed_end = False  # nothing is sent any more
         self.discards = False  # the receiving end is closed
+        self.is_silent = False  # the sending end is gone, and nobody was told
         self._writers: deque[asyncio.Future[None]] = deque()
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SimLoop)
@@ -425,6 +439,8 @@ class _Direction:
         self.unacked_bytes += len(frame)
         if not self.discards:
             self._launch(frame)
+        elif self.opposite.is_silent and self._network.is_up(self.target):
+            self.opposite.refuse()
 
     def finish(self) -> None:
         """The end travels behind everything that was sent."""
@@ -442,8 +458,13 @@ class _Direction:
         self.finish()
 
     def silence(self) -> None:
-        """Nothing more comes, and no word of it."""
-        self._ended = True
+        """Nothing more comes, and no word of it, but for `refuse`."""
+        self._ended = self.is_silent = True
+
+    def refuse(self) -> None:
+        """The source was away, and knows nothing of the connection by which it has got something now."""
+        self.is_silent = False
+        self._depart(None)
 
     def discard(self) -> None:
         """The receiving end is gone: what arrives from now on is thrown away, and never acknowledged."""

@@ -194,6 +194,35 @@ async def test_after_a_silent_crash_nothing_comes_and_nothing_is_taken(world: Wo
 
 
 @simulated
+async def test_a_machine_without_power_does_not_even_refuse(world: World) -> None:
+    world.network.crash("b", silent=True)
+    with pytest.raises(PipeClosed, match=r"within 10 s"):
+        await world.pair(timeout_s=10.0)
+    assert world.network.counters["refused"] == 0
+    world.hosts["b"] = world.network.host("b")
+    with pytest.raises(PipeClosed, match="refused"):
+        await world.pair()
+    await world.serve()
+    await world.pair()
+
+
+@simulated
+async def test_a_machine_that_is_back_ends_an_old_connection_when_it_gets_something(
+    world: World,
+) -> None:
+    near, _ = await world.pair()
+    world.network.crash("b", silent=True)
+    near.try_send(b"into the void")
+    world.hosts["b"] = world.network.host("b")
+    await asyncio.sleep(1000.0)
+    assert not near.incoming.arrived_end
+    near.try_send(b"to one that knows nothing of it")
+    assert await read_to_end(near) == []
+    with pytest.raises(PipeClosed):
+        near.try_send(b"x")
+
+
+@simulated
 async def test_the_news_of_an_abort_does_not_cross_a_partition(world: World) -> None:
     near, far = await world.pair()
     world.network.partition("a", "b")
