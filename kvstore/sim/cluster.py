@@ -27,7 +27,7 @@ from kvstore.identity import Identity
 from kvstore.node import Node
 from kvstore.sim.adapters import WALL_EPOCH_S, Machine, SimAdapters, SimClock
 from kvstore.sim.disk import INJECTED
-from kvstore.sim.loop import SimLoop
+from kvstore.sim.loop import LOOKED_AT_S, UNSEEN, SimLoop
 from kvstore.sim.network import SimNetwork
 from kvstore.sim.process import Killed, Process, ProcessDied, outside
 from kvstore.sim.trace import Trace
@@ -186,6 +186,7 @@ class SimCluster:
             return
         for look in self.on_crash:
             look(server)
+        self.tell_unseen(process)
         process.kill()
         outside(self.network.crash, name)
         lost = server.machine.lose_process(power=power)
@@ -269,6 +270,7 @@ class SimCluster:
         client = self.clients[name]
         if not client.dead:
             self.trace.note("crash", name)
+            self.tell_unseen(client.process)
             client.process.kill()
             outside(self.network.crash, name)
 
@@ -282,6 +284,21 @@ class SimCluster:
             text += "\n" + "".join(traceback.format_exception(error))
         self.problems.append(f"at {self.loop.time():.6f}: {text}")
         self.trace.note("problem", text.partition("\n")[0])
+
+    def tell_unseen(self, process: Process | None = None) -> None:
+        """Of what tasks of a process that is about to die have failed with (None: of the world, and all that live), a
+        problem for each that nobody has looked at."""
+        age_s = LOOKED_AT_S if process is not None else 0.0
+        for error in self.loop.unseen(process, age_s):
+            outside(self.problem, f"unhandled: {UNSEEN}: {error!r}", error)
+
+    def log_record(self, text: str) -> None:
+        """Kvorum has logged that something is wrong: nothing that a fault does is that, so it is a problem.
+
+        What disks, networks and damage bring about is foreseen, and told by errors, `fatal` and warnings. Records at
+        ERROR are of what nobody foresaw (a link or a dial that failed so).
+        """
+        outside(self.problem, f"logged: {text}")
 
     def _fatal(self, server: Server, process: Process, fatal: asyncio.Future[None]) -> None:
         error = fatal.exception()

@@ -152,7 +152,7 @@ class _Scenario:
     async def play(self) -> None:
         result, cluster = self._result, self._cluster
         began = self._loop.time()
-        with self._observers.watching_outcomes():
+        with self._observers.watching_outcomes(), logs.overheard(cluster.log_record):
             watch = self._loop.create_task(self._observers.watch())
             try:
                 await cluster.start()
@@ -169,6 +169,7 @@ class _Scenario:
             finally:
                 watch.cancel()
                 self._observers.look()
+                cluster.tell_unseen()
                 result.problems += cluster.problems
                 counts = self._clients.counts
                 result.operations = counts.ok
