@@ -24,6 +24,7 @@ from kvstore.sim.workloads import Clients, draw_workloads
 from kvstore.snapshots import spans_of
 from kvstore.testing.history import History
 from kvstore.testing.workloads import Workload
+from kvstore.testing.workloads.base import TOO_OLD
 from kvstore.testing.workloads.traced import Traced
 from replication import probes
 from txn.state import RangeRow
@@ -125,6 +126,7 @@ class _Scenario:
         result.workloads = draw_workloads(rng, result.history, options.workloads)
         if config.txn.retention_s < LIMIT_S:
             for workload in result.workloads:
+                workload.foreseen |= set(TOO_OLD)
                 if isinstance(workload, Traced):
                     workload.token_share = 0.0
         self._clients = Clients(

@@ -7,18 +7,25 @@ stop for no good reason, and a cluster that does not serve when it must.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kvstore import connections, logs, streams
 from kvstore.client import Database
+from kvstore.errors import CODES, KVError, SnapshotTooOld
 from kvstore.router import Router
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import SimCluster
 from kvstore.sim.scenario import Options, Result, run
+from kvstore.testing.history import TxnOp
 from kvstore.testing.simulation import SimulationFailed, simulate
+from kvstore.testing.workloads import WORKLOADS
+from kvstore.testing.workloads.base import FORESEEN, TOO_OLD
+from kvstore.transactions import Transaction
 
 SHORT = Options(seconds=3.0, clients=2, ops=10, faults=False)
 
@@ -115,3 +122,35 @@ def test_a_test_of_a_user_fails_for_a_task_of_a_node_and_for_a_logged_error() ->
 
     with pytest.raises(SimulationFailed, match="this is wrong address='n1'"):
         passes_and_logs()
+
+
+@pytest.mark.parametrize("workload", ["bank", "exactly-once"])
+def test_a_failure_that_no_fault_explains_is_a_problem_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, workload: str
+) -> None:
+    async def refused(_tx: Transaction, **_: Any) -> int:
+        raise KVError("planted", code="internal_error")
+
+    commit = Transaction.commit
+    calls = 0
+
+    async def sometimes(tx: Transaction, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return await (commit(tx, **options) if calls % 4 else refused(tx))
+
+    monkeypatch.setattr(Transaction, "commit", sometimes)
+    result = run(3, replace(SHORT, workloads=(workload,)))
+    assert result.finished
+    assert told(result, f"Unforeseen: {workload}: internal_error: ")
+    assert result.failed or workload == "exactly-once", "where it is tried again, none need fail"
+
+
+def test_what_is_kept_for_seconds_may_be_too_old_and_what_is_kept_for_long_may_not() -> None:
+    error = SnapshotTooOld()
+    for foreseen, problems in ((set(FORESEEN), 1), ({*FORESEEN, *TOO_OLD}, 0)):
+        workload = WORKLOADS["bank"](random.Random(1), [b"a/"])
+        workload.foreseen = foreseen
+        workload.settle(TxnOp("c", b"look", 1), error, "look")
+        assert len(workload.problems) == problems
+    assert {*FORESEEN, *TOO_OLD} <= set(CODES)
