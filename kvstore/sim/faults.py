@@ -66,6 +66,9 @@ class Nemesis:
         self._times = random.Random(f"{self._seed}/faults")
         self._tasks: list[asyncio.Task[None]] = []
         self.flushes: list[asyncio.Task[None]] = []  # kept until the end
+        self.left: list[
+            Callable[[], None]
+        ] = []  # what faults without an end of their own leave, to be taken away
         self._over = False
         for server in cluster.servers.values():
             server.machine.on_io.append(self._on_io)
@@ -113,6 +116,8 @@ class Nemesis:
         network.set_delay(hosts, hosts, None)
         network.heal()
         self.messages.clear()
+        while self.left:
+            self.left.pop()()  # the last first: one may stand on another
         for name in hosts:
             process = cluster.process(name)
             if process is not None:

@@ -180,6 +180,19 @@ def test_a_coordinator_dies_amid_its_commit_and_nothing_stays_undecided() -> Non
     assert left_undecided >= 3
 
 
+def test_a_client_that_was_to_die_in_its_next_commit_lives_once_all_is_healed() -> None:
+    async def test(world: World) -> None:
+        send = world.client.database.router.send
+        for number in (1, 2):
+            assert world.inflict("commit_crash", number)
+        await world.nemesis.heal()
+        assert world.client.database.router.send == send
+        await world.write(30)
+        assert not world.client.dead
+
+    play(test)
+
+
 def undecided(world: World) -> bool:
     return any(
         any(server.node.status()["transactions"].values())
