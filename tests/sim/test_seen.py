@@ -16,7 +16,7 @@ import pytest
 
 from kvstore import connections, logs, streams
 from kvstore.client import Database
-from kvstore.errors import CODES, KVError, SnapshotTooOld
+from kvstore.errors import CODES, KVError, NoQuorum, SnapshotTooOld
 from kvstore.router import Router
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import SimCluster
@@ -154,3 +154,18 @@ def test_what_is_kept_for_seconds_may_be_too_old_and_what_is_kept_for_long_may_n
         workload.settle(TxnOp("c", b"look", 1), error, "look")
         assert len(workload.problems) == problems
     assert {*FORESEEN, *TOO_OLD} <= set(CODES)
+
+
+def test_a_cluster_that_reads_and_does_not_write_in_peace_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put = Database.put
+
+    async def refused_at_the_end(db: Database, key: bytes, *rest: Any, **options: Any) -> int:
+        if key.startswith(b"s/peace/"):
+            raise NoQuorum("planted")
+        return await put(db, key, *rest, **options)
+
+    monkeypatch.setattr(Database, "put", refused_at_the_end)
+    result = run(3, SHORT)
+    assert told(result, "in peace a new client is not served: NoQuorum('planted')")
