@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final, Literal, TextIO
 
 import structlog
@@ -26,6 +27,12 @@ LIBRARIES_LEVEL: Final = (
     logging.WARNING
 )  # of loggers that are not ours: their chatter is not our operators' concern
 OURS: Final = ("kvstore", "txn", "replication", "tools")
+ERRORS: Final = (
+    "error",
+    "exception",
+    "critical",
+    "fatal",
+)  # methods whose records say that something is wrong
 
 
 _chain: Final[list[Processor]] = [
@@ -96,6 +103,36 @@ def silenced(*, unless_set: bool = False) -> Iterator[None]:
     finally:
         for each, level in levels:
             each.setLevel(level)
+
+
+@contextmanager
+def overheard(tell: Callable[[str], None]) -> Iterator[None]:
+    """`tell` hears of each of our records at ERROR or above meanwhile, in words, whoever else sees it or does not."""
+
+    def look(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if method in ERRORS:
+            tell(_in_words(event))
+        return event
+
+    _chain.insert(0, look)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # `set_up` was called meanwhile
+            _chain.remove(look)
+
+
+def _in_words(event: EventDict) -> str:
+    """Event, fields, and the traceback of the exception, if there is one."""
+    fields = {name: value for name, value in event.items() if name not in {"event", "exc_info"}}
+    told = " ".join(
+        [str(event.get("event")), *(f"{name}={value!r}" for name, value in fields.items())]
+    )
+    cause = event.get("exc_info")
+    error = cause if isinstance(cause, BaseException) else sys.exc_info()[1] if cause else None
+    if error is None:
+        return told
+    return f"{told}: {error!r}\n{''.join(traceback.format_exception(error))}"
 
 
 def _shared(*, as_json: bool) -> list[Processor]:

@@ -113,6 +113,8 @@ def _one(given: argparse.Namespace) -> int:
 
 def _line(verdict: Verdict) -> str:
     faults = ", ".join(f"{name} {count}" for name, count in verdict.faults.items()) or "none"
+    if verdict.frozen:
+        faults += f"; frozen while the others went on: {verdict.frozen}"
     return (
         f"seed {verdict.seed}: {'FAILED' if verdict.problems else 'ok'}, {verdict.seconds:.1f} simulated seconds, "
         f"{verdict.operations} operations ({verdict.failed} failed, {verdict.unknown} unknown), faults: {faults}"
@@ -147,6 +149,7 @@ def _as_json(verdict: Verdict, options: Options) -> dict[str, Any]:
             "unknown": verdict.unknown,
         },
         "faults": verdict.faults,
+        "frozen": verdict.frozen,
         "probes": verdict.probes,
         "command": command(verdict.seed, options),
     }

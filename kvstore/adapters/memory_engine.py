@@ -29,6 +29,9 @@ from kvstore.errors import (
 
 CURSOR_ROWS_MAX: Final = 64  # read ahead by one step of a cursor
 CURSOR_BYTES_MAX: Final = 256 * 1024
+ROTTEN: Final = (
+    "lies in a damaged block"  # is in the text of every error that `damage` brings about
+)
 BLOCK_ROWS: Final = 16  # that one damaged block may hold
 WRITE_BUFFER_BYTES: Final = 64 * 1024 * 1024  # a flush happens by itself when as much is unflushed
 
@@ -366,7 +369,7 @@ def _view_closed() -> EngineClosed:
 
 
 def _corrupt(key: bytes) -> CorruptionError:
-    return CorruptionError(f"the row {key!r} is damaged")
+    return CorruptionError(f"the row {key!r} {ROTTEN}")
 
 
 def _require_bytes(value: bytes) -> None:

@@ -3,8 +3,8 @@
 `SimCluster` is driven from the world (no process): it starts nodes, crashes, pauses and restarts them, and gives out
 clients, each a process and a host of its own. Nodes are named n1, n2, ...; clients by their user.
 A node that gives up because its disk failed (as it was told to) counts as crashed, and `on_failure` hears of it. One
-whose disk was damaged may find its data corrupt: then it is retired for good. Any other fatal error, and any exception
-that nobody handled, is kept in `problems`.
+whose engine was damaged may find a row corrupt: then it is retired for good. Any other fatal error, any exception that
+nobody handled or looked at, and what is logged as an error is kept in `problems`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvstore.adapters.memory_engine import ROTTEN
 from kvstore.bootstrap import InitRequest, mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import (
@@ -27,16 +28,16 @@ from kvstore.identity import Identity
 from kvstore.node import Node
 from kvstore.sim.adapters import WALL_EPOCH_S, Machine, SimAdapters, SimClock
 from kvstore.sim.disk import INJECTED
-from kvstore.sim.loop import SimLoop
+from kvstore.sim.loop import LOOKED_AT_S, UNSEEN, SimLoop
 from kvstore.sim.network import SimNetwork
 from kvstore.sim.process import Killed, Process, ProcessDied, outside
 from kvstore.sim.trace import Trace
-from replication.errors import LogDiskFull, LogWriteFailed, ReplicationError
+from replication.errors import LogDiskFull, LogWriteFailed
 
 PORT: Final = 7400
 SPLITS: Final = (b"h", b"p")
 SEGMENT_BYTES: Final = 256 * 1024
-START_S: Final = 30.0
+ENGINE_ROT: Final = "engine_rot"  # among what was done to a node's data: rows of its engine
 
 
 class SimNode(Node):
@@ -169,7 +170,7 @@ class SimCluster:
             if injected(error):
                 self._failed(server, error)
                 return
-            if server.damage and isinstance(error, (KVError, ReplicationError)):
+            if rotten(server, error):
                 self._retire(server, error)
                 return
             self.problem(f"{name} does not start: {error!r}", error)
@@ -186,6 +187,7 @@ class SimCluster:
             return
         for look in self.on_crash:
             look(server)
+        self.tell_unseen(process)
         process.kill()
         outside(lambda: self.network.crash(name, silent=power))
         lost = server.machine.lose_process(power=power)
@@ -269,6 +271,7 @@ class SimCluster:
         client = self.clients[name]
         if not client.dead:
             self.trace.note("crash", name)
+            self.tell_unseen(client.process)
             client.process.kill()
             outside(self.network.crash, name)
 
@@ -283,13 +286,28 @@ class SimCluster:
         self.problems.append(f"at {self.loop.time():.6f}: {text}")
         self.trace.note("problem", text.partition("\n")[0])
 
+    def tell_unseen(self, process: Process | None = None) -> None:
+        """Of what tasks of a process that is about to die have failed with (None: of the world, and all that live), a
+        problem for each that nobody has looked at."""
+        age_s = LOOKED_AT_S if process is not None else 0.0
+        for error in self.loop.unseen(process, age_s):
+            outside(self.problem, f"unhandled: {UNSEEN}: {error!r}", error)
+
+    def log_record(self, text: str) -> None:
+        """Kvorum has logged that something is wrong: nothing that a fault does is that, so it is a problem.
+
+        What disks, networks and damage bring about is foreseen, and told by errors, `fatal` and warnings. Records at
+        ERROR are of what nobody foresaw (a link or a dial that failed so).
+        """
+        outside(self.problem, f"logged: {text}")
+
     def _fatal(self, server: Server, process: Process, fatal: asyncio.Future[None]) -> None:
         error = fatal.exception()
         outside(self._give_up, server, process, error)
 
     def _give_up(self, server: Server, process: Process, error: BaseException | None) -> None:
         current = server.process is process and not process.dead
-        if current and server.damage and isinstance(error, CorruptionError):
+        if current and rotten(server, error):
             self._retire(server, error)
         elif current and injected(error):
             self._failed(server, error)
@@ -323,6 +341,17 @@ def injected(error: BaseException | None) -> bool:
     if isinstance(error, LogDiskFull | DiskFull):
         return True
     return isinstance(error, OSError | LogWriteFailed | StorageError) and INJECTED in str(error)
+
+
+def rotten(server: Server, error: BaseException | None) -> bool:
+    """Whether damage done to this node may stop all of it: a row of its engine that cannot be read, and nothing else.
+
+    A log that is damaged costs the ranges whose records are lost, each of which is refused; the others go on. A node that
+    does not start, or ends, for that is a problem, and so is one whose engine is damaged and which gives another reason.
+    """
+    return (
+        ENGINE_ROT in server.damage and isinstance(error, CorruptionError) and ROTTEN in str(error)
+    )
 
 
 def small_logs(config: NodeConfig) -> NodeConfig:

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from kvstore.sim.adapters import QUICK_S, Machine
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Server, SimCluster
+from kvstore.sim.core import Frozen
 from kvstore.sim.kinds import KINDS, RARE, Kinds, Trap
 from kvstore.sim.messages import MessageFaults
 from kvstore.sim.process import PROCESS
@@ -66,6 +67,9 @@ class Nemesis:
         self._times = random.Random(f"{self._seed}/faults")
         self._tasks: list[asyncio.Task[None]] = []
         self.flushes: list[asyncio.Task[None]] = []  # kept until the end
+        self.left: list[
+            Callable[[], None]
+        ] = []  # what faults without an end of their own leave, to be taken away
         self._over = False
         for server in cluster.servers.values():
             server.machine.on_io.append(self._on_io)
@@ -99,8 +103,11 @@ class Nemesis:
         rng = random.Random(f"{self._seed}/fault/{number}")
         KINDS[name](Kinds(self, rng, number, name))
 
-    async def heal(self) -> None:
-        """End every fault: all processes run, the network is whole, disks are quick, writable and not full."""
+    async def heal(self, frozen: Frozen | None = None) -> None:
+        """End every fault: all processes run, the network is whole, disks are quick, writable and not full.
+
+        frozen: begins at this instant, and is all that is left. After it ended, `heal` again.
+        """
         cluster = self.cluster
         self._over = True
         self.traps.clear()
@@ -113,6 +120,8 @@ class Nemesis:
         network.set_delay(hosts, hosts, None)
         network.heal()
         self.messages.clear()
+        while self.left:
+            self.left.pop()()  # the last first: one may stand on another
         for name in hosts:
             process = cluster.process(name)
             if process is not None:
@@ -120,7 +129,13 @@ class Nemesis:
             cluster.resume(name)
         for server in cluster.servers.values():
             self.mend(server.machine)
-            await cluster.restart(server.name)
+        if frozen is not None:
+            frozen.begin()
+        for server in cluster.servers.values():
+            if frozen is None or not frozen.is_down(server.name):
+                await cluster.restart(server.name)
+        if frozen is not None:
+            frozen.hold()
 
     def leave(self) -> None:
         """After `heal`: the cluster does not know of it any more. For one of several that come and go."""

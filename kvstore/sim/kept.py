@@ -77,6 +77,11 @@ class KeptCluster(SimCluster):
             self._paused.clear()
             self.network.let_go()
 
+    def crash_client(self, name: str) -> None:
+        """What tasks of a user's process have failed with was his to look at, maybe later: it dies with the process."""
+        self.loop.unseen(self.clients[name].process)
+        super().crash_client(name)
+
     async def restart(self, name: str) -> None:
         if name not in self._down:
             await super().restart(name)

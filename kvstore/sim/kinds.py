@@ -199,6 +199,11 @@ def _commit_crash(fault: Kinds) -> None:
 
     router.send = watched
 
+    def restore() -> None:
+        router.send = send
+
+    fault.nemesis.left.append(restore)
+
 
 # -- network
 

@@ -15,12 +15,13 @@ import gc
 import heapq
 import random
 import threading
+import weakref
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar, TypeVarTuple
 
 from kvstore.sim.process import (
     PROCESS,
@@ -46,6 +47,8 @@ ROUNDING_S: Final = 1e-9  # above what a clock loses in its last bits: a timer i
 INSTANT_S: Final = 0.001
 STEPS_MAX: Final = 50_000  # of the loop within one such instant of virtual time
 COLLECT_STEPS: Final = 200_000  # steps of the loop between two garbage collections
+LOOKED_AT_S: Final = 1.0  # within which whoever waits for a task has learned of its failure
+UNSEEN: Final = "Task exception was never retrieved"  # as asyncio says it
 
 
 class SimError(RuntimeError):
@@ -62,6 +65,14 @@ class SimLivelock(SimError):
 
 class SimTimeout(SimError):
     """The main coroutine has not ended by the virtual time limit."""
+
+
+class _Failure(NamedTuple):
+    """A task that failed, and when. Weak: whether it is kept, and when it is collected, stays what it is."""
+
+    task: weakref.ref[asyncio.Task[Any]]
+    process: Process | None
+    at: float
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -89,6 +100,7 @@ class SimLoop(asyncio.BaseEventLoop):
             int, asyncio.Task[Any]
         ] = {}  # tasks of the world that have not ended, in order of creation
         self._processes: dict[int, Process] = {}  # that ever had a task
+        self._failures: list[_Failure] = []  # that somebody may yet look at
         self._thread = threading.get_ident()
         self._world = world()
 
@@ -178,8 +190,42 @@ class SimLoop(asyncio.BaseEventLoop):
         if process is not None:
             self._processes[id(process)] = process
         running[number] = task
-        task.add_done_callback(lambda _: running.pop(number, None))
+
+        def ended(_: object) -> None:
+            running.pop(number, None)
+            if task._log_traceback:  # noqa: SLF001 - asyncio's own mark: it failed, and nobody has looked yet
+                self._failures.append(_Failure(weakref.ref(task), process, self.now))
+
+        task.add_done_callback(ended)
         return task
+
+    def unseen(self, process: Process | None = None, age_s: float = 0.0) -> list[BaseException]:
+        """What tasks have failed with that nobody has looked at, once each. asyncio tells of one when it collects the
+        task: too late for one in a cycle of references (such as an object that keeps its own task), never for one that
+        somebody keeps.
+
+        Args: process: of this one alone; None: of the world and all that live. age_s: only what failed so long ago; what
+        is younger is left for later, or, if a process is named, to nobody: it dies, and who waited for the task with it.
+        """
+        found, left = [], []
+        for failure in self._failures:
+            task = failure.task()
+            if task is None or not task._log_traceback:  # noqa: SLF001
+                continue
+            whose = failure.process
+            if process is not whose if process is not None else whose is not None and whose.dead:
+                left.append(failure)
+                continue
+            if self.now - failure.at >= age_s:
+                error = task.exception()
+                assert error is not None
+                found.append(error)
+            elif process is None:
+                left.append(failure)
+            else:
+                task._log_traceback = False  # noqa: SLF001
+        self._failures = left
+        return found
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None

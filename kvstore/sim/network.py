@@ -24,7 +24,7 @@ from crc32c import crc32c
 from kvstore.errors import KVError, PipeClosed
 from kvstore.ports import FramePipe
 from kvstore.sim.loop import SimLoop
-from kvstore.sim.process import PROCESS
+from kvstore.sim.process import PROCESS, world
 from kvstore.sim.reader import Reader
 from kvstore.sim.trace import Trace
 from replication.errors import FrameError
@@ -63,18 +63,20 @@ class SimNetwork:
         self.blocked: dict[tuple[str, str], float] = {}  # path -> until when; nearly always empty
         self._hosts: dict[str, SimHost] = {}
         self._off: dict[str, None] = {}  # machines without power
+        self.on_host: list[Callable[[str], None]] = []  # hear of each new host
         self._listeners: dict[str, tuple[SimHost, OnPipe]] = {}
         self._pipes: dict[int, SimPipe] = {}  # ends that are not closed, by number
         self._number = 0
         self._port = FIRST_PORT
-        self.context = contextvars.copy_context()  # frames on their way are nobody's process
-        self.context.run(PROCESS.set, None)
+        self.context = world()  # frames on their way are nobody's process
 
     def host(self, name: str) -> SimHost:
         """The network as one host sees it. After `crash` a new one of the same name may be made."""
         assert name not in self._hosts, f"{name} runs already"
         self._off.pop(name, None)
         self._hosts[name] = SimHost(self, name)
+        for look in self.on_host:
+            look(name)
         return self._hosts[name]
 
     # --- faults -----------------------------------------------------------------------------------------------

@@ -1,34 +1,44 @@
-"""One seed: a cluster, clients, a nemesis, and afterwards peace, in which everything must come to its end."""
+"""One seed: a cluster, clients, a nemesis, and afterwards peace, in which everything must come to its end.
+
+Between the two, in some seeds, a minority of the nodes stays in a fault, and the others must go on without it (core.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, TextIO
 
 import msgspec
 
 from kvstore import logs
+from kvstore.client import Database
 from kvstore.config import LimitsSection, LogSection, NodeConfig, StorageSection, TxnSection
 from kvstore.errors import KVError
 from kvstore.limits import KIB, MIB
 from kvstore.sim import loop as simulated
 from kvstore.sim.cluster import Server, SimCluster, small_logs
+from kvstore.sim.core import Frozen, draw_frozen
 from kvstore.sim.faults import Fault, Nemesis
 from kvstore.sim.observers import Observers
 from kvstore.sim.points import Points
+from kvstore.sim.process import ProcessDied
 from kvstore.sim.trace import Trace
-from kvstore.sim.workloads import Clients, draw_workloads
+from kvstore.sim.workloads import PLACES, Clients, draw_workloads
 from kvstore.snapshots import spans_of
 from kvstore.testing.history import History
 from kvstore.testing.workloads import Workload
+from kvstore.testing.workloads.base import TOO_OLD, first_of_each_kind
 from kvstore.testing.workloads.traced import Traced
+from kvstore.transactions import Transaction
 from replication import probes
 from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
+CALL_S: Final = 20.0  # of who asks in peace, for each call
 LIMIT_S: Final = 600.0
 PAUSE_SHARE: Final = (
     0.75  # of a client's time that passes between operations, if nothing goes wrong
@@ -48,6 +58,9 @@ class Options:
     mean_s: float = 0.0  # between two faults; as the seed draws it if 0
     hold_s: float = 0.0  # how long a fault lasts, about; as the seed draws it if 0
     workloads: tuple[str, ...] = ()  # exactly these; what the seed draws if empty
+    frozen: str = (
+        ""  # what a minority stays in; as the seed draws it if empty, core.NEVER: there is none
+    )
     faults_kept: frozenset[int] | None = None  # numbers of the faults that happen; all if None
     ops_kept: frozenset[tuple[int, int]] | None = None  # (client's place, number); all if None
     config: NodeConfig | None = None  # as the seed draws it if None
@@ -69,6 +82,9 @@ class Result:
     finished: bool = False  # the workloads have read what is left, and can be checked
     entries: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    frozen: str = (
+        ""  # in what a minority stayed while the others had to go on; empty: there was none
+    )
     happened: dict[int, Fault] = field(default_factory=dict)  # each fault, by its number
     probes: dict[str, int] = field(default_factory=dict)  # rare paths: how often each was taken
     digest: str = ""
@@ -90,9 +106,9 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
             simulated.run(play, seed, time_limit_s=LIMIT_S)
         except simulated.SimError as error:
             result.problems.append(f"{type(error).__name__}: {error}")
-    if result.finished:
-        for workload in result.workloads:
-            result.problems += workload.check()
+    for workload in result.workloads:  # what it saw while it ran stands, whatever became of the end
+        found = workload.check() if result.finished else first_of_each_kind(workload.problems)
+        result.problems += found
     return result
 
 
@@ -125,6 +141,7 @@ class _Scenario:
         result.workloads = draw_workloads(rng, result.history, options.workloads)
         if config.txn.retention_s < LIMIT_S:
             for workload in result.workloads:
+                workload.foreseen |= set(TOO_OLD)
                 if isinstance(workload, Traced):
                     workload.token_share = 0.0
         self._clients = Clients(
@@ -152,7 +169,7 @@ class _Scenario:
     async def play(self) -> None:
         result, cluster = self._result, self._cluster
         began = self._loop.time()
-        with self._observers.watching_outcomes():
+        with self._observers.watching_outcomes(), logs.overheard(cluster.log_record):
             watch = self._loop.create_task(self._observers.watch())
             try:
                 await cluster.start()
@@ -160,6 +177,7 @@ class _Scenario:
                 self._clients.begin()
                 if self._options.faults:
                     await self._nemesis.run(self._options.seconds)
+                await self._core()
                 await self._nemesis.heal()
                 self._observers.calm()
                 self._points.off = True
@@ -169,6 +187,7 @@ class _Scenario:
             finally:
                 watch.cancel()
                 self._observers.look()
+                cluster.tell_unseen()
                 result.problems += cluster.problems
                 counts = self._clients.counts
                 result.operations = counts.ok
@@ -182,32 +201,80 @@ class _Scenario:
 
     # -- peace
 
-    async def _peace(self) -> None:
-        """Liveness: every client ends, a new one reads all, nothing stays undecided, replicas are equal."""
-        if not await self._until(
-            lambda: self._clients.finished,
-            "nothing succeeds, and the clients do not finish",
-            lambda: self._clients.counts.ok,
-        ):
+    async def _core(self) -> None:
+        """Liveness with a majority: a minority stays in its fault, and clients end, all ranges are read and written, and
+        nothing stays undecided all the same. In some seeds, see core.py."""
+        frozen = draw_frozen(self._cluster, self._options.frozen) if self._options.faults else None
+        if frozen is None:
             return
-        reader = await self._cluster.client("reader", 20.0)
+        self._result.frozen = frozen.kind
+        await self._nemesis.heal(frozen)
+        self._points.off = True
+        supervisor = self._loop.create_task(self._supervise(frozen))
+        where = f"with {frozen}"
+        try:
+            if await self._ended(where) and await self._served("core", where):
+                decided = partial(self._decided, frozen.names)
+                await self._until(decided, f"{where} transactions stay undecided")
+        finally:
+            supervisor.cancel()
+            frozen.end()
+
+    async def _ended(self, where: str) -> bool:
+        """Whether all clients come to their end."""
+        return await self._until(
+            lambda: self._clients.finished,
+            f"{where} nothing succeeds, and the clients do not finish",
+            lambda: self._clients.counts.ok,
+        )
+
+    async def _served(self, name: str, where: str) -> bool:
+        """Whether one who was not there before can write a key of each range, all of them at once, and read them.
+
+        No workload has such keys, or looks at them.
+        """
+        keys = [place + b"peace/" + name.encode() for place in PLACES]
+
+        async def serve() -> None:
+            client = await self._cluster.client(name, CALL_S)
+            await client.process.call(_write_and_read(client.database, keys))
+
+        try:
+            async with asyncio.timeout(PEACE_S):
+                await serve()
+        except (KVError, TimeoutError, ProcessDied) as error:
+            self._cluster.problem(f"{where} a new client is not served: {error!r}", error)
+            return False
+        return True
+
+    async def _peace(self) -> None:
+        """Liveness: every client ends, a new one writes and reads, nothing stays undecided, replicas are equal."""
+        if not await self._ended("in peace"):
+            return
+        if not await self._served("writer", "in peace"):
+            return
+        reader = await self._cluster.client("reader", CALL_S)
         try:
             await reader.process.call(self._clients.finish(reader.database))
         except KVError as error:
             self._cluster.problem(f"in peace, a read fails: {error!r}", error)
             return
         self._result.finished = True
-        if await self._until(self._decided, "transactions stay undecided"):
-            await self._until(self._level, "replicas do not reach one applied index")
+        if await self._until(self._decided, "in peace transactions stay undecided"):
+            await self._until(self._level, "in peace replicas do not reach one applied index")
             self._compare()
         self._count()
 
-    async def _supervise(self) -> None:
-        """A disk that failed just before peace ends its node a little later: boot it again, as an init system would."""
+    async def _supervise(self, frozen: Frozen | None = None) -> None:
+        """A disk that failed just before peace ends its node a little later: boot it again, as an init system would.
+        A disk that stalled just before lets its node go on when it is done: who is to stand still is stopped again."""
         while True:
             await asyncio.sleep(0.5)
             for name in self._cluster.servers:
-                await self._cluster.restart(name)
+                if frozen is None or not frozen.is_down(name):
+                    await self._cluster.restart(name)
+            if frozen is not None:
+                frozen.hold()
 
     async def _until(
         self, holds: Callable[[], bool], what: str, progress: Callable[[], int] = lambda: 0
@@ -218,7 +285,7 @@ class _Scenario:
             if (now := progress()) > before:
                 until, before = self._loop.time() + PEACE_S, now
             if self._loop.time() > until:
-                self._cluster.problem(f"after {PEACE_S:g} s of peace {what}: {self._picture()}")
+                self._cluster.problem(f"for {PEACE_S:g} s {what}: {self._picture()}")
                 return False
             await asyncio.sleep(0.1)
         return True
@@ -237,8 +304,10 @@ class _Scenario:
             lines.append(f"{server.name} {status.get('transactions')} {ranges}")
         return "; ".join(lines)
 
-    def _decided(self) -> bool:
+    def _decided(self, frozen: Sequence[str] = ()) -> bool:
         for server in self._whole():
+            if server.name in frozen:
+                continue
             if not server.running or server.node is None or server.node.store is None:
                 return False
             for number, replica in server.node.store.replicas.items():
@@ -290,6 +359,21 @@ class _Scenario:
                 for name, value in server.node.host.stats().items():
                     if isinstance(value, (int, float)):
                         counters[name] = counters.get(name, 0) + value
+
+
+async def _write_and_read(database: Database, keys: Sequence[bytes]) -> None:
+    """Each alone, then all in one transaction, then all at one version. Raises: KVError."""
+    for key in keys:
+        await database.put(key, b"alone")
+
+    async def put(tx: Transaction) -> None:
+        for key in keys:
+            tx.put(key, b"together")
+
+    await database.run(put)
+    found = await database.snapshot().get_many(keys)
+    if found != dict.fromkeys(keys, b"together"):
+        raise KVError(f"what was written is not what is read: {found}", code="lost_write")
 
 
 def rows_of(server: Server, row: RangeRow) -> list[tuple[bytes, bytes]]:

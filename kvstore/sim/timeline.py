@@ -39,7 +39,7 @@ def events(lines: Iterable[str]) -> Iterator[Event]:
             continue
         first, _, others = details.partition(" ")
         who = first if PLACE.match(first) else ""
-        if not who and kind.startswith(("fault", "heal", "peace")):
+        if not who and kind.startswith(("fault", "frozen", "heal", "peace")):
             who = NEMESIS
         told = others if who == first else details
         tell = WORDS.get(kind)
@@ -98,6 +98,7 @@ WORDS: Final[Mapping[str, Callable[[list[str]], str]]] = {
     "resume": lambda _: "goes on",
     "trap": lambda words: f"dies at its disk: {' '.join(words)}",
     "flush": lambda _: "engine flushed",
+    "frozen": lambda words: f"stays so, and the others must go on: {' '.join(words)}",
     "leads": lambda words: f"leads range {words[0]} in term {words[1]}",
     "follows": lambda words: f"no longer leads range {words[0]}, in term {words[1]}",
     "problem": lambda words: f"PROBLEM: {' '.join(words)}",

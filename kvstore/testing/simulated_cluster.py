@@ -441,11 +441,6 @@ class SimCluster:
 
     # --- for who runs the test --------------------------------------------------------------------
 
-    def node_processes(self) -> list[Process]:
-        """Of the nodes that run."""
-        running = (server.process for server in self._cluster().running())
-        return [process for process in running if process is not None]
-
     @property
     def problems(self) -> list[str]:
         """What went wrong in the cluster by itself: it is a defect of Kvorum, or an exception that nobody handled."""

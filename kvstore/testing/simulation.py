@@ -18,7 +18,6 @@ import gc
 import inspect
 import traceback
 import unittest
-import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import CodeType, TracebackType
@@ -28,8 +27,8 @@ from kvstore import logs
 from kvstore.adapters.real_world import kept_out
 from kvstore.sim import cluster as internal
 from kvstore.sim import loop as simulated
-from kvstore.sim.loop import SimError, SimTimeout
-from kvstore.sim.process import Process, ProcessDied, process_of
+from kvstore.sim.loop import UNSEEN, SimError, SimLoop, SimTimeout
+from kvstore.sim.process import Process, ProcessDied
 from kvstore.testing import seeds as wishes
 from kvstore.testing.simulated_cluster import (
     CALL_TIMEOUT_S,
@@ -47,7 +46,9 @@ SEEDS: Final = 100
 TIMEOUT_S: Final = 120.0
 CLUSTER, DB = "cluster", "db"  # the arguments that are ours
 FRAMES_MAX: Final = 20
-NEVER_SEEN: Final = "Task exception was never retrieved"  # as asyncio says it
+SETTLE_STEPS: Final = (
+    5  # of the loop, after which who waits for a task that has just failed has learned of it
+)
 
 
 class SimulationFailed(AssertionError):
@@ -144,8 +145,12 @@ def _play(
     """One seed. Returns what it failed with, with its note."""
     run = Run(seed)
     try:
-        with logs.silenced(unless_set=True), kept_out(f"user/{seed}", SimError):
-            simulated.run(lambda _loop: _played(run, options, ours, test, args, kwargs), seed)
+        with (
+            logs.silenced(unless_set=True),
+            logs.overheard(lambda text: run.unseen.append(f"Kvorum has logged: {text}")),
+            kept_out(f"user/{seed}", SimError),
+        ):
+            simulated.run(lambda loop: _played(loop, run, options, ours, test, args, kwargs), seed)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the caller raises it
         if not _is_skip(error):
             error.add_note(_note(run))
@@ -156,16 +161,18 @@ def _play(
 
 
 async def _played(
-    run: Run, options: Options, ours: list[str], test: Test, args: Any, kwargs: Any
+    loop: SimLoop,
+    run: Run,
+    options: Options,
+    ours: list[str],
+    test: Test,
+    args: Any,
+    kwargs: Any,
 ) -> None:
     RUN.set(run)
     # a cluster has a handler of its own
-    asyncio.get_running_loop().set_exception_handler(
-        lambda _loop, found: _failed_unseen(run, found)
-    )
+    loop.set_exception_handler(lambda _loop, found: _failed_unseen(run, found))
     process = Process(TEST)
-    tasks = _Tasks()
-    asyncio.get_running_loop().set_task_factory(tasks.made)
     given = dict(kwargs)
     cluster: SimCluster | None = None
     if ours:
@@ -191,8 +198,10 @@ async def _played(
     try:
         async with asyncio.timeout(options.timeout_s) as limit:
             await process.call(whole())
-        for error in tasks.failures(run):
-            _failed_unseen(run, {"message": NEVER_SEEN, "exception": error})
+        for _ in range(SETTLE_STEPS):
+            await asyncio.sleep(0)
+        for error in loop.unseen():
+            _failed_unseen(run, {"message": UNSEEN, "exception": error})
         _judge(run)
     except TimeoutError:
         if not limit.expired():
@@ -208,36 +217,7 @@ async def _played(
         raise SimulationFailed("the process of the test was killed") from None
     finally:
         # what tasks of dead processes have failed with is of no interest when they are taken away
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
-
-
-class _Tasks:
-    """Tasks of the user's processes. asyncio tells of a failure that nobody looked at when it collects the task: too late
-    for one in a cycle of references (a task that its own object keeps is in one), never for one that somebody keeps.
-    """
-
-    def __init__(self) -> None:
-        self._made: list[tuple[weakref.ref[asyncio.Task[Any]], Process]] = []
-
-    def made(self, loop: Any, coro: Any, **options: Any) -> asyncio.Task[Any]:
-        """A task factory: tasks are what they are without it."""
-        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
-        process = process_of(options.get("context"))
-        if process is not None:
-            self._made.append((weakref.ref(task), process))
-        return task
-
-    def failures(self, run: Run) -> list[BaseException]:
-        """Of tasks of processes that live, and are not nodes: those judge themselves."""
-        nodes = [process for cluster in run.clusters for process in cluster.node_processes()]
-        found = []
-        for known, process in self._made:
-            task = known()
-            if task is None or process.dead or any(process is node for node in nodes):
-                continue
-            if task._log_traceback and (error := task.exception()) is not None:  # noqa: SLF001 - asyncio's own mark
-                found.append(error)
-        return found
+        loop.set_exception_handler(lambda _loop, _context: None)
 
 
 def _failed_unseen(run: Run, context: dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
+import replication.host
+from kvstore.adapters.memory_engine import ROTTEN
 from kvstore.config import NodeConfig
-from kvstore.errors import KVError
+from kvstore.errors import CorruptionError, KVError
 from kvstore.sim import loop as simulated
 from kvstore.sim.adapters import QUICK_S
 from kvstore.sim.atlas import Atlas
@@ -23,6 +25,7 @@ from kvstore.sim.kinds import KINDS, RARE, Trap
 from kvstore.sim.process import ProcessDied
 from kvstore.sim.scenario import Options, run
 from kvstore.transactions import Transaction
+from replication.errors import LogMismatch
 
 KEYS = (b"a", b"k", b"z")  # one in each range of users
 
@@ -207,6 +210,19 @@ def test_a_coordinator_dies_amid_its_commit_and_nothing_stays_undecided() -> Non
     assert left_undecided >= 3
 
 
+def test_a_client_that_was_to_die_in_its_next_commit_lives_once_all_is_healed() -> None:
+    async def test(world: World) -> None:
+        send = world.client.database.router.send
+        for number in (1, 2):
+            assert world.inflict("commit_crash", number)
+        await world.nemesis.heal()
+        assert world.client.database.router.send == send
+        await world.write(30)
+        assert not world.client.dead
+
+    play(test)
+
+
 def undecided(world: World) -> bool:
     return any(
         any(server.node.status()["transactions"].values())
@@ -314,6 +330,45 @@ def test_damage_that_nobody_did_is_a_problem() -> None:
         assert "CorruptionError" in world.cluster.problems[0]
 
     simulated.run(main, 1, time_limit_s=100.0)
+
+
+def start_with(damage: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The problems of a cluster in which a node with such damage does not start, and gives this reason."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    async def main(_loop: simulated.SimLoop) -> list[str]:
+        world = World("1")
+        await world.start()
+        server = world.frail()
+        server.damage.append(damage)
+        world.cluster.crash(server.name, power=False)
+        monkeypatch.setattr(replication.host, "begin_of", refused)
+        await world.cluster.restart(server.name)
+        monkeypatch.undo()
+        assert world.nemesis.atlas.gone(server.name)
+        return world.cluster.problems
+
+    return simulated.run(main, 1, time_limit_s=100.0)
+
+
+@pytest.mark.parametrize("kind", ["log_rot", "misdirected"])
+@pytest.mark.parametrize("error", [LogMismatch("planted"), CorruptionError(f"b'a' {ROTTEN}")])
+def test_a_node_that_a_damaged_log_keeps_from_starting_is_a_problem(
+    kind: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranges that have lost something are refused, and the others go on."""
+    (problem,) = start_with(kind, error, monkeypatch)
+    assert f"does not start: {error!r}" in problem
+
+
+def test_a_node_with_a_damaged_engine_may_stop_for_a_row_that_cannot_be_read_and_for_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not start_with("engine_rot", CorruptionError(f"b'a' {ROTTEN}"), monkeypatch)
+    assert start_with("engine_rot", CorruptionError("this is no row"), monkeypatch)
+    assert start_with("engine_rot", LogMismatch("planted"), monkeypatch)
 
 
 # -- numbers

@@ -44,6 +44,9 @@ class Verdict:
     unknown: int = 0
     failed: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    frozen: str = (
+        ""  # in what a minority stayed while the others had to go on; empty: there was none
+    )
     probes: dict[str, int] = field(default_factory=dict)
     workloads: tuple[str, ...] = ()
     digest: str = ""
@@ -68,6 +71,7 @@ def judge(seed: int, options: Options | None = None, sink: TextIO | None = None)
         unknown=result.unknown,
         failed=result.failed,
         faults=dict(result.faults),
+        frozen=result.frozen,
         probes=dict(result.probes),
         workloads=tuple(workload.name for workload in result.workloads),
         digest=result.digest,

@@ -3,7 +3,7 @@
 Delta debugging (`ddmin`; Zeller and Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2),
 2002) over what `Options` can leave out, coarse before fine, since a coarse step saves many fine ones:
 
-1. no faults at all; fewer workloads, clients, operations, seconds; fewer kinds of faults;
+1. no faults at all; no nodes that stay in one; fewer workloads, clients, operations, seconds; fewer kinds of faults;
 2. single faults (`faults_kept`) and single operations (`ops_kept`), each of which is drawn by itself, so that what
    stays is what it was;
 3. again from the start, until a whole round takes nothing away.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeVar
 
+from kvstore.sim.core import NEVER
 from kvstore.sim.scenario import Options
 from tools.simulation.judging import Verdict
 
@@ -101,7 +102,9 @@ class Shrinker:
     # -- passes
 
     def _coarse(self) -> None:
-        self._try(replace(self._best, faults=False, kinds=(), faults_kept=None))
+        self._try(replace(self._best, faults=False, kinds=(), faults_kept=None, frozen=""))
+        if self._verdict.frozen:
+            self._try(replace(self._best, frozen=NEVER))
         workloads = self._best.workloads or self._verdict.workloads
         if len(workloads) > 1:
             self._some("workloads", workloads)
@@ -223,6 +226,7 @@ def _key(options: Options) -> str:
             options.ops,
             options.seconds,
             options.kinds,
+            options.frozen,
             options.workloads,
             None if kept is None else sorted(kept),
             None if ops is None else sorted(ops),

@@ -27,6 +27,9 @@ class Totals:
     elapsed_s: float = 0.0
     operations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     faults: dict[str, int] = field(default_factory=dict)
+    frozen: dict[str, int] = field(
+        default_factory=dict
+    )  # seeds in which a core had to go on, by the others' fault
     probes: dict[str, int] = field(default_factory=dict)
     failures: int = 0
     failed: list[int] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Totals:
         ):
             self.operations[outcome] += count
         _add(self.faults, verdict.faults)
+        _add(self.frozen, {verdict.frozen: 1} if verdict.frozen else {})
         _add(self.probes, verdict.probes)
         if verdict.problems:
             self.failures += 1
@@ -72,6 +76,7 @@ class Totals:
             f"{self.seconds / HOUR_S:.2f} simulated hours: {speed}",
             f"operations: {_listed(self.operations)}",
             f"faults: {_listed(self.faults, in_order=True)}",
+            f"frozen while the others went on: {_listed(self.frozen, in_order=True)}",
         ]
         if self.probes:
             reached = {name: count for name, count in self.probes.items() if count}
@@ -95,6 +100,7 @@ class Totals:
             "simulated_s_per_cpu_s": self.speed,
             "operations": self.operations,
             "faults": dict(sorted(self.faults.items())),
+            "frozen": dict(sorted(self.frozen.items())),
             "probes": dict(sorted(self.probes.items())),
             "probes_missed": self.missed(),
         }

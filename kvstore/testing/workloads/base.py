@@ -10,6 +10,8 @@ W2. An operation ends as done, as failed only if the error says that nothing hap
 W3. What an operation does is drawn from the generator that it is handed, so leaving others out does not change it.
     (Where the present state has a say, such as which elements are there, it has it through that state alone.)
 W4. Keys of a workload begin with a place, its name and a slash; places lie in different ranges.
+W5. An operation fails with nothing but what faults or others explain (`FORESEEN`, and what of it the workload itself brings
+    about and handles): any other code is a problem, "Unforeseen: ...".
 """
 
 from __future__ import annotations
@@ -34,6 +36,22 @@ PREPARE_TRIES_MAX: Final = 20
 PREPARE_PAUSE_S: Final = 0.2
 FINISH_TIMEOUT_S: Final = 20.0
 UNIQUE_BITS: Final = 24
+
+FORESEEN: Final[Mapping[str, str]] = {  # codes of failures, and why each is none of the product's
+    "conflict": "another client wrote there",
+    "deadlock": "others had locks, and waited for its own",
+    "lock_timeout": "another client, or a dead one, had the lock for longer than one waits",
+    "throttled": "a node had more to do than it takes on, or could not write",
+    "no_quorum": "too few nodes of a range saw each other",
+    "unavailable": "no node answered in time that could serve it",
+    "deadline_exceeded": "the time of the call ran out, and nothing happened",
+    "commit_unknown": "the time ran out after it was sent",
+}
+TOO_OLD: Final[Mapping[str, str]] = {  # and these, where versions and outcomes are kept for seconds
+    "snapshot_too_old": "a read of the past, or one that stood still, came after its versions were collected",
+    "transaction_too_old": "what it had read was collected before it went on",
+    "outcome_expired": "the record was collected before somebody asked",
+}
 
 Operation = RegisterOp | TxnOp | MicroTxn
 T = TypeVar("T")
@@ -79,6 +97,7 @@ class Workload(abc.ABC):
         self.counts = Counts()
         self.on_end: Callable[[Operation, str], None] = lambda _op, _told: None
         self.problems: list[str] = []  # seen while it ran
+        self.foreseen = set(FORESEEN)  # W5; TOO_OLD in addition where little is kept
         self._weights = [rng.random() + 0.05 for _ in range(self.kinds_count)]
         self._drawn: dict[int, None] = {}
 
@@ -150,10 +169,16 @@ class Workload(abc.ABC):
         if op.outcome is not Outcome.UNKNOWN:
             op.end = self.history.tick()
         if error is not None:
+            self.judge(error, told)
             told = f"{told} {error.code}"
             if not isinstance(op, RegisterOp):
                 op.error = error.code
         self.on_end(op, f"{self.name} {told}")
+
+    def judge(self, error: KVError, told: str) -> None:
+        """W5, of an error that ends an operation, or after which it is tried again. `told`: what it was."""
+        if error.code not in self.foreseen:
+            self.problems.append(f"Unforeseen: {self.name}: {error.code}: {told}: {error!r}")
 
 
 async def lay(db: Database, rows: Mapping[bytes, bytes]) -> None:

@@ -96,9 +96,10 @@ class ExactlyOnce(Workload):
                 ticket = await db.run(
                     lambda tx: self._effect(tx, task), idempotency_key=task.name, timeout=4.0
                 )
-            except KVError:
+            except KVError as error:
                 if not left:
                     raise
+                self.judge(error, f"{task.name!r}")
             else:
                 task.tickets.append(ticket)
                 return
@@ -111,11 +112,13 @@ class ExactlyOnce(Workload):
                 if not task.token or await self._did_not_happen(db, task):
                     await self._try(db, task)
                 return
-            except KVError:
-                if not left:
-                    if len(self._left) < UNFINISHED_MAX:
-                        self._left.append(task)
-                    raise
+            except KVError as error:
+                if left:
+                    self.judge(error, f"{task.name!r}")
+                    continue
+                if len(self._left) < UNFINISHED_MAX:
+                    self._left.append(task)
+                raise
 
     async def _did_not_happen(self, db: Database, task: Task) -> bool:
         outcome = await db.outcome(task.token)

@@ -173,3 +173,25 @@ def test_importing_the_module_sets_nothing_up():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[] False\n"
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_errors_are_overheard_whether_they_are_silenced_or_not_and_nothing_else_is(
+    is_set_up: bool,
+) -> None:
+    if is_set_up:
+        logs.set_up("debug", "json", io.StringIO())
+    log = logs.logger("kvstore.somewhere")
+    told: list[str] = []
+    with logs.silenced(), logs.overheard(told.append):
+        log.warning("foreseen", address="n1")
+        log.error("not foreseen", address="n1", exc_info=KeyError("this"))
+        try:
+            raise ValueError("that")
+        except ValueError:
+            log.exception("nor was this")
+    log.error("nobody listens")
+    assert [each.splitlines()[0] for each in told] == [
+        "not foreseen address='n1': KeyError('this')",
+        "nor was this: ValueError('that')",
+    ]

@@ -38,6 +38,7 @@ def read(line: str) -> Options:
         Options,
         seconds=st.sampled_from((0.25, 8.0, 20.0)),
         clients=st.integers(1, 5),
+        frozen=st.sampled_from(("", "mute", "none")),
         faults=st.booleans(),
         kinds=st.sampled_from(((), ("crash",), ("crash", "flush"))),
         hold_s=st.sampled_from((0.0, 0.7)),

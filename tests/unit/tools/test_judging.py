@@ -27,8 +27,8 @@ from tools.simulation.judging import kind_of
         ("n2 does not start: LogCorrupt('segment 7')", "# does not start LogCorrupt"),
         ("n3 does not start: LogCorrupt('segment 9')", "# does not start LogCorrupt"),
         (
-            "after 60 s of peace transactions stay undecided: n1 {'prepared': 1}",
-            "after # s of peace transactions stay undecided",
+            "for 60 s in peace transactions stay undecided: n1 {'prepared': 1}",
+            "for # s in peace transactions stay undecided",
         ),
         ("b'a-reg': read b'c1.2-3', which nobody wrote", "#: read #, which nobody wrote"),
         ("b'z-reh': read b\"c1'2\", which nobody wrote", "#: read #, which nobody wrote"),

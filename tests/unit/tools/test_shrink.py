@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.sim.core import NEVER
 from kvstore.sim.scenario import Options
 from tools.simulation.judging import Verdict
 from tools.simulation.shrink import Shrinker, Shrunk, ddmin, describe
@@ -44,7 +45,7 @@ class FakeRun:
         if self.heeds and options.ops_kept is not None:
             done = [op for op in done if op in options.ops_kept]
         if not begun:
-            problems = ["after 60 s of peace the clients do not finish"]
+            problems = ["for 60 s in peace the clients do not finish"]
         elif (
             self.faults.issubset(begun)
             and self.ops.issubset(done)
@@ -214,3 +215,18 @@ def test_what_is_smallest_already_stays(change: dict[str, int]) -> None:
     options = replace(Options(clients=1, ops=1, seconds=0.25), **change)  # type: ignore[arg-type]
     found = Shrinker(play, options, play(options)).shrink()
     assert (found.options.clients, found.options.ops) == (1, 1)
+
+
+@pytest.mark.parametrize("matters", [False, True])
+def test_a_frozen_minority_is_left_out_unless_it_matters(matters: bool) -> None:
+    def play(options: Options) -> Verdict:
+        frozen = "down" if options.faults and options.frozen != NEVER else ""
+        problems = ["V2: broken"] if options.faults and (frozen or not matters) else []
+        count = 3 if options.faults_kept is None else len(options.faults_kept)
+        operations = options.clients * options.ops
+        return Verdict(1, problems, operations=operations, faults={"crash": count}, frozen=frozen)
+
+    found = Shrinker(play, Options(), play(Options())).shrink()
+    assert found.options.faults
+    assert found.options.frozen == ("" if matters else NEVER)
+    assert found.options.faults_kept == frozenset()

@@ -1,0 +1,90 @@
+"""A core that must go on: while everything else heals, a minority of the nodes stays in its fault.
+
+A healed cluster in which everything must end does not show that a majority suffices: the node that was away is there again,
+and may be what the others had waited for. So in a share of the seeds some node, or less than half of five, is left down,
+stopped, or cut off from everybody, both ways or one way. With that, and no other fault, all clients must end, reads and
+writes of all ranges succeed, and nothing stay undecided. Then these nodes heal, too. (As TigerBeetle's VOPR does.)
+
+Not where damage was done: a core needs whole replicas of every range, and damage takes the minority already (atlas.py).
+A client is never on the wrong side: what is cut are the paths between the frozen nodes and all others.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+from kvstore.sim.cluster import SimCluster
+
+SHARE: Final = 0.35  # of the seeds, if damage permits
+DOWN, PAUSED, CUT_OFF, DEAF, MUTE = "down", "paused", "cut_off", "deaf", "mute"
+FROZEN: Final = (DOWN, PAUSED, CUT_OFF, DEAF, MUTE)  # deaf: it hears nobody; mute: nobody hears it
+NEVER: Final = "none"
+
+
+class Frozen:
+    """Nodes that stay in one fault. `begin` when everything else heals, `end` after that."""
+
+    def __init__(self, cluster: SimCluster, kind: str, names: list[str]) -> None:
+        assert kind in FROZEN
+        assert len(names) < len(cluster.servers) / 2
+        self.kind, self.names = kind, names
+        self._cluster = cluster
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.names)} {self.kind.replace('_', ' ')}"
+
+    def begin(self) -> None:
+        """The network is whole at this instant, and all processes that are there run."""
+        cluster = self._cluster
+        cluster.trace.note("frozen", self.kind, *self.names)
+        if self.kind == DOWN:
+            for name in self.names:
+                cluster.crash(name)
+        self.hold()
+        if self.kind in (CUT_OFF, DEAF, MUTE):
+            cluster.network.on_host.append(self._cut)
+            for host in (*cluster.servers, *cluster.clients):
+                self._cut(host)
+
+    def hold(self) -> None:
+        """Stop them, also one that was down and has been started since."""
+        if self.kind == PAUSED:
+            for name in self.names:
+                self._cluster.pause(name)
+
+    def _cut(self, host: str) -> None:
+        """Also of hosts that are made later."""
+        if host in self.names:
+            return
+        network, one_way = self._cluster.network, self.kind != CUT_OFF
+        if self.kind == MUTE:
+            network.partition(self.names, host, one_way=one_way)
+        else:
+            network.partition(host, self.names, one_way=one_way)
+
+    def end(self) -> None:
+        """Whoever heals does the rest."""
+        on_host = self._cluster.network.on_host
+        if self._cut in on_host:
+            on_host.remove(self._cut)
+
+    def is_down(self, name: str) -> bool:
+        """Whether this node is not to be started."""
+        return self.kind == DOWN and name in self.names
+
+
+def draw_frozen(cluster: SimCluster, wish: str = "") -> Frozen | None:
+    """Of this seed; None: there is none, or damage does not permit it.
+
+    Args: wish: a kind that it shall be, or NEVER; empty: as the seed draws it.
+    """
+    rng = random.Random(f"{cluster.seed}/core")
+    drawn, kind = rng.random() < SHARE, rng.choice(FROZEN)
+    minority = (len(cluster.servers) - 1) // 2
+    names = rng.sample(list(cluster.servers), rng.randint(min(1, minority), minority))
+    if wish == NEVER or not (wish or drawn) or not names:
+        return None
+    if any(server.damage for server in cluster.servers.values()):
+        return None
+    return Frozen(cluster, wish or kind, names)

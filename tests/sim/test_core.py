@@ -1,0 +1,145 @@
+"""Claims of the core: with a minority frozen in a fault the others go on, one that cannot is seen, and then all heals."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+import replication.leading
+from kvstore.sim import loop as simulated
+from kvstore.sim.cluster import SimCluster
+from kvstore.sim.core import CUT_OFF, DEAF, DOWN, FROZEN, MUTE, NEVER, PAUSED, SHARE, draw_frozen
+from kvstore.sim.faults import Nemesis
+from kvstore.sim.scenario import Options, run
+from kvstore.sim.timeline import events
+from tools.simulation.judging import judge
+from tools.simulation.totals import Totals
+
+SHORT = Options(seconds=2.0, clients=2, ops=8, kinds=("crash", "partition"), mean_s=0.5)
+
+
+def in_a_cluster(test: Callable[[SimCluster], None], seed: str = "1", nodes: int = 3) -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        test(SimCluster(seed, nodes=nodes))
+
+    simulated.run(main, 1)
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_with_one_of_three_frozen_the_others_go_on_and_then_all_are_level(kind: str) -> None:
+
+    sink = io.StringIO()
+    result = run(4, replace(SHORT, frozen=kind), sink)
+    assert result.problems == []
+    assert result.frozen == kind
+    told = [event for event in events(sink.getvalue().splitlines()) if event.kind == "frozen"]
+    assert len(told) == 1
+    assert told[0].what.startswith(f"stays so, and the others must go on: {kind} n")
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_who_is_frozen_stays_so_until_all_heal(kind: str) -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        cluster = SimCluster("1")
+        await cluster.start()
+        old = await cluster.client("old")
+        nemesis = Nemesis(cluster, random.Random(1))
+        frozen = draw_frozen(cluster, kind)
+        assert frozen is not None
+        (name,) = frozen.names
+        await nemesis.heal(frozen)
+        new = await cluster.client("new")
+        await asyncio.sleep(10.0)
+        server = cluster.servers[name]
+        assert server.running == (kind != DOWN)
+        process = cluster.process(name)
+        assert process is not None
+        assert process.paused == (kind == PAUSED)
+        others = [*(each for each in cluster.servers if each != name), old.name, new.name]
+        heard, hears = (
+            [cluster.network.blocked_until(*path) == 0.0 for path in paths]
+            for paths in ([(name, other) for other in others], [(other, name) for other in others])
+        )
+        assert heard == [kind not in {CUT_OFF, MUTE}] * len(others)
+        assert hears == [kind not in {CUT_OFF, DEAF}] * len(others)
+        for client in (old, new):
+            for key in (b"a", b"k", b"z"):
+                await client.process.call(client.database.put(key, b"1"))
+        frozen.end()
+        await nemesis.heal()
+        assert not cluster.network.blocked
+        assert all(each.running for each in cluster.servers.values())
+        assert not any(each.process and each.process.paused for each in cluster.servers.values())
+        late = await cluster.client("late")
+        assert cluster.network.blocked_until(late.name, name) == 0.0
+        assert cluster.problems == []
+
+    simulated.run(main, 1, time_limit_s=200.0)
+
+
+@pytest.mark.parametrize("kind", [DOWN, MUTE])
+def test_a_core_that_cannot_go_on_is_seen_though_the_whole_cluster_can(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted bug: a leader waits for all voters, not for a majority."""
+
+    def of_all(incoming: list[int], outgoing: list[int]) -> int:
+        return min(incoming + outgoing)
+
+    monkeypatch.setattr(replication.leading, "agreed_value", of_all)
+    options = replace(SHORT, kinds=("flaky",))
+    assert run(4, replace(options, frozen=NEVER)).problems == []
+    result = run(4, replace(options, frozen=kind))
+    assert any(
+        f" {kind} nothing succeeds" in each or "is not served" in each for each in result.problems
+    )
+
+
+def test_a_third_of_the_seeds_have_a_core_and_of_five_nodes_up_to_two_are_frozen() -> None:
+    drawn: list[str] = []
+    counts: set[int] = set()
+
+    def look(cluster: SimCluster) -> None:
+        frozen = draw_frozen(cluster)
+        if frozen is not None:
+            drawn.append(frozen.kind)
+            counts.add(len(frozen.names))
+
+    for seed in range(200):
+        in_a_cluster(look, str(seed), 5)
+    assert abs(len(drawn) / 200 - SHARE) < 0.1
+    assert set(drawn) == set(FROZEN)
+    assert counts == {1, 2}
+
+
+def test_there_is_no_core_without_a_majority_of_whole_nodes() -> None:
+    def damaged(cluster: SimCluster) -> None:
+        assert draw_frozen(cluster, DOWN) is not None
+        cluster.servers["n2"].damage.append("log_rot")
+        assert draw_frozen(cluster, DOWN) is None
+
+    def small(cluster: SimCluster) -> None:
+        assert draw_frozen(cluster, DOWN) is None
+
+    in_a_cluster(damaged)
+    for nodes in (1, 2):
+        in_a_cluster(small, nodes=nodes)
+
+
+def test_a_core_changes_no_fault_of_its_seed_and_is_counted_beside_them() -> None:
+
+    without, frozen = (judge(4, replace(SHORT, frozen=kind)) for kind in (NEVER, DEAF))
+    assert without.result is not None
+    assert frozen.result is not None
+    assert without.result.happened == frozen.result.happened
+    assert judge(4, replace(SHORT, frozen=DEAF, faults_kept=frozenset())).problems == []
+    totals = Totals()
+    for verdict in (without, frozen, frozen):
+        totals.add(verdict)
+    assert totals.as_json()["frozen"] == {DEAF: 2}
+    assert "frozen while the others went on: deaf 2" in totals.lines()
