@@ -10,10 +10,11 @@ from typing import Final
 
 import pytest
 
-from tests.sim import directed_leaders, directed_log, directed_txn
+from tests.sim import directed_kept, directed_leaders, directed_log, directed_txn
 from tests.sim.plants import PLANTS, planted
 
 SCENARIOS: Final[list[Callable[[], list[str]]]] = [
+    directed_kept.what_is_open_is_kept,
     directed_leaders.a_late_append_changes_nothing,
     directed_leaders.a_slow_clock_keeps_no_lease,
     directed_leaders.a_stopped_leader_reads_nothing_old,

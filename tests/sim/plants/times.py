@@ -43,6 +43,8 @@ def stocked(meant: Meant, *extra: tuple[Any, str, Any], former: bool = False) ->
 
     def left_to(self: Any) -> deque[int]:
         """What this node's last leader of the range had in stock when its term was over."""
+        last: Any
+        left: deque[int]
         last, left = vars(self.state).get("last_leader", (None, deque()))
         if last is not self:
             left = deque() if last is None else stock_of(last)
