@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from kvstore.oracle_client import OracleClient
 from tests.sim import directed_leaders
 from tests.sim.plants.base import CALM, ELECTIONS, Directed, Patches, Plant, Seeds
 from txn.commands import Command
@@ -164,6 +165,28 @@ def _after_a_guard() -> Patches:
     return stocked(meant)
 
 
+def _joins_a_sent_batch() -> Patches:
+    """Who latches while the oracle is asked takes what that answer brings, as if it had been asked for him."""
+    ask, give = OracleClient._ask, Evaluator.give_timestamps
+
+    def asking(self: Any, now: float) -> None:
+        for replica in self._wanting.values():
+            if replica.evaluator is not None and replica.evaluator.await_fresh:
+                replica.evaluator.await_fresh += [_Spare() for _ in range(STOCK_MAX)]
+        ask(self, now)
+
+    def giving(
+        self: Any, pendings: Sequence[Pending], first: int, readers: Any, read_ts: int, now: float
+    ) -> None:
+        late = [each for each in self.await_fresh if not isinstance(each, _Spare)]
+        self.await_fresh = []
+        joined = [late.pop(0) if isinstance(each, _Spare) and late else each for each in pendings]
+        self.await_fresh = late
+        give(self, joined, first, readers, read_ts, now)
+
+    return [(OracleClient, "_ask", asking), (Evaluator, "give_timestamps", giving)]
+
+
 def _invented() -> Patches:
     """A timestamp is made up, above what the keys have."""
     command_of = Evaluator._command
@@ -270,6 +293,12 @@ TIMES: Final[dict[str, Plant]] = {
         _after_a_guard,
         Seeds(CALM, 40),
         model=("no_validate_bump",),
+    ),
+    "joins a sent batch": Plant(
+        "a part takes a timestamp that was asked for before it latched, by others of its range",
+        _joins_a_sent_batch,
+        Seeds(CALM, 12),
+        model=("barrier_passed_by_fetch",),
     ),
     "timestamps are invented": Plant(
         "a part's timestamp is one above what its keys have, and nobody issued it",
