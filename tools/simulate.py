@@ -1,6 +1,7 @@
 """Simulated clusters under faults, seed by seed. A seed that fails prints how to replay it.
 
 python -m tools.simulate --seed 17 [--hash | --trace | --timeline]   one seed
+python -m tools.simulate --seed 17 --history FILE                    what its clients saw, for tools.check_history
 python -m tools.simulate --seed 17 --shrink                          a failing seed, made small
 python -m tools.simulate --seeds 200 --start 1 --jobs 2 [--stop]     many, on worker processes
 python -m tools.simulate --speed                                     simulated seconds per second of a core
@@ -18,10 +19,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from kvstore.sim.scenario import Options
 from kvstore.sim.timeline import Event, events, table
+from tools.histories import write_histories
 from tools.simulation.flags import add_flags, command, options_of
 from tools.simulation.fleet import Fleet
 from tools.simulation.judging import Verdict, judge
@@ -37,7 +40,13 @@ PROBLEMS_SHOWN: Final = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.history is not None:
+        if given.seed is None or given.shrink or given.speed:
+            parser.error("--history is for one seed (--seed), and not with --shrink")
+        if not given.history.parent.is_dir():
+            parser.error(f"no directory for {given.history}")
     with contextlib.suppress(BrokenPipeError):
         if given.speed:
             return _speed(given)
@@ -65,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--hash", action="store_true", help="print the hash of its trace alone")
     one.add_argument("--trace", action="store_true", help="print everything that happens")
     one.add_argument("--timeline", action="store_true", help="print what matters of it, as a table")
+    one.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="write what clients saw; of several workloads, FILE with the name of each before its suffix",
+    )
     one.add_argument("--shrink", action="store_true", help="make a failing run small")
     one.add_argument("--shrink-runs", type=int, default=RUNS_MAX, help="at most (%(default)s)")
     one.add_argument("--shrink-s", type=float, default=SECONDS_MAX, help="at most (%(default)g)")
@@ -96,8 +111,13 @@ def _one(given: argparse.Namespace) -> int:
     told = io.StringIO() if given.timeline else None
     with _watchdog(given.seed_limit):
         verdict = judge(given.seed, options, sys.stdout if given.trace else told)
+    written = []
+    if given.history is not None and verdict.result is not None:
+        result = verdict.result
+        written = write_histories(result.workloads, given.history, finished=result.finished)
     if given.output == "json":
-        print(json.dumps(_as_json(verdict, options), indent=2))
+        files = {"histories": [str(path) for path in written]} if given.history else {}
+        print(json.dumps(_as_json(verdict, options) | files, indent=2))
     elif given.hash:
         print(verdict.digest)
     else:
@@ -108,6 +128,8 @@ def _one(given: argparse.Namespace) -> int:
             counters = verdict.result.counters.items()
             print(", ".join(f"{name} {value:g}" for name, value in counters if value))
         _report(verdict, options, print, problems_max=len(verdict.problems))
+        if given.history is not None:
+            print("histories:", ", ".join(map(str, written)) or "none of these workloads has one")
     return 1 if verdict.problems else 0
 
 

@@ -3,8 +3,9 @@
     python -m tools.workload bank ring --seconds 30 --kill-every 5 --nodes 3 [--clients 16] [--history FILE]
 
 Exit status 0 only if every check found nothing and no transaction is undecided on any node. What may be named:
-python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines (of several workloads:
-FILE with the workload's name before its suffix; of counter and sets nothing, which only they themselves can judge).
+python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines, or EDN if it is called .edn (of
+several workloads: FILE with the workload's name before its suffix; of counter and sets nothing, which only they themselves
+can judge).
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +30,8 @@ from kvstore.adapters.loop import new_event_loop
 from kvstore.client import Database
 from kvstore.errors import KVError
 from kvstore.testing.cluster import LocalCluster
-from kvstore.testing.history import History
 from kvstore.testing.workloads import WORKLOADS, Workload, places_of
+from tools.histories import write_histories
 
 SPLITS: Final = (b"d", b"h", b"l", b"p", b"t")
 DOWN_S: Final = 1.5
@@ -47,7 +47,6 @@ PEACE_TIMEOUT_S: Final = 20.0
 FINISH_S_MAX: Final = 300.0
 
 Say = Callable[[str], None]
-WriteHistory = Callable[[History, BinaryIO], None]
 
 
 def make(names: Sequence[str], seed: int, scale: int) -> list[Workload]:
@@ -166,23 +165,6 @@ async def run(arguments: argparse.Namespace, say: Say) -> tuple[list[Workload], 
     }
 
 
-def history_writer() -> WriteHistory:
-    """Raises: ImportError."""
-    writer: WriteHistory = import_module("kvstore.testing.jsonl").write_history
-    return writer
-
-
-def write_histories(write: WriteHistory, workloads: Sequence[Workload], path: Path) -> None:
-    """One file of JSON lines for each workload; none for what the operations alone do not tell enough about."""
-    for workload in workloads:
-        if not workload.exact:
-            continue
-        workload.complete()
-        name = path.with_suffix(f".{workload.name}{path.suffix}") if len(workloads) > 1 else path
-        with name.open("wb") as stream:
-            write(workload.history, stream)
-
-
 def table(result: dict[str, Any]) -> Table:
     shown = Table("workload", "done", "failed", "unknown", "per second", "problems")
     for name, figures in result["workloads"].items():
@@ -216,14 +198,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
     if arguments.history is not None and not arguments.history.parent.is_dir():
         parser.error(f"no directory for {arguments.history}")
-    write = None if arguments.history is None else history_writer()
     console = Console(stderr=arguments.output == "json")
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         workloads, result = runner.run(
             run(arguments, lambda text: console.print(text, style="dim"))
         )
-    if write is not None:
-        write_histories(write, workloads, arguments.history)
+    if arguments.history is not None:
+        write_histories(workloads, arguments.history)
     if arguments.output == "json":
         print(json.dumps(result, indent=2))
     else:

@@ -58,6 +58,7 @@ class Nemesis:
         self.messages = MessageFaults(cluster)
         self.victims, self.on_client_crash = victims, on_client_crash
         self.traps: dict[str, Trap] = {}  # by server
+        self._paused_until: dict[str, float] = {}  # by process
         self.hold_s = rng.choice((0.5, 1.5, 3.0, 5.0))  # how long a fault lasts, about
         self.mean_s = rng.choice((0.3, 0.7, 1.5, 3.0))
         shares = {name: RARE_SHARE if name in RARE else SHARE for name in KINDS}
@@ -161,6 +162,21 @@ class Nemesis:
             do()
 
         self._tasks.append(asyncio.get_running_loop().create_task(later()))
+
+    def pause(self, name: str, seconds: float) -> None:
+        """Of several pauses of one process that overlap, the one that ends last ends them all."""
+        process, until = self.cluster.process(name), self._paused_until
+        end = asyncio.get_running_loop().time() + seconds
+        if process is not None and process.paused:
+            end = max(end, until.get(name, 0.0))
+        until[name] = end
+        self.cluster.pause(name)
+
+        def over() -> None:
+            if asyncio.get_running_loop().time() >= until[name]:
+                self.cluster.resume(name)
+
+        self.later(seconds, over)
 
     def restart_later(self, name: str, seconds: float) -> None:
         """Boot a machine whose process is gone."""

@@ -26,6 +26,10 @@ IO_POINTS: Final = ("", "", "written", "written", "synced", "engine flush", "del
 STEPS_MAX: Final = 400  # of a node's process until it dies
 COMMIT_STEPS_MAX: Final = 40  # of a client's process after the first Prepare of a commit left
 FAULT_S_MAX: Final = 8.0
+LONG_PAUSES: Final = (
+    1 / 6
+)  # of all pauses; longer than the leases of locks and of holds, which are 10 s
+LONG_PAUSE_S: Final = (11.0, 14.0)
 FLIPS_MAX: Final = 3
 LATE_S: Final = (0.01, 0.3, 3.0)
 
@@ -163,9 +167,10 @@ def _client_pause(fault: Kinds) -> None:
 
 def _pause_for(fault: Kinds, name: str) -> None:
     if name:
+        if fault.rng.random() < LONG_PAUSES:
+            fault.seconds = fault.rng.uniform(*LONG_PAUSE_S)
         fault.say(f"{name} {_for(fault)}")
-        fault.cluster.pause(name)
-        fault.until(lambda: fault.cluster.resume(name))
+        fault.nemesis.pause(name, fault.seconds)
 
 
 def _client_crash(fault: Kinds) -> None:

@@ -73,7 +73,6 @@ class Result:
 
     seed: int
     problems: list[str] = field(default_factory=list)
-    history: History = field(default_factory=History)
     workloads: list[Workload] = field(default_factory=list)
     seconds: float = 0.0
     operations: int = 0
@@ -138,7 +137,7 @@ class _Scenario:
         self._observers = Observers(cluster)
         self._tail_bytes = rng.choice((2_000, 100_000, 16 << 20))
         cluster.on_open.append(self._opened)
-        result.workloads = draw_workloads(rng, result.history, options.workloads)
+        result.workloads = draw_workloads(rng, History(), options.workloads)
         if config.txn.retention_s < LIMIT_S:
             for workload in result.workloads:
                 workload.foreseen |= set(TOO_OLD)

@@ -44,10 +44,8 @@ WEIGHTS: Final[Mapping[str, int]] = {  # how often a seed has one
 }
 
 
-def draw_workloads(
-    rng: random.Random, history: History, names: Sequence[str] = ()
-) -> list[Workload]:
-    """As a seed draws them, or those with these names. Raises: KeyError."""
+def draw_workloads(rng: random.Random, clock: History, names: Sequence[str] = ()) -> list[Workload]:
+    """As a seed draws them, or those with these names; each with a history of its own. Raises: KeyError."""
     count = rng.randint(1, WORKLOADS_MAX)
     left = dict(WEIGHTS)
     drawn: list[str] = []
@@ -57,7 +55,7 @@ def draw_workloads(
         drawn.append(name)
     bits = rng.getrandbits(64)
     return [
-        WORKLOADS[name](random.Random(f"{bits}/{name}"), PLACES, history=history)
+        WORKLOADS[name](random.Random(f"{bits}/{name}"), PLACES, history=History(clock))
         for name in names or drawn
     ]
 

@@ -70,20 +70,25 @@ Operation = RegisterOp | TxnOp | MicroTxn
 class History:
     """Numbers instants in the order in which they happen, and keeps every operation.
 
+    Args: clock: a history whose instants these are, too; None: it counts its own.
+
     Of the transactions it may also keep what was there before them (`initial`), what was found at the end (`final`), and
     which of them had left their marker by then (`markers`: name -> version); None: nobody looked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: History | None = None) -> None:
         self.registers: list[RegisterOp] = []
         self.transactions: list[TxnOp] = []
         self.micro: list[MicroTxn] = []
         self.initial: dict[bytes, bytes | None] = {}
         self.final: dict[bytes, bytes | None] | None = None
         self.markers: dict[bytes, int] | None = None
+        self._clock = clock
         self._now = 0
 
     def tick(self) -> int:
         """The next instant, from 1."""
+        if self._clock is not None:
+            return self._clock.tick()
         self._now += 1
         return self._now

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from kvstore import logs
 from kvstore.client import Database
 from kvstore.errors import Conflict
 from kvstore.sim import loop as simulated
 from kvstore.testing import SimCluster
 from kvstore.transactions import Transaction
-from tests.sim.directed import silence
 
 T = TypeVar("T")
 
@@ -84,5 +84,5 @@ def play(script: Script) -> None:
                 await script(Stage(cluster, one, two, x, y))
                 assert cluster.problems == []
 
-        with silence():
+        with logs.silenced():
             simulated.run(main, SEED, time_limit_s=300.0)

@@ -8,14 +8,11 @@ nothing, neither way.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
-import structlog
-
+from kvstore import logs
 from kvstore.config import NodeConfig
 from kvstore.errors import KVError
 from kvstore.sim import loop as simulated
@@ -236,16 +233,5 @@ def play(
                 watch.cancel()
         return [*cluster.problems, *stage.problems]
 
-    with silence():
+    with logs.silenced():
         return simulated.run(main, seed, time_limit_s=LIMIT_S)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Nodes log to nobody."""
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    try:
-        yield
-    finally:
-        structlog.configure(**before)

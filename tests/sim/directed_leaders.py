@@ -103,6 +103,24 @@ def a_slow_clock_keeps_no_lease() -> list[str]:
     return play(scenario)
 
 
+def a_term_uses_no_timestamps_of_another() -> list[str]:
+    """n1 leads, n3 leads and takes a write, n1 leads again: its first write comes after that one."""
+
+    async def scenario(stage: Stage) -> None:
+        writer = await stage.client("writer")
+        await stage.until_led_by("n1", HIGH)
+        await stage.put(writer, KEY, b"1")
+        await stage.prefer("n3", HIGH)
+        between = await stage.put(writer, KEY, b"2")
+        await stage.prefer("n1", HIGH)
+        last = await stage.put(writer, KEY, b"3")
+        stage.claim(last > between, f"a new leader writes at {last}, and {between} is there")
+        found = await stage.get(writer, KEY)
+        stage.claim(found == b"3", f"the last write was acknowledged, and reads {found!r}")
+
+    return play(scenario)
+
+
 def a_late_append_changes_nothing() -> list[str]:
     """n2 acknowledged two appends; the first one arrives once more. Then n1, and what it has, is gone."""
 

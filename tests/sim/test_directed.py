@@ -10,13 +10,15 @@ from typing import Final
 
 import pytest
 
-from tests.sim import directed_leaders, directed_log, directed_txn
+from tests.sim import directed_kept, directed_leaders, directed_log, directed_txn
 from tests.sim.plants import PLANTS, planted
 
 SCENARIOS: Final[list[Callable[[], list[str]]]] = [
+    directed_kept.what_is_open_is_kept,
     directed_leaders.a_late_append_changes_nothing,
     directed_leaders.a_slow_clock_keeps_no_lease,
     directed_leaders.a_stopped_leader_reads_nothing_old,
+    directed_leaders.a_term_uses_no_timestamps_of_another,
     directed_leaders.an_old_entry_is_not_committed_by_counting,
     directed_log.an_acknowledged_entry_is_on_two_disks,
     directed_log.an_installed_snapshot_is_on_disk,

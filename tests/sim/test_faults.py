@@ -16,12 +16,13 @@ import replication.host
 from kvstore.adapters.memory_engine import ROTTEN
 from kvstore.config import NodeConfig
 from kvstore.errors import CorruptionError, KVError
+from kvstore.holds import LEASE_S
 from kvstore.sim import loop as simulated
-from kvstore.sim.adapters import QUICK_S
+from kvstore.sim.adapters import DRIFT_MAX, QUICK_S
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Client, Server, SimCluster, small_logs
 from kvstore.sim.faults import Nemesis
-from kvstore.sim.kinds import KINDS, RARE, Trap
+from kvstore.sim.kinds import FAULT_S_MAX, KINDS, RARE, Trap
 from kvstore.sim.process import ProcessDied
 from kvstore.sim.scenario import Options, run
 from kvstore.transactions import Transaction
@@ -107,6 +108,45 @@ def test_a_fault_says_what_it_does_and_after_it_the_cluster_serves(kind: str) ->
         await world.nemesis.heal()
         world.client = await world.cluster.client("after")
         await world.write(3)
+
+    play(test)
+
+
+@pytest.mark.parametrize("kind", ["pause", "pause_leader", "client_pause"])
+def test_some_pauses_are_longer_than_every_lease(kind: str) -> None:
+    async def test(world: World) -> None:
+        leases_s = (LEASE_S, world.cluster.config.txn.lock_lease_s)
+        lasted: list[float] = []
+        for number in range(1, 61):
+            name, _, rest = world.inflict(kind, number).partition(" for ")
+            lasted.append(float(rest.removesuffix(" s")))
+            world.cluster.resume(name)
+        long = [seconds for seconds in lasted if seconds > FAULT_S_MAX]
+        assert 4 <= len(long) <= 16
+        assert min(long) > (1.0 + 2 * DRIFT_MAX) * max(leases_s)
+
+    play(test)
+
+
+def test_a_pause_lasts_until_the_last_of_those_that_overlap_is_over() -> None:
+    async def test(world: World) -> None:
+        def is_paused() -> bool:
+            process = world.cluster.servers["n2"].process
+            assert process is not None
+            return process.paused
+
+        world.nemesis.pause("n2", 12.0)
+        world.nemesis.pause("n2", 3.0)
+        await asyncio.sleep(11.9)
+        assert is_paused()
+        await asyncio.sleep(0.2)
+        assert not is_paused()
+        world.nemesis.pause("n2", 12.0)
+        world.cluster.crash("n2", power=False)
+        await world.cluster.restart("n2")
+        world.nemesis.pause("n2", 3.0)
+        await asyncio.sleep(3.1)
+        assert not is_paused()  # what was paused for longer has died
 
     play(test)
 

@@ -90,7 +90,7 @@ def moves(kept: frozenset[tuple[int, int]] | None) -> list[tuple[bytes, ...]]:
     )
     result = run(5, options)
     assert result.problems == []
-    ops: list[TxnOp] = result.history.transactions
+    ops: list[TxnOp] = result.workloads[0].history.transactions
     return [(op.name, *sorted(op.reads)) for op in ops if not op.name.endswith(b"/reads")]
 
 

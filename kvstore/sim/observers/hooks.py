@@ -14,12 +14,13 @@ from typing import Any, Final
 import kvstore.replica
 from kvstore.closing import decode_closed
 from kvstore.read_cache import CachedEngine
+from kvstore.settings import txn_limits
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.observers.answers import Answers
 from kvstore.sim.observers.consensus import Consensus, NodeDisk
 from kvstore.sim.observers.contents import Contents, EntryRows
 from kvstore.sim.observers.locks import Locks
-from kvstore.sim.observers.oracle import Timestamps
+from kvstore.sim.observers.oracle import Timestamps, Views
 from kvstore.sim.observers.report import Report
 from kvstore.sim.observers.transactions import Kept, Place, Transactions
 from kvstore.sim.process import outside
@@ -29,6 +30,7 @@ from txn.commands import Batch
 from txn.messages import Prepare, Read, Scan, Validate
 from txn.messages import Timestamps as TimestampsReply
 from txn.state import Answer, RangeState
+from txn.types import TIMESTAMP_SHIFT
 
 LOOK_S: Final = 1.0
 CACHE_LOOK_TURNS: Final = 16  # a node's read cache is compared after so many turns that applied, and when a snapshot is in
@@ -46,6 +48,7 @@ class Observers:
         self.consensus = Consensus(self.report)
         self.contents = Contents(self.report)
         self.oracle = Timestamps(self.report)
+        self.oracle.retention = txn_limits(cluster.config.txn).retention
         self.transactions = Transactions(self.report, self.oracle)
         self.answers = Answers(self.report, self.transactions, lambda: self.oracle.handed_out)
         self.locks = Locks(self.report)
@@ -318,6 +321,23 @@ class _Node:
 
         store.oracle.issue, client.asked = checked_issue, checked_asked
         client._ask, client._give = checked_ask, checked_give  # noqa: SLF001
+        self._watch_holds(client.holds)
+
+    def _watch_holds(self, holds: Any) -> None:
+        hold, floor = holds.hold, holds.floor
+        kept_s = self._all.cluster.config.txn.snapshot_hold_s
+        views = Views(self._all.report, self._name, int(kept_s * 1000) << TIMESTAMP_SHIFT)
+
+        def checked_hold(session: int, oldest: int, now: float) -> None:
+            views.held(session, oldest, now)
+            hold(session, oldest, now)
+
+        def checked_floor(issued: int, now: float) -> int:
+            found: int = floor(issued, now)
+            views.floored(found, issued, now)
+            return found
+
+        holds.hold, holds.floor = checked_hold, checked_floor
 
     def _watch_closed(self) -> None:
         """Promises as they leave and as they are heard; reads that replicas may answer alone."""

@@ -1,8 +1,13 @@
-"""Timestamps: I9, and what I7 and I8 need to know.
+"""Timestamps: I9, and what I7, I8 and I15 need to know.
 
 - I9: no value is issued twice, none at or above the bound that is in the log, and none that is handed out lies at or below
   what had been handed out when it was issued. A read timestamp is not below what had been handed out when it was asked
   for. The bound rises.
+
+- I15: a floor is at or below what each client reads at that has told this oracle so (a hold), while the lease of that runs, and
+  as far back as holds count (kvstore/holds.py). What may be collected is what one answer allows: less than its floor, and
+  older than the retention. A snapshot that the oracle has not heard of in time may be refused: that is no mistake. That it
+  reads nothing wrong is I11.
 
 A deposed leader may draw from its own window, in vain; what counts is what it hands out.
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from typing import Any
 
+from kvstore.holds import LEASE_S
 from kvstore.sim.observers.report import Report
 
 
@@ -20,6 +26,8 @@ class Timestamps:
 
     def __init__(self, report: Report) -> None:
         self.handed_out = 0  # the highest, of either kind
+        self.retention = 0  # in units of timestamps
+        self.collectable = 0  # the highest threshold that an answer has allowed
         self.bounds: dict[int, None] = {0: None}  # that are or were in the log
         self.bound = 0
         self._report = report
@@ -78,3 +86,32 @@ class Timestamps:
             what = f"{read_ts} is given to read at; {asked_at} had been handed out when it was asked for"
             self._report.broken("I9", what, group=1, node=node)
         self.handed_out = max(self.handed_out, read_ts)
+        if reply.floor:
+            allowed = min(read_ts - self.retention, reply.floor - 1)
+            self.collectable = max(self.collectable, allowed)
+
+
+class Views:
+    """What one process has been told is open, as the oracle, and the floors that it gives.
+
+    Args: hold: how far back a hold counts, in units of timestamps. Every `now` is of that process's clock.
+    """
+
+    def __init__(self, report: Report, node: str, hold: int) -> None:
+        self._report, self._node, self._hold = report, node, hold
+        self._oldest: dict[int, tuple[int, float]] = {}  # by session, with the end of its lease
+
+    def held(self, session: int, oldest: int, now: float) -> None:
+        """Its oldest open view is there; 0: it has none any more."""
+        if oldest:
+            self._oldest[session] = oldest, now + LEASE_S
+        else:
+            self._oldest.pop(session, None)
+
+    def floored(self, floor: int, issued: int, now: float) -> None:
+        """A floor is about to be told; 0 is none. issued: the last timestamp."""
+        for oldest, until in self._oldest.values():
+            if floor > max(oldest, issued - self._hold) and until > now:
+                what = f"the floor is {floor}, and a client that was heard reads at {oldest}"
+                self._report.broken("I15", what, group=1, node=self._node)
+                return

@@ -15,7 +15,8 @@ are read, not its commands: so what counts is what stands.
 - I13: nothing new appears at or below what a range's entries have closed, or a message that left (what is resolved may).
 - I14: no version and no intent appears at or below a timestamp that any replica has taken for safe.
 - I15: a version goes only if no read at or above gc_threshold can see it; a status only below outcome_horizon, a COMMITTED part
-  when the record is not STAGED, a record when no part of it is undecided (txn/gc.py).
+  when the record is not STAGED, a record when no part of it is undecided (txn/gc.py). No threshold is above what the oracle
+  has allowed (oracle.py).
 - I19: a record that ends posts to every part that is undecided; an outbox row goes after its part is decided; a version is
   written once. I20: a txn_id comes with one write set.
 - I22: once nothing goes wrong any more, nothing stays undecided for longer than the timers say.
@@ -164,6 +165,11 @@ class Transactions:
     ) -> None:
         """The rows of an entry, which is applied for the first time."""
         if kept is not None:
+            before = self._kept.get(place.group)
+            risen = before is None or kept.threshold > before.threshold
+            if risen and kept.threshold > self._oracle.collectable:
+                what = f"the threshold is {kept.threshold}; the oracle has allowed {self._oracle.collectable}"
+                self._broken("I15", place, b"", what)
             self._kept[place.group] = kept
         if closed_ts < self._closed.get(place.group, 0):
             self._broken("I13", place, b"", f"the closed timestamp goes back to {closed_ts}")

@@ -72,7 +72,7 @@ class Workload(abc.ABC):
     rng: draws how often each kind of operation comes.
     places: prefixes of keys, one in each range, in order (`places_of`).
     scale: how many times the keys of a short run; a check of a long history on few keys takes long.
-    history: where operations go; workloads that share one share its clock.
+    history: where operations go. Those of workloads that run side by side may share a clock.
     """
 
     name: ClassVar[str]

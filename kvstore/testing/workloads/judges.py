@@ -1,4 +1,5 @@
-"""The judges of histories (kvstore/testing/checkers) as workloads use them: problems in words."""
+"""The judges of histories (kvstore/testing/checkers) as workloads use them: problems in words. An anomaly is told with
+its transactions and its cycle, over several lines."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from kvstore.testing.checkers import (
     check_registers,
     check_rw_register,
     check_transactions,
+    describe,
 )
 from kvstore.testing.history import MicroTxn, RegisterOp, TxnOp
 
@@ -33,8 +35,8 @@ def judge_transactions(
 
 
 def judge_list_append(txns: Sequence[MicroTxn]) -> list[str]:
-    return [str(anomaly) for anomaly in check_list_append(txns)]
+    return [describe(anomaly) for anomaly in check_list_append(txns)]
 
 
 def judge_rw_register(txns: Sequence[MicroTxn]) -> list[str]:
-    return [str(anomaly) for anomaly in check_rw_register(txns, by_version=True)]
+    return [describe(anomaly) for anomaly in check_rw_register(txns, by_version=True)]

@@ -50,7 +50,7 @@ class Micro(Traced):
 
     @abc.abstractmethod
     def cycles(self) -> list[str]:
-        """What the cycle checker says of the transactions."""
+        """What the cycle checker says of the transactions: each anomaly with its cycle, in lines."""
 
     async def step(self, db: Database, client: str, rng: random.Random) -> None:
         txn = MicroTxn(client, self.history.tick())
@@ -113,7 +113,8 @@ class Micro(Traced):
 
     def inspect(self) -> Iterable[str]:
         for wrong in self.cycles():
-            yield f"{wrong} ({self.name})"
+            first, newline, cycle = wrong.partition("\n")
+            yield f"{first} ({self.name}){newline}{cycle}"
 
     def replay(self) -> list[str]:
         """By versions, with what became of the unknown ones."""

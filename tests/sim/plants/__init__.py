@@ -14,11 +14,12 @@ from typing import Final
 from tests.sim.plants.base import Caught, Directed, Patches, Plant, Seeds, patched
 from tests.sim.plants.caches import CACHES
 from tests.sim.plants.disks import DISKS
+from tests.sim.plants.kept import KEPT
 from tests.sim.plants.leaders import LEADERS
 from tests.sim.plants.times import TIMES
 from tests.sim.plants.transactions import TRANSACTIONS
 
-PLANTS: Final[dict[str, Plant]] = {**CACHES, **DISKS, **LEADERS, **TIMES, **TRANSACTIONS}
+PLANTS: Final[dict[str, Plant]] = {**CACHES, **DISKS, **LEADERS, **TIMES, **TRANSACTIONS, **KEPT}
 
 IN_CORE: Final[dict[str, tuple[str, ...]]] = {
     "no_read_watermark": ("stale_min_ts",),

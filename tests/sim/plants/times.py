@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from tests.sim.plants.base import CALM, ELECTIONS, Patches, Plant, Seeds
+from kvstore.oracle_client import OracleClient
+from tests.sim import directed_leaders
+from tests.sim.plants.base import CALM, ELECTIONS, Directed, Patches, Plant, Seeds
 from txn.commands import Command
 from txn.evaluate import Evaluator
 from txn.latches import Pending
@@ -31,13 +33,24 @@ class _Spare(Pending):
         super().__init__(b"", None, None)
 
 
-def stocked(meant: Meant, *extra: tuple[Any, str, Any], of_node: bool = False) -> Patches:
-    """Commands that are `meant` take a timestamp that was fetched earlier. of_node: the stock outlives the leader's term."""
+def stocked(meant: Meant, *extra: tuple[Any, str, Any], former: bool = False) -> Patches:
+    """Commands that are `meant` take a timestamp that was fetched earlier in their leader's term. former: in the last term
+    instead in which this node led, and in no other."""
     give, step, command_of = Evaluator.give_timestamps, Evaluator.step, Evaluator._command
 
     def stock_of(self: Any) -> deque[int]:
-        found: deque[int] = vars(self.state if of_node else self).setdefault("stock", deque())
+        found: deque[int] = vars(self).setdefault("stock", deque())
         return found
+
+    def left_to(self: Any) -> deque[int]:
+        """What this node's last leader of the range had in stock when its term was over."""
+        last: Any
+        left: deque[int]
+        last, left = vars(self.state).get("last_leader", (None, deque()))
+        if last is not self:
+            left = deque() if last is None else stock_of(last)
+            vars(self.state)["last_leader"] = self, left
+        return left
 
     def fill(self: Any) -> None:
         asked = sum(isinstance(each, _Spare) for each in self.await_fresh)
@@ -58,7 +71,7 @@ def stocked(meant: Meant, *extra: tuple[Any, str, Any], of_node: bool = False) -
         give(self, pendings, first, readers, read_ts, now)
 
     def command(self: Any, pending: Pending, ts: int) -> Command:
-        stock = stock_of(self)
+        stock = left_to(self) if former else stock_of(self)
         if stock and meant(self, pending):
             ts = stock.popleft()
         return command_of(self, pending, ts)
@@ -88,14 +101,9 @@ def _several_ranges() -> Patches:
     return stocked(lambda _evaluator, pending: not pending.request.one_range)
 
 
-def _new_leader() -> Patches:
+def _former_leader() -> Patches:
     """A leader's first commands use what was fetched when this node led before."""
-
-    def meant(evaluator: Any, _pending: Pending) -> bool:
-        used = vars(evaluator)["used"] = vars(evaluator).get("used", 0) + 1
-        return bool(used <= STOCK_MAX)
-
-    return stocked(meant, of_node=True)
+    return stocked(lambda _evaluator, _pending: True, former=True)
 
 
 def _who_waited() -> Patches:
@@ -155,6 +163,28 @@ def _after_a_guard() -> Patches:
         return hit
 
     return stocked(meant)
+
+
+def _joins_a_sent_batch() -> Patches:
+    """Who latches while the oracle is asked takes what that answer brings, as if it had been asked for him."""
+    ask, give = OracleClient._ask, Evaluator.give_timestamps
+
+    def asking(self: Any, now: float) -> None:
+        for replica in self._wanting.values():
+            if replica.evaluator is not None and replica.evaluator.await_fresh:
+                replica.evaluator.await_fresh += [_Spare() for _ in range(STOCK_MAX)]
+        ask(self, now)
+
+    def giving(
+        self: Any, pendings: Sequence[Pending], first: int, readers: Any, read_ts: int, now: float
+    ) -> None:
+        late = [each for each in self.await_fresh if not isinstance(each, _Spare)]
+        self.await_fresh = []
+        joined = [late.pop(0) if isinstance(each, _Spare) and late else each for each in pendings]
+        self.await_fresh = late
+        give(self, joined, first, readers, read_ts, now)
+
+    return [(OracleClient, "_ask", asking), (Evaluator, "give_timestamps", giving)]
 
 
 def _invented() -> Patches:
@@ -240,9 +270,10 @@ TIMES: Final[dict[str, Plant]] = {
         model=("no_barrier",),
     ),
     "stocked by a former leader": Plant(
-        "so do a new leader's first commands, from before it lost and won its range",
-        _new_leader,
+        "so do a leader's first commands, from an earlier term in which its node led",
+        _former_leader,
         Seeds(ELECTIONS, 40),
+        Directed(directed_leaders.a_term_uses_no_timestamps_of_another),
         model=("no_floor",),
     ),
     "stocked after waiting": Plant(
@@ -262,6 +293,12 @@ TIMES: Final[dict[str, Plant]] = {
         _after_a_guard,
         Seeds(CALM, 40),
         model=("no_validate_bump",),
+    ),
+    "joins a sent batch": Plant(
+        "a part takes a timestamp that was asked for before it latched, by others of its range",
+        _joins_a_sent_batch,
+        Seeds(CALM, 12),
+        model=("barrier_passed_by_fetch",),
     ),
     "timestamps are invented": Plant(
         "a part's timestamp is one above what its keys have, and nobody issued it",

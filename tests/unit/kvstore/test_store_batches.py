@@ -15,14 +15,16 @@ from kvstore.errors import StorageError
 from kvstore.node import Node
 from kvstore.replica import BATCH_BYTES_MAX, new_config
 from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
-from replication.probes import choosing
+from replication.errors import NotLeader
+from replication.probes import choosing, counting
 from replication.types import Entry, EntryKind, Membership
 from txn import keycode
 from txn.commands import Batch, Commit, PreparePart, decode_batch, encode_batch
 from txn.evaluate import Limits
 from txn.latches import Pending
+from txn.messages import Failure, Prepare
 from txn.state import RangeRow, decode_range_row
-from txn.types import Guard, Participant, make_txn_id
+from txn.types import Guard, Participant, Write, WriteKind, make_txn_id
 
 MEMBERS = Membership(voters=(1, 2, 3), nodes=((1, 1), (2, 2), (3, 3)))
 RANGES = {7: b"b", 8: b"d"}  # number -> start
@@ -195,3 +197,27 @@ def test_entries_are_cut_by_all_that_they_hold_guards_and_participants_included(
     sizes = [len(encode_batch(batch)) for batch, _ in replica.take_batches()]
     assert len(sizes) == 6
     assert max(sizes) < BATCH_BYTES_MAX
+
+
+def test_what_a_deposed_leader_proposes_has_not_happened():
+    def refuse(*_: Any) -> int:
+        raise NotLeader
+
+    store = store_of(RecordingEngine())
+    store.attach(cast("Any", SimpleNamespace(wake=lambda: None, propose=refuse)), cast("Any", None))
+    replica = store.replicas[7]
+    store.leadership(7, 3, is_leader=True)
+    evaluator = replica.evaluator
+    assert evaluator is not None
+    writes = [Write(WriteKind.PUT, b"b", b"v")]
+    pending = Pending(
+        make_txn_id(1, 1), Prepare(5, 7, 1, make_txn_id(1, 1), b"b", b"b", writes), "who asks"
+    )
+    evaluator.latches.acquire(pending)
+    pending.command = Commit(pending.txn_id, b"b", 5, [b"b"], [b"v"])
+    evaluator.proposals.append(pending)
+    with counting() as reached:
+        store._propose(replica, evaluator)
+    assert reached["deposed_before_it_proposed"] == 1
+    assert replica.output.replies == [("who asks", Failure(5, "not_leader"))]
+    assert evaluator.latches.held() == 0

@@ -519,6 +519,25 @@ def test_closing_tells_the_leaders_of_polls_that_wait():
     simulate(test())
 
 
+def test_a_leader_that_cannot_be_told_keeps_nobody_from_closing(monkeypatch):
+    async def test() -> None:
+        router, refused = FakeRouter(b"m"), list[Changes]()
+
+        def refuse(request: Changes, *_: Any, **__: Any) -> Call:
+            refused.append(request)
+            raise Throttled
+
+        async with watch_of(router, prefix=b"") as watch:
+            pulling = asyncio.create_task(watch.pull())
+            await asyncio.sleep(0.01)
+            monkeypatch.setattr(router, "send", refuse)
+        assert [each.since for each in refused] == [TIMESTAMP_MAX] * 2
+        with pytest.raises(ClientClosed):
+            await pulling
+
+    simulate(test())
+
+
 def test_closing_the_client_ends_its_watches_and_tells_the_leaders():
     async def test(cluster: FakeCluster, db: Database) -> None:
         cluster.ignore(Changes, times=100)

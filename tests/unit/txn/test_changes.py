@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from replication.probes import counting
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
 from txn import stamps
 from txn.changes import PAGE_ROWS_MAX, Polls
@@ -96,6 +97,21 @@ def test_a_page_ends_between_versions_and_holds_one_commit_at_least(limit):
     assert page.reply.versions == [first] * 3
     assert page.reply.upto == first
     assert settled(place, poll(place, first, **limit)).reply.versions == [second]
+
+
+def test_a_poll_that_something_undecided_blocks_for_too_long_is_told_that_nothing_is_known():
+    place = Range()
+    min_ts = settled(place, place.part(1, put(b"k"))).reply.ts
+    with counting() as reached:
+        asked = poll(place, 0, b"k", b"l", at=place.clock, wait_ms=1_000)
+        settled(place, asked)
+        place.pass_time(1.0 + place.limits.read_wait_s + 0.1)
+        assert asked.open
+        place.answer(TxnReply(0, TxnStatus.COMMITTED, min_ts))
+        settled(place, asked)
+    assert (events(asked), asked.reply.upto) == ([], 0)
+    assert reached["poll_given_up"] == 1
+    assert nothing_left(place)
 
 
 def test_when_the_wait_is_over_the_answer_speaks_of_everything_up_to_a_fresh_timestamp():
