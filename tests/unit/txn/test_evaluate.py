@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn.commands import Commit, FencePart, PreparePart
+from txn.evaluate import PASSES_MAX, Waiter
 from txn.messages import Failure, Prepare, QueryMode, Read, TxnReply
 from txn.types import (
     TIMESTAMP_SHIFT,
@@ -552,3 +553,20 @@ def test_a_one_range_commit_is_one_command_and_a_part_another():
     settled(place, place.prepare(1, put(b"a")))
     settled(place, place.part(2, put(b"b")))
     assert [type(command) for command in place.log] == [Commit, PreparePart]
+
+
+def test_who_is_set_free_again_and_again_does_not_keep_the_node_from_all_else(monkeypatch):
+    """It goes on in the next turn; there is no such request, unless we made a mistake."""
+    place = Range()
+    asked = []
+
+    def again(waiter: Waiter, _now: float) -> None:
+        asked.append(waiter)
+        waiter.done = False
+        place.evaluator.runnable.append(waiter)
+
+    monkeypatch.setattr(place.evaluator, "_again", again)
+    place.evaluator.runnable.append(Waiter(None, None, 0.0))
+    place.evaluator.run_again(place.now)
+    assert len(asked) == PASSES_MAX
+    assert len(place.evaluator.runnable) == 1
