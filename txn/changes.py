@@ -219,6 +219,8 @@ class Feed:
             failure = Failure(request.id, "throttled", message, {"retry_after": 1.0})
             ev.out.reply(origin, failure, False)
             return
+        if not request.end:  # to the end of the range: what lies beyond is for others to tell
+            request = msgspec.structs.replace(request, end=ev.state.row.end)
         poll = Poll(request, origin, now, ev.latches.sequence)
         node.open += 1
         self._open[poll] = None
@@ -257,10 +259,9 @@ class Feed:
     def _refusal(self, poll: Poll) -> Failure | None:
         request, state = poll.request, self._ev.state
         row = state.row
-        end = request.end or row.end
         if request.version and request.version != row.version:
             return Failure(request.id, "epoch_mismatch")
-        if request.start != end and not state.owns_span(request.start, end):
+        if not state.has_span(request.start, request.end):
             return Failure(request.id, "epoch_mismatch")
         if request.since < row.gc_threshold:
             first = state.recent.first(request.since, request.start, request.end)

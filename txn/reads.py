@@ -110,7 +110,7 @@ class Reader:
         state, at = self.owner.state, request.at
         row = state.row
         start, end = request.start, request.end or row.end
-        if not state.owns_span(start, end) and start != end:
+        if not state.has_span(start, end):
             return Failure(request.id, "epoch_mismatch")
         blocker = self.owner.latches.blocker_of_scan(start, end, waiter.sequence)
         if blocker is not None:

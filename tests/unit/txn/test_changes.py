@@ -427,6 +427,22 @@ def test_a_span_outside_the_range_and_another_epoch_are_refused():
     assert nothing_left(place)
 
 
+@pytest.mark.parametrize("start", [b"", b"b"])
+def test_the_end_of_a_poll_that_names_none_is_the_end_of_the_range(start):
+    """The rows of all ranges of a node lie in one engine."""
+    place = Range(start, b"m")
+    version = stored(place, b"k")
+    place.rows.write({b"Lz": place.rows.get(b"Lk")})
+    place.lead()
+    asked = found(place, poll(place, 0, start, b""))
+    assert events(asked) == [(version, b"k", b"old")]
+
+
+def test_a_poll_of_all_keys_is_not_for_a_range_that_begins_later():
+    place = Range(b"m", b"")
+    assert poll(place, 0, b"", b"").reply.code == "epoch_mismatch"
+
+
 def test_more_polls_than_a_node_may_have_are_throttled_with_what_to_do():
     place = Range()
     place.evaluator.feed.node = Polls(1)
