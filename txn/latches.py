@@ -25,9 +25,11 @@ class Pending:
     __slots__ = (
         "asking",
         "command",
+        "found_bytes",
         "grown_bytes",
         "guards",
         "keys",
+        "looked_rows",
         "lost",
         "origin",
         "part",
@@ -57,6 +59,8 @@ class Pending:
         self.stamps: list[Stamp] = []
         self.stamp_spans: list[tuple[bytes, bytes]] = []  # where their keys may come to stand (V1)
         self.results: list[bytes] | None = None
+        self.looked_rows = 0  # by all its delete_ranges
+        self.found_bytes = 0  # of keys that these met
         self.grown_bytes = 0  # of rows that are appended to
         # Rows read under the latch, which apply need not read again.
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()

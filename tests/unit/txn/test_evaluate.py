@@ -411,28 +411,6 @@ def test_a_delete_range_in_flight_makes_writers_inside_it_wait():
     assert outside.open
 
 
-def test_a_delete_range_over_too_many_rows_is_refused_durably(monkeypatch):
-    monkeypatch.setattr("txn.values.RANGE_ROWS_MAX", 2)
-    place = Range()
-    for key in (b"a", b"b", b"c"):
-        stored(place, key)
-    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
-    assert asked.reply.reason == FenceReason.TOO_LARGE
-    assert place.read(b"a", at=place.clock).reply.values == [b"old"]
-
-
-def test_a_delete_range_over_a_desert_of_deleted_rows_is_refused_and_holds_no_node(monkeypatch):
-    monkeypatch.setattr("txn.values.RANGE_LOOKED_MAX", 3)
-    place = Range()
-    for key in (b"a", b"b", b"c", b"d"):
-        stored(place, key)
-        settled(place, place.prepare(place.clock, Write(WriteKind.DELETE, key)))
-    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
-    assert asked.reply.status == PartStatus.COMMITTED
-    asked = settled(place, place.prepare(2, Write(WriteKind.DELETE_RANGE, b"a", b"e")))
-    assert asked.reply.reason == FenceReason.TOO_LARGE
-
-
 # -- what is not for this range
 
 
