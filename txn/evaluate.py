@@ -402,8 +402,8 @@ class Evaluator:
         ):
             self.runnable += self.blocked.pop(pending.txn_id)
 
-    def dropped(self, pendings: Sequence[Pending], code: str) -> None:
-        """Raft refused to take the entry: nothing happened; the askers may try again."""
+    def dropped(self, pendings: Sequence[Pending], code: str, message: str = "") -> None:
+        """Raft refused to take the entry: nothing happened; `code` says whether the askers may try again."""
         for pending in pendings:
             if pending.txn_id:
                 self.latches.release(pending)
@@ -414,7 +414,7 @@ class Evaluator:
             else:
                 self.runnable += pending.waiters
             if pending.origin is not None:
-                self.out.reply(pending.origin, Failure(pending.request.id, code), False)
+                self.out.reply(pending.origin, Failure(pending.request.id, code, message), False)
             self.recovery.dropped(pending)
             if pending.lost is not None:
                 pending.lost()

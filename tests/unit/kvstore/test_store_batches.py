@@ -17,6 +17,7 @@ from kvstore.errors import StorageError
 from kvstore.node import Node
 from kvstore.replica import BATCH_BYTES_MAX, new_config
 from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
+from replication.errors import EntryTooLarge
 from replication.probes import choosing
 from replication.types import Entry, EntryKind, Membership
 from txn import keycode
@@ -39,8 +40,9 @@ from txn.commands import (
 )
 from txn.evaluate import Limits
 from txn.latches import Pending
+from txn.messages import Failure, Prepare
 from txn.state import RangeRow, decode_range_row
-from txn.types import Guard, Participant, Stamp, make_txn_id
+from txn.types import Guard, Participant, Stamp, Write, WriteKind, make_txn_id
 
 MEMBERS = Membership(voters=(1, 2, 3), nodes=((1, 1), (2, 2), (3, 3)))
 RANGES = {7: b"b", 8: b"d"}  # number -> start
@@ -256,3 +258,43 @@ def test_no_command_is_larger_in_an_entry_than_it_counts_for(kind, length):
     assert len(encode_batch(Batch(0, 1, [command]))) <= size_bytes(command) + len(
         encode_batch(Batch(0, 1, []))
     )
+
+
+def test_a_command_that_no_entry_may_hold_fails_alone_and_the_leader_goes_on():
+    """In the log it could never leave: the stream to the followers refused it, and that ended the node."""
+    store = store_of(RecordingEngine())
+    taken: list[bytes] = []
+
+    def propose(_range: int, _term: int, data: bytes) -> int:
+        if len(data) > 4 << 20:
+            raise EntryTooLarge("an entry of so many bytes")
+        taken.append(data)
+        return len(taken)
+
+    store.attach(
+        cast("Any", SimpleNamespace(wake=lambda: None, propose=propose)), cast("Any", None)
+    )
+    store.leadership(7, 2, True)
+    replica = store.replicas[7]
+    evaluator = replica.evaluator
+    assert evaluator is not None
+    evaluator.start(0.0)
+    answers: dict[str, list[Any]] = {"small": [], "large": [], "late": []}
+    for number, (name, size) in enumerate((("small", 1), ("large", 4 << 20), ("late", 1))):
+        key = b"b%d" % number
+        writes = [Write(WriteKind.PUT, key, bytes(size))]
+        request = Prepare(number, 0, 0, make_txn_id(1, number), key, key, writes)
+        evaluator.latches.acquire(pending := Pending(request.txn_id, request, name))
+        pending.command = Commit(request.txn_id, key, 5, [key], [bytes(size)])
+        evaluator.proposals.append(pending)
+    store._propose(replica, evaluator)
+    for origin, reply in replica.output.replies:
+        answers[origin].append(reply)
+    (refused,) = answers.pop("large")
+    assert isinstance(refused, Failure)
+    assert (refused.code, refused.message) == ("transaction_too_large", "an entry of so many bytes")
+    assert answers == {"small": [], "late": []}
+    commands = [command for data in taken for command in decode_batch(data).commands]
+    proposed = [command.txn_id for command in commands if isinstance(command, Commit)]
+    assert proposed == [make_txn_id(1, 0), make_txn_id(1, 2)]
+    assert set(evaluator.latches.txns) == set(proposed), "what it had latched is free"
