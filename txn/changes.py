@@ -83,6 +83,9 @@ class Poll(Waiter):
         self.listens = False  # nothing above its `since` had been written when it began to
         self.first_hit = 0  # the smallest version that was written in its span since then; 0: none
 
+    def until_s(self, wait_s: float) -> float:
+        return max(self.until, self.since) + wait_s
+
     def copy(self) -> Poll:
         return self
 
@@ -231,6 +234,11 @@ class Feed:
     def refuse(self, poll: Poll, failure: Failure) -> None:
         self._tell(poll, failure)
 
+    def give_up(self, poll: Poll) -> None:
+        """What it asks for cannot be learned now: nothing is claimed, and its watch asks again."""
+        reached("poll_given_up")
+        self._tell(poll, Changed(poll.request.id, poll.request.since, [], [], []))
+
     def again(self, poll: Waiter, now: float) -> None:
         """Look, from the start."""
         assert isinstance(poll, Poll)
@@ -353,9 +361,8 @@ class Feed:
         if at <= request.since:
             self._tell(poll, Changed(request.id, request.since, [], [], []))
             return
-        if now > max(poll.until, poll.since) + ev.limits.read_wait_s:
-            reached("poll_given_up")
-            self._tell(poll, Changed(request.id, request.since, [], [], []))
+        if now > poll.until_s(ev.limits.read_wait_s):
+            self.give_up(poll)
             return
         point = end == point_end(start)
         blocker = (

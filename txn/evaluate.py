@@ -63,6 +63,7 @@ from txn.mvcc import find_txn, latest_ts
 from txn.ports import Output, Rows
 from txn.reads import Reader
 from txn.recovery import Recovery
+from txn.silence import Silence
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
     TIMESTAMP_MAX,
@@ -141,6 +142,7 @@ class Evaluator:
         self.locking = Locking(self)
         self.validation = Validation(self)
         self.guard_check = GuardCheck(self)
+        self.silence = Silence(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -235,6 +237,7 @@ class Evaluator:
         One may set free another, a few times. Who is still here after PASSES_MAX goes on in the next turn: a mistake of ours
         costs time, and does not keep the node from all else for ever. Tests and simulations take it for the mistake it is.
         """
+        self.now = now
         for _ in range(PASSES_MAX):
             if not self.runnable:
                 return
@@ -306,6 +309,7 @@ class Evaluator:
         now: float,
     ) -> None:
         """The oracle's answer for these: fresh timestamps from `first` on, one each; `read_ts` for all readers."""
+        self.now = now
         self.issued = max(self.issued, read_ts, first + len(pendings) - 1)
         for waiter in readers:
             self.untimed.pop(waiter, None)
@@ -331,7 +335,7 @@ class Evaluator:
             ts = first + number
             if ts <= closed:
                 reached("timestamp_too_old")
-                self.await_fresh.append(pending)
+                self.ask_fresh(pending, now)
                 continue
             pending.command = self._command(pending, ts)
             if pending.asking:
@@ -405,19 +409,23 @@ class Evaluator:
     def dropped(self, pendings: Sequence[Pending], code: str, message: str = "") -> None:
         """Raft refused to take the entry: nothing happened; `code` says whether the askers may try again."""
         for pending in pendings:
-            if pending.txn_id:
-                self.latches.release(pending)
-            if pending.part is not None:
-                pending.part.resolving = None
-                if pending.waiters:  # now, they would find the part undecided, and propose the same
-                    self.recovery.rest(pending.waiters)
-            else:
-                self.runnable += pending.waiters
-            if pending.origin is not None:
-                self.out.reply(pending.origin, Failure(pending.request.id, code, message), False)
+            self.let_go(pending, code, message)
             self.recovery.dropped(pending)
             if pending.lost is not None:
                 pending.lost()
+
+    def let_go(self, pending: Pending, code: str, message: str) -> None:
+        """It will not be in the log. Its latches go, its asker is told."""
+        if pending.txn_id:
+            self.latches.release(pending)
+        if pending.part is not None:
+            pending.part.resolving = None
+            if pending.waiters:  # now, they would find the part undecided, and propose the same
+                self.recovery.rest(pending.waiters)
+        else:
+            self.runnable += pending.waiters
+        if pending.origin is not None:
+            self.out.reply(pending.origin, Failure(pending.request.id, code, message), False)
 
     def _reply_to(self, pending: Pending, answer: Answer) -> Reply:
         request = pending.request
@@ -466,12 +474,14 @@ class Evaluator:
             ):
                 write = writes[0]
                 pending = Pending(txn_id, request, origin)
-                pending.since = now
+                pending.since = pending.asked_at = now
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
                 pending.seen = ((latest_key, latest),)
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
+                if not self.silence.armed:
+                    self.silence.arm(now)
                 return
         self._prepare(request, origin, now, now)
 
@@ -522,7 +532,14 @@ class Evaluator:
         if unseen:
             self.guard_check.begin(pending, unseen, now)
         else:
-            self.await_fresh.append(pending)
+            self.ask_fresh(pending, now)
+
+    def ask_fresh(self, pending: Pending, now: float) -> None:
+        """It is latched (E2): its timestamp is asked for from here on."""
+        pending.asked_at = now
+        self.await_fresh.append(pending)
+        if not self.silence.armed:
+            self.silence.arm(now)
 
     def _known_outcome(self, request: Prepare) -> Answer | None:
         """(a) answer from what stands, never evaluate twice."""

@@ -349,8 +349,7 @@ class Replica:
             if self.evaluator is evaluator:
                 self._asking = False
                 if first < 0:
-                    evaluator.await_fresh[:0] = pendings
-                    evaluator.await_read[:0] = readers
+                    evaluator.silence.ask_again(pendings, readers)
                 else:
                     if late:  # latched after the timestamps were issued
                         pendings.extend(evaluator.await_fresh[:late])
