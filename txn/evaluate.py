@@ -425,6 +425,8 @@ class Evaluator:
         else:
             self.runnable += pending.waiters
         if pending.origin is not None:
+            if type(pending.request) is Prepare:
+                self.locking.failed(pending.request)
             self.out.reply(pending.origin, Failure(pending.request.id, code, message), False)
 
     def _reply_to(self, pending: Pending, answer: Answer) -> Reply:
@@ -505,6 +507,7 @@ class Evaluator:
             return
         wrong = self._wrong_prepare(request)
         if wrong:
+            self.locking.failed(request)
             self.out.reply(origin, Failure(request.id, *wrong), False)
             return
         if self.locking.in_the_way(request, origin, now, since):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from replication.probes import reached
 from txn.changes import Poll
 from txn.latches import Pending, Waiter
-from txn.messages import Failure, Read, Scan, Validate
+from txn.messages import Failure, Prepare, Read, Scan, Validate
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -93,6 +93,8 @@ class Silence:
                 left.append(waiter)
                 continue
             waiter.done = True
+            if type(waiter.request) is Prepare:
+                self.owner.locking.failed(waiter.request)
             failure = Failure(waiter.request.id, "unavailable", MESSAGE)
             self.owner.out.reply(waiter.origin, failure, False)
         pending.waiters = left
