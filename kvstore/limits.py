@@ -34,6 +34,9 @@ MESSAGE_BYTES_MAX: Final = TXN_BYTES_MAX + 1 * MIB  # reassembled from frames; 1
 
 TXN_SPANS_BYTES_MAX: Final = 3 * MIB  # bounds of what is read; beyond it, neighbours are merged
 TXN_RANGE_MESSAGE_BYTES_MAX: Final = MESSAGE_BYTES_MAX - 2 * MIB  # without the participants
+ENTRY_BYTES_MAX: Final = (
+    MESSAGE_BYTES_MAX - 64 * KIB
+)  # of the log: a message to a follower holds it
 SPAN_OVERHEAD_BYTES: Final = 16  # of a span with its timestamp in a message
 
 APPLY_BATCH_BYTES_MAX: Final = 1 * MIB  # one write batch of the engine; one entry at least

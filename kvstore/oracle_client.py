@@ -207,8 +207,7 @@ class OracleClient:
             wants, self._in_flight = self._in_flight or [], None
             for want in wants:
                 if want.replica.evaluator is want.evaluator:
-                    want.evaluator.await_fresh[:0] = want.pendings
-                    want.evaluator.await_read[:0] = want.readers
+                    want.evaluator.silence.ask_again(want.pendings, want.readers)
                     self._wanting[want.replica.range_id] = want.replica
             reached("oracle_silent")
             self._not_before = self._store.clock.monotonic() + ASK_AGAIN_S

@@ -18,14 +18,13 @@ from replication.wal import GroupLog
 from txn import keycode
 from txn.apply import Overlay, apply_batch
 from txn.closed import Heard, safe_ts
-from txn.commands import Batch, Command, PreparePart, decode_batch
+from txn.commands import Batch, Command, decode_batch, size_bytes
 from txn.evaluate import Evaluator
 from txn.latches import Pending
 from txn.messages import Reply, Request
 from txn.state import Answer, RangeRow, RangeState, encode_row
 
 BATCH_BYTES_MAX = 1 << 20  # of commands in one entry; one command at least
-COMMAND_OVERHEAD_BYTES = 96
 
 log = logs.logger("kvstore.replica")
 
@@ -128,16 +127,7 @@ class Replica:
         size = 0
         for pending in pendings:
             assert pending.command is not None
-            cost = COMMAND_OVERHEAD_BYTES
-            for key, value in zip(pending.keys, pending.values, strict=False):
-                cost += len(key) + (len(value) if value is not None else 0)
-            for stamp in pending.stamps:
-                cost += len(stamp.key) + len(stamp.value)
-            if type(pending.command) is PreparePart:
-                for guard in pending.command.guards:
-                    cost += len(guard.start) + len(guard.end)
-                for each in pending.command.participants:
-                    cost += len(each.locus) + len(each.start) + len(each.end)
+            cost = size_bytes(pending.command)
             if commands and size + cost > BATCH_BYTES_MAX:
                 batches.append((Batch(closed_ts, version, commands), part))
                 commands, part, size = [], [], 0

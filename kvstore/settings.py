@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvstore.config import RaftSection, TxnSection
+from kvstore.limits import ENTRY_BYTES_MAX
 from replication.ready import RaftConfig
 from txn.evaluate import Limits
 from txn.gc import SWEEPS_PER_RETENTION
@@ -17,6 +18,7 @@ def raft_config(raft: RaftSection) -> RaftConfig:
         inflight_entries_max=raft.inflight_entries,
         inflight_bytes_max=raft.inflight_bytes,
         append_bytes_max=raft.append_bytes,
+        entry_bytes_max=ENTRY_BYTES_MAX,
         uncommitted_bytes_max=raft.uncommitted_bytes,
     )
 

@@ -22,7 +22,7 @@ from kvstore.oracle_client import OracleClient
 from kvstore.ports import Clock, Engine
 from kvstore.replica import Replica, ReplicaConfig
 from kvstore.snapshots import RangeSink, RangeSource
-from replication.errors import NotLeader, ProposalDropped
+from replication.errors import EntryTooLarge, NotLeader, ProposalDropped
 from replication.host import Host
 from replication.probes import chance, reached
 from replication.turns import Deadlines
@@ -362,6 +362,8 @@ class Store:
             except ProposalDropped:
                 reached("proposal_dropped")
                 evaluator.dropped(pendings, "throttled")
+            except EntryTooLarge as error:  # one command, in an entry of its own (`take_batches`)
+                evaluator.dropped(pendings, "transaction_too_large", str(error))
             else:
                 replica.inflight[index] = (batch, pendings)
                 replica.proposed = True

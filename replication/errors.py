@@ -26,6 +26,10 @@ class ProposalDropped(ReplicationError):
     """The leader refuses for now (a transfer is on its way, too much is uncommitted, a change is pending). Try again."""
 
 
+class EntryTooLarge(ReplicationError):
+    """No message to a follower could hold the entry; nothing was proposed, and the same will be refused again."""
+
+
 class LogFormatError(ReplicationError):
     """The log's files are of a format that this version does not read. Nothing was changed."""
 

@@ -190,7 +190,7 @@ class Host:
     # ------------------------------------------------------------ asked by the layer above
 
     def propose(self, group: int, term: int, data: bytes) -> int:
-        """Propose a command; returns its index. Raises: NotLeader (of exactly `term`), ProposalDropped."""
+        """Propose a command; returns its index. Raises: NotLeader (of exactly `term`), ProposalDropped, EntryTooLarge."""
         replica, now = self._served(group), self._clock.monotonic()
         index = replica.raft.propose(term, data, now)
         replica.proposed.append((index, now))

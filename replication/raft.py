@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 
 from replication.codec import decode_membership
 from replication.errors import (
+    EntryTooLarge,
     FrameError,
     InvalidMembership,
     LogMismatch,
@@ -224,10 +225,14 @@ class RaftNode(ReplicaState):
         """Append a command; returns its index.
 
         Raises NotLeader unless this replica leads exactly `term`; ProposalDropped while leadership is being
-        transferred and while too many bytes are uncommitted.
+        transferred and while too many bytes are uncommitted; EntryTooLarge: once in the log, it could never leave.
         """
         self.now = max(self.now, now)
         leading = self._leading_term(term)
+        if len(data) > self.config.entry_bytes_max:
+            raise EntryTooLarge(
+                f"an entry of {len(data)} bytes; at most {self.config.entry_bytes_max}"
+            )
         uncommitted = leading.uncommitted_bytes
         if uncommitted and uncommitted + len(data) > self.config.uncommitted_bytes_max:
             raise ProposalDropped(f"{uncommitted} bytes are uncommitted")

@@ -35,6 +35,7 @@ class RaftConfig:
     inflight_entries_max: int = 4096  # per follower
     inflight_bytes_max: int = 8 << 20  # per follower
     append_bytes_max: int = 1 << 20  # per AppendRequest; one entry may be larger
+    entry_bytes_max: int = 8 << 20  # of a command; one message to a follower has to hold it
     uncommitted_bytes_max: int = 64 << 20  # per group; one entry may be larger
     pending_reads_max: int = 10_000  # contexts that are not answered, per group
 

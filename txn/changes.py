@@ -13,12 +13,14 @@ W1 an answer holds every version of the span in (since, upto], and whole commits
 W2 no version at or below an answer's `upto` appears later: it is a read's timestamp, with all that holds of those.
 W3 versions above gc_threshold are all stored. A poll from below it is refused, unless `Recent` shows that nothing is missing.
 W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX are kept.
+W5 a search ends with an answer to the poll it was made for, or with that poll elsewhere: never with a search for the same.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -45,6 +47,9 @@ STEP_S: Final = 0.002  # between two slices of a search
 BACKLOG_ROWS_MAX: Final = 8_192  # above what one commit may write into a range
 BACKLOG_BYTES_MAX: Final = 5 << 20  # of keys; above what one commit may write
 BACKLOGS_MAX: Final = 2
+SERVED_MAX: Final = (
+    1_000  # polls that wait for a search, and are compared with what another has found
+)
 BACKLOG_KEPT_S: Final = 30.0  # unused
 SEEK_COST: Final = 4  # rows that one seek counts for
 COUNTERS: Final = (
@@ -78,6 +83,9 @@ class Poll(Waiter):
         self.listens = False  # nothing above its `since` had been written when it began to
         self.first_hit = 0  # the smallest version that was written in its span since then; 0: none
 
+    def until_s(self, wait_s: float) -> float:
+        return max(self.until, self.since) + wait_s
+
     def copy(self) -> Poll:
         return self
 
@@ -110,7 +118,6 @@ class Search:
         self,
         rows: Rows,
         request: Changes,
-        slice_rows: int = SLICE_ROWS,
         rows_max: int = BACKLOG_ROWS_MAX,
     ) -> None:
         self.start, self.end, self.since, self.upto = (
@@ -119,18 +126,18 @@ class Search:
             request.since,
             request.at,
         )
-        self._rows, self._slice_rows, self._rows_max = rows, slice_rows, rows_max
+        self.done = False
+        self._rows, self._rows_max = rows, rows_max
         self._position, self._stop = keycode.family_span(keycode.LATEST, self.start, self.end)
         self._heap: list[tuple[int, bytes]] = []  # (-version, key): the newest is on top
         self._bytes = 0
 
-    def step(self) -> bool:
-        """Look at one slice; whether that was the last."""
+    def step(self, slice_rows: int) -> int:
+        """Look at one slice, or at what is left (`done`). Returns for how many rows that counts: one at least."""
         looked = 0
-        slice_rows = 8 if chance("search_slice_small") else self._slice_rows
         for row_key, data in self._rows.scan(self._position, self._stop):
             if looked >= slice_rows:
-                return False
+                return looked
             looked += 1
             self._position = row_key + b"\x00"
             newest = latest_ts(data)
@@ -144,7 +151,8 @@ class Search:
                     self._add(version, key)
                 if newest <= self.upto:
                     self._add(newest, key)
-        return True
+        self.done = True
+        return looked + SEEK_COST
 
     def _older(self, key: bytes) -> Iterator[int]:
         """The key's HISTORY versions in (since, upto], rising."""
@@ -214,6 +222,8 @@ class Feed:
             failure = Failure(request.id, "throttled", message, {"retry_after": 1.0})
             ev.out.reply(origin, failure, False)
             return
+        if not request.end:  # to the end of the range: what lies beyond is for others to tell
+            request = msgspec.structs.replace(request, end=ev.state.row.end)
         poll = Poll(request, origin, now, ev.latches.sequence)
         node.open += 1
         self._open[poll] = None
@@ -223,6 +233,11 @@ class Feed:
 
     def refuse(self, poll: Poll, failure: Failure) -> None:
         self._tell(poll, failure)
+
+    def give_up(self, poll: Poll) -> None:
+        """What it asks for cannot be learned now: nothing is claimed, and its watch asks again."""
+        reached("poll_given_up")
+        self._tell(poll, Changed(poll.request.id, poll.request.since, [], [], []))
 
     def again(self, poll: Waiter, now: float) -> None:
         """Look, from the start."""
@@ -252,10 +267,9 @@ class Feed:
     def _refusal(self, poll: Poll) -> Failure | None:
         request, state = poll.request, self._ev.state
         row = state.row
-        end = request.end or row.end
         if request.version and request.version != row.version:
             return Failure(request.id, "epoch_mismatch")
-        if request.start != end and not state.owns_span(request.start, end):
+        if not state.has_span(request.start, request.end):
             return Failure(request.id, "epoch_mismatch")
         if request.since < row.gc_threshold:
             first = state.recent.first(request.since, request.start, request.end)
@@ -347,9 +361,8 @@ class Feed:
         if at <= request.since:
             self._tell(poll, Changed(request.id, request.since, [], [], []))
             return
-        if now > max(poll.until, poll.since) + ev.limits.read_wait_s:
-            reached("poll_given_up")
-            self._tell(poll, Changed(request.id, request.since, [], [], []))
+        if now > poll.until_s(ev.limits.read_wait_s):
+            self.give_up(poll)
             return
         point = end == point_end(start)
         blocker = (
@@ -426,26 +439,42 @@ class Feed:
         if self._look_at is None or poll.until < self._look_at:
             self._look_at = poll.until
         if self._search is None:
-            reached("watch_falls_back")
-            self.node.counters["searches_total"] += 1
-            self._search = Search(
-                self._ev.rows, poll.request, self.slice_rows, self.backlog_rows_max
-            )
-            self._step_search(now)
+            self._step_at = now
+            self._begin_search(poll)
+
+    def _begin_search(self, poll: Poll) -> None:
+        reached("watch_falls_back")
+        self.node.counters["searches_total"] += 1
+        self._search = Search(self._ev.rows, poll.request, self.backlog_rows_max)
 
     def _step_search(self, now: float) -> None:
-        assert self._search is not None
+        """One slice, which may be enough for several small searches."""
+        left = 8 if chance("search_slice_small") else self.slice_rows
+        while self._search is not None and left > 0:
+            left -= self._search.step(left)
+            if self._search.done:
+                self._serve(self._search.backlog(), now)
         self._step_at = now + STEP_S
-        if not self._search.step():
-            return
-        backlog = self._search.backlog()
-        backlog.used_at = now
+
+    def _serve(self, backlog: Backlog, now: float) -> None:
+        """A search is over: whom it was made for goes on, and whoever else finds all that it needs in it.
+
+        They look at once, before another search drops it; the others wait, and the next search is for the first of them. If
+        they looked as well, each would find nothing, search, and drop what was found for those before it: without end.
+        """
         self._search = None
+        backlog.used_at = now
         self._backlogs = [backlog, *self._backlogs[: BACKLOGS_MAX - 1]]
         if self._look_at is None:
             self._look_at = now + LOOK_S
-        polls, self._searching = self._searching, {}
-        self._ev.runnable += polls
+        first = islice(self._searching, SERVED_MAX)
+        served = [poll for poll in first if backlog.serves(poll.request)]
+        for poll in served:
+            del self._searching[poll]
+        for poll in served:
+            self.again(poll, now)
+        if self._search is None and self._searching:
+            self._begin_search(next(iter(self._searching)))
 
     # -- time
 

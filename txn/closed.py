@@ -112,7 +112,7 @@ def read_here(state: RangeState, rows: Rows, request: Read | Scan, safe: int) ->
         return read_keys(rows, request, at)
     assert type(request) is Scan
     start, end = request.start, request.end or row.end
-    if not state.owns_span(start, end) and start != end:
+    if not state.has_span(start, end):
         return Failure(request.id, "epoch_mismatch")
     return read_span(rows, request, start, end, at)
 

@@ -63,6 +63,7 @@ from txn.mvcc import find_txn, latest_ts
 from txn.ports import Output, Rows
 from txn.reads import Reader
 from txn.recovery import Recovery
+from txn.silence import Silence
 from txn.state import ABSENT, Answer, Part, RangeState
 from txn.types import (
     TIMESTAMP_MAX,
@@ -77,6 +78,7 @@ from txn.validation import Validation
 from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX, compute
 
 WAITERS_MAX = 20_000
+PASSES_MAX = 64  # over those who wait, in one turn
 UNDECIDED_MAX = 20_000  # parts and outbox rows: every replica keeps them in memory
 TXN_STATUS: Mapping[int, TxnStatus] = {
     PartStatus.COMMITTED: TxnStatus.COMMITTED,
@@ -140,6 +142,7 @@ class Evaluator:
         self.locking = Locking(self)
         self.validation = Validation(self)
         self.guard_check = GuardCheck(self)
+        self.silence = Silence(self)
         self._handlers: dict[type, Callable[[Any, Any, float], None]] = {
             Prepare: self._prepare_new,
             Read: self.reader.read,
@@ -229,8 +232,15 @@ class Evaluator:
         self._handlers[type(request)](request, origin, now)
 
     def run_again(self, now: float) -> None:
-        """Evaluate again whoever waited for what has been applied meanwhile (rows are readable now)."""
-        while self.runnable:
+        """Evaluate again whoever waited for what has been applied meanwhile (rows are readable now).
+
+        One may set free another, a few times. Who is still here after PASSES_MAX goes on in the next turn: a mistake of ours
+        costs time, and does not keep the node from all else for ever. Tests and simulations take it for the mistake it is.
+        """
+        self.now = now
+        for _ in range(PASSES_MAX):
+            if not self.runnable:
+                return
             waiters, self.runnable = self.runnable, []
             for waiter in waiters:
                 if not waiter.done:
@@ -299,6 +309,7 @@ class Evaluator:
         now: float,
     ) -> None:
         """The oracle's answer for these: fresh timestamps from `first` on, one each; `read_ts` for all readers."""
+        self.now = now
         self.issued = max(self.issued, read_ts, first + len(pendings) - 1)
         for waiter in readers:
             self.untimed.pop(waiter, None)
@@ -324,7 +335,7 @@ class Evaluator:
             ts = first + number
             if ts <= closed:
                 reached("timestamp_too_old")
-                self.await_fresh.append(pending)
+                self.ask_fresh(pending, now)
                 continue
             pending.command = self._command(pending, ts)
             if pending.asking:
@@ -395,22 +406,28 @@ class Evaluator:
         ):
             self.runnable += self.blocked.pop(pending.txn_id)
 
-    def dropped(self, pendings: Sequence[Pending], code: str) -> None:
-        """Raft refused to take the entry: nothing happened; the askers may try again."""
+    def dropped(self, pendings: Sequence[Pending], code: str, message: str = "") -> None:
+        """Raft refused to take the entry: nothing happened; `code` says whether the askers may try again."""
         for pending in pendings:
-            if pending.txn_id:
-                self.latches.release(pending)
-            if pending.part is not None:
-                pending.part.resolving = None
-                if pending.waiters:  # now, they would find the part undecided, and propose the same
-                    self.recovery.rest(pending.waiters)
-            else:
-                self.runnable += pending.waiters
-            if pending.origin is not None:
-                self.out.reply(pending.origin, Failure(pending.request.id, code), False)
+            self.let_go(pending, code, message)
             self.recovery.dropped(pending)
             if pending.lost is not None:
                 pending.lost()
+
+    def let_go(self, pending: Pending, code: str, message: str) -> None:
+        """It will not be in the log. Its latches go, its asker is told."""
+        if pending.txn_id:
+            self.latches.release(pending)
+        if pending.part is not None:
+            pending.part.resolving = None
+            if pending.waiters:  # now, they would find the part undecided, and propose the same
+                self.recovery.rest(pending.waiters)
+        else:
+            self.runnable += pending.waiters
+        if pending.origin is not None:
+            if type(pending.request) is Prepare:
+                self.locking.failed(pending.request)
+            self.out.reply(pending.origin, Failure(pending.request.id, code, message), False)
 
     def _reply_to(self, pending: Pending, answer: Answer) -> Reply:
         request = pending.request
@@ -459,12 +476,14 @@ class Evaluator:
             ):
                 write = writes[0]
                 pending = Pending(txn_id, request, origin)
-                pending.since = now
+                pending.since = pending.asked_at = now
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
                 pending.seen = ((latest_key, latest),)
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
+                if not self.silence.armed:
+                    self.silence.arm(now)
                 return
         self._prepare(request, origin, now, now)
 
@@ -488,6 +507,7 @@ class Evaluator:
             return
         wrong = self._wrong_prepare(request)
         if wrong:
+            self.locking.failed(request)
             self.out.reply(origin, Failure(request.id, *wrong), False)
             return
         if self.locking.in_the_way(request, origin, now, since):
@@ -515,7 +535,14 @@ class Evaluator:
         if unseen:
             self.guard_check.begin(pending, unseen, now)
         else:
-            self.await_fresh.append(pending)
+            self.ask_fresh(pending, now)
+
+    def ask_fresh(self, pending: Pending, now: float) -> None:
+        """It is latched (E2): its timestamp is asked for from here on."""
+        pending.asked_at = now
+        self.await_fresh.append(pending)
+        if not self.silence.armed:
+            self.silence.arm(now)
 
     def _known_outcome(self, request: Prepare) -> Answer | None:
         """(a) answer from what stands, never evaluate twice."""

@@ -126,7 +126,7 @@ class GuardCheck:
             return
         refusal = refusal or self.collected(pending.request.guards)
         if refusal is None:
-            owner.await_fresh.append(pending)
+            owner.ask_fresh(pending, now)
             return
         pending.command = owner.fence_of(pending.request, refusal)
         owner.proposals.append(pending)

@@ -8,7 +8,7 @@ when it came, since later writers take a fresh timestamp above the reader's (so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from txn import stamps
 from txn.types import point_end
@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from txn.state import Answer, Part
     from txn.types import Guard, Stamp
 
+NEVER: Final = float("inf")
+
 
 class Pending:
     """One evaluated command, from latching until it is applied or given up."""
 
     __slots__ = (
+        "asked_at",
         "asking",
         "command",
+        "found_bytes",
         "grown_bytes",
         "guards",
         "keys",
+        "looked_rows",
         "lost",
         "origin",
         "part",
@@ -57,6 +62,8 @@ class Pending:
         self.stamps: list[Stamp] = []
         self.stamp_spans: list[tuple[bytes, bytes]] = []  # where their keys may come to stand (V1)
         self.results: list[bytes] | None = None
+        self.looked_rows = 0  # by all its delete_ranges
+        self.found_bytes = 0  # of keys that these met
         self.grown_bytes = 0  # of rows that are appended to
         # Rows read under the latch, which apply need not read again.
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
@@ -64,6 +71,7 @@ class Pending:
         self.sequence = 0
         self.asking = 0  # other ranges that have not answered yet; until then it is not proposed
         self.since = 0.0  # of a Prepare: when its evaluation first began
+        self.asked_at = NEVER  # when it began to wait for its timestamp
         self.part: Part | None = None  # what a Resolve resolves
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
         self.lost: Callable[[], None] | None = None  # it was not proposed after all
@@ -88,6 +96,10 @@ class Waiter:
         self.since = since
         self.sequence = sequence  # readers: later latches are not waited for
         self.done = False
+
+    def until_s(self, wait_s: float) -> float:
+        """When its time is up, if it may wait for so long."""
+        return self.since + wait_s
 
     def copy(self) -> Waiter:
         """To wait once more, in another place."""

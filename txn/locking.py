@@ -328,6 +328,12 @@ class Locking:
             self._changed()
         self.ev.prepare_again(asker, now)
 
+    def failed(self, request: Prepare) -> None:
+        """It is answered without an outcome: its locks stay for the next try, which waits anew."""
+        owner = self.table.owners.get(request.lock_owner or request.txn_id)
+        if owner is not None:
+            owner.until = 0.0
+
     def applied(self, pending: Pending) -> None:
         """An own Prepare was applied (X3)."""
         request = pending.request

@@ -504,10 +504,14 @@ def fast(elsewhere: list[list[Guard]]) -> bool:
 
 def well_formed(request: Prepare) -> bool:
     """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none.
-    What was read elsewhere goes with a transaction that writes in one range, and holds no lock.
+    What was read elsewhere goes with a transaction that writes in one range, and holds no lock. A guard covers something: one
+    without an end would be met by no writer that is in flight.
     """
     if len(request.txn_id) != TXN_ID_BYTES:
         return False
+    for guard in request.guards:
+        if guard.start >= guard.end:
+            return False
     if request.elsewhere:
         if not request.one_range or request.lock_owner or not fast(request.elsewhere):
             return False

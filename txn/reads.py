@@ -39,13 +39,16 @@ class Reader:
             self.ask_read_ts(waiter)
 
     def ask_read_ts(self, waiter: Waiter) -> None:
-        self.owner.untimed[waiter] = None
-        self.owner.await_read.append(waiter)
+        owner = self.owner
+        owner.untimed[waiter] = None
+        owner.await_read.append(waiter)
+        if not owner.silence.armed:
+            owner.silence.arm(owner.now)
 
     def again(self, waiter: Waiter, now: float) -> None:
         request = waiter.request
         row = self.owner.state.row
-        if now > waiter.since + self.owner.limits.read_wait_s:
+        if now > waiter.until_s(self.owner.limits.read_wait_s):
             reached("read_given_up")
             self.owner.out.reply(
                 waiter.origin,
@@ -110,7 +113,7 @@ class Reader:
         state, at = self.owner.state, request.at
         row = state.row
         start, end = request.start, request.end or row.end
-        if not state.owns_span(start, end) and start != end:
+        if not state.has_span(start, end):
             return Failure(request.id, "epoch_mismatch")
         blocker = self.owner.latches.blocker_of_scan(start, end, waiter.sequence)
         if blocker is not None:

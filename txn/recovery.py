@@ -77,7 +77,10 @@ class Recovery:
         self._looking: dict[
             Waiter, None
         ] = {}  # readers' questions that are asked on to participants
-        self._kicks: dict[bytes, None] = {}  # blocked-by questions on their way
+        self._questions: dict[
+            tuple[bytes, bytes, QueryMode], None
+        ] = {}  # of orphans and blocked writers, on their way
+        self._fences: dict[tuple[bytes, bytes], None] = {}  # the anchor's: (txn_id, locus)
         self._done: OutboxDone | None = None  # not proposed yet while `_done_in` is the evaluator's
         self._done_in: list[Pending] | None = None
 
@@ -140,7 +143,6 @@ class Recovery:
             _, txn_id, locus = self._orphan_due.popleft()
             part = state.part(txn_id, locus)
             if part is not None:
-                reached("orphan_asks")
                 self._ask_orphan(part)
                 self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
         for queue in (self._outbox_due, self._outbox_again):
@@ -348,11 +350,15 @@ class Recovery:
         if not missing:  # the decision was proposed before, and refused by Raft
             self._conclude(txn_id, staged, known)
         for participant in missing:
+            if (txn_id, participant.locus) in self._fences:
+                continue  # it waits there; another would wait beside it
+            self._fences[txn_id, participant.locus] = None
             request = Fence(0, 0, 0, txn_id, participant.locus, staged.anchor_key)
             self.call(participant.locus, request, self._on_fence_reply(txn_id, participant.locus))
 
     def _on_fence_reply(self, txn_id: bytes, locus: bytes) -> Callable[[Reply], None]:
         def on_reply(reply: Reply) -> None:
+            del self._fences[txn_id, locus]
             staged = self.ev.state.staged.get(txn_id)
             if staged is None or txn_id in self._deciding or not isinstance(reply, PartReply):
                 return
@@ -478,31 +484,30 @@ class Recovery:
         return True
 
     def _ask_orphan(self, part: Part) -> None:
-        if part.resolving is not None:
-            return
-        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.ORPHAN)
-        self.call(part.row.anchor_key, request, lambda reply: self._learn_outcome(part, reply))
+        if part.resolving is None and self._ask_outcome(part, QueryMode.ORPHAN):
+            reached("orphan_asks")
 
     def blocked_by(self, part: Part) -> None:
-        """A writer gave up waiting for this part: ask the anchor, once at a time; only asking, never fencing."""
-        if (
-            part.resolving is not None
-            or part.txn_id in self._kicks
-            or part.row.anchor_key == part.locus
-        ):
+        """A writer gave up waiting for this part: ask the anchor; only asking, never fencing."""
+        if part.resolving is not None or part.row.anchor_key == part.locus:
             return
-        reached("blocked_writer_asks")
-        self._kicks[part.txn_id] = None
+        if self._ask_outcome(part, QueryMode.BLOCKED):
+            reached("blocked_writer_asks")
+
+    def _ask_outcome(self, part: Part, mode: QueryMode) -> bool:
+        """Ask the anchor, once at a time: a question may wait there for long, and another would wait beside it."""
+        question = part.txn_id, part.locus, mode
+        if question in self._questions:
+            return False
+        self._questions[question] = None
 
         def on_reply(reply: Reply) -> None:
-            self._kicks.pop(part.txn_id, None)
+            del self._questions[question]
             self._on_outcome(part, reply)
 
-        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, QueryMode.BLOCKED)
+        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, mode)
         self.call(part.row.anchor_key, request, on_reply)
-
-    def _learn_outcome(self, part: Part, reply: Reply) -> None:
-        self._on_outcome(part, reply)
+        return True
 
     def _on_outcome(self, part: Part, reply: Reply) -> bool:
         """Resolve the part if the outcome is known. Whether it is.
@@ -552,7 +557,7 @@ class Recovery:
             reached("reader_rests")
             self.rest(waiters)  # no answer, or none that can be used now
             return
-        self._rerun(waiters)
+        self.ev.runnable += waiters
 
     def _stands(self, part: Part) -> bool:
         """Whether the part is still here with nothing on its way that ends it: whoever looks now meets it again."""
@@ -564,10 +569,10 @@ class Recovery:
         self._rest_number += 1
         number = self._rest_number
         self._resting[number] = waiters
-        self.ev.at(self.ev.now + ASK_AGAIN_S, lambda _: self._rerun(self._resting.pop(number)))
+        self.ev.at(self.ev.now + ASK_AGAIN_S, lambda _: self._wake(number))
 
-    def _rerun(self, waiters: list[Waiter]) -> None:
-        self.ev.runnable += waiters
+    def _wake(self, number: int) -> None:
+        self.ev.runnable += self._resting.pop(number)
 
     def looked(self, waiter: Waiter, reply: Reply, *, confirm: bool) -> None:
         """A reader's question was answered by the participants. `confirm`: it rests on the record still being STAGED."""

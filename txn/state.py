@@ -262,6 +262,10 @@ class RangeState:
         row = self.row
         return row.start <= start and (not row.end or (bool(end) and end <= row.end))
 
+    def has_span(self, start: bytes, end: bytes) -> bool:
+        """Whether all of [start, end) is here; of an empty span nothing is elsewhere."""
+        return start == end != b"" or self.owns_span(start, end)
+
     def foreign_guard(self, key: bytes, txn_id: bytes) -> Part | None:
         """Another transaction's replicated guard over a key."""
         holders = self.point_guards.get(key)

@@ -109,7 +109,7 @@ class FenceReason(enum.IntEnum):
     CONFLICT = 1  # a version, an intent or a guard of another transaction stood in the way
     COMPARE_FAILED = 2
     RECOVERY = 3  # somebody gave the attempt up
-    TOO_LARGE = 4  # a delete_range met too many rows
+    TOO_LARGE = 4  # more than one entry may hold: delete_ranges met too many rows, or values grew
     BAD_VALUE = 5  # an increment met a row that is not a number (of the format), or overflowed
 
 

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
-RANGE_LOOKED_MAX = 50_000  # by a delete_range, deleted rows included: it is one turn of the node
+RANGE_LOOKED_MAX = 50_000  # by its delete_ranges, deleted rows included: it is one turn of the node
+PART_BYTES_MAX = (
+    7 << 20
+)  # of what its entry holds, but for participants: it goes to followers in one message
+GUARD_BYTES = 16  # of a guard in an entry, beside its bounds
 
 
 def failed_condition(expects: Sequence[Expect], rows: Rows) -> tuple[bytes, int] | None:
@@ -67,10 +71,24 @@ def compute(request: Prepare, pending: Pending, rows: Rows) -> Answer | None:
             if refusal is not None:
                 return refusal
         pending.keys, pending.values = list(final), list(final.values())
-    for expect in request.expects:
-        if expect.key not in pending.keys:  # it has to hold until the transaction ends
-            pending.guards.append(hold(expect.key, point_end(expect.key)))
+    if request.expects:
+        written = set(pending.keys)
+        for expect in request.expects:
+            if expect.key not in written:  # it has to hold until the transaction ends
+                pending.guards.append(hold(expect.key, point_end(expect.key)))
+    if len(pending.keys) > 1 or pending.guards:  # one value alone is small enough
+        if _entry_bytes(pending, guards=not request.one_range) > PART_BYTES_MAX:
+            return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, request.locus)
     return None
+
+
+def _entry_bytes(pending: Pending, *, guards: bool) -> int:
+    """What was asked for, and what was found: keys of delete_ranges, values that were appended to, conditions' keys."""
+    size = sum(map(len, pending.keys)) + sum(len(each) for each in pending.values if each)
+    size += sum(len(stamp.key) + len(stamp.value) for stamp in pending.stamps)
+    if guards:
+        size += sum(len(guard.start) + len(guard.end) + GUARD_BYTES for guard in pending.guards)
+    return size
 
 
 def _compute_write(
@@ -88,15 +106,15 @@ def _compute_write(
             if key <= found < write.value:
                 final[found] = None
         low, high = keycode.family_span(keycode.LATEST, key, write.value)
-        size = 0
-        for looked, (row_key, row) in enumerate(rows.scan(low, high)):
-            if looked >= RANGE_LOOKED_MAX:
+        for row_key, row in rows.scan(low, high):
+            if pending.looked_rows >= RANGE_LOOKED_MAX:
                 return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
-            if row[24]:
+            pending.looked_rows += 1
+            if row[24] or row_key[1:] in final:
                 continue
             final[row_key[1:]] = None
-            size += len(row_key)
-            if len(final) > RANGE_ROWS_MAX or size > RANGE_BYTES_MAX:
+            pending.found_bytes += len(row_key)
+            if len(final) > RANGE_ROWS_MAX or pending.found_bytes > RANGE_BYTES_MAX:
                 return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
     elif kind == WriteKind.STAMPED_KEY:
         pending.stamps.append(stamps.of_write(write))

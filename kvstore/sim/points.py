@@ -148,6 +148,8 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "crash_before_the_logs_reset",
     "oracle_bound_used_up",
     "read_given_up",
+    "reader_of_a_silent_oracle_given_up",
+    "writer_of_a_silent_oracle_given_up",
     "readable_again",
     "rot_below_applied",
     "resolved_unprepared",

@@ -257,7 +257,7 @@ class Replica:
         while self.evaluator is not None:
             evaluator, output, world = self.evaluator, self.output, self.world
             if evaluator.runnable and (world.rng.random() < 0.5 or world.quiet):
-                evaluator.run_again(world.now)
+                self._look_again(evaluator)
             calls, output.calls = output.calls, []
             for key, request, call_id in calls:
                 world.range_call(self, evaluator, key, request, call_id)
@@ -294,8 +294,14 @@ class Replica:
     def _run_again(self, evaluator: Evaluator) -> None:
         if self.evaluator is evaluator:
             self._run_at = None
-            evaluator.run_again(self.world.now)
+            self._look_again(evaluator)
             self.turn()
+
+    def _look_again(self, evaluator: Evaluator) -> None:
+        evaluator.run_again(self.world.now)
+        if evaluator.runnable:
+            requests = [waiter.request for waiter in evaluator.runnable[:3]]
+            raise Violation(f"evaluated again without end: {requests}")
 
     def _tick(self, evaluator: Evaluator) -> None:
         if self.evaluator is evaluator:
@@ -343,8 +349,7 @@ class Replica:
             if self.evaluator is evaluator:
                 self._asking = False
                 if first < 0:
-                    evaluator.await_fresh[:0] = pendings
-                    evaluator.await_read[:0] = readers
+                    evaluator.silence.ask_again(pendings, readers)
                 else:
                     if late:  # latched after the timestamps were issued
                         pendings.extend(evaluator.await_fresh[:late])

@@ -44,6 +44,11 @@ class FakeEvaluator:
         self.await_fresh: list[Any] = list(range(wanted))
         self.await_read: list[Any] = []
         self.given: list[tuple[Any, int]] = []
+        self.silence = self
+
+    def ask_again(self, pendings: list[Any], readers: list[Any]) -> None:
+        self.await_fresh[:0] = pendings
+        self.await_read[:0] = readers
 
     def give_timestamps(
         self, pendings: list[Any], first: int, readers: list[Any], read_ts: int, now: float

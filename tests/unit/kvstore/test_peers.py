@@ -49,7 +49,7 @@ def append(group: int, size_bytes: int) -> AppendRequest:
 
 def test_the_largest_entry_behind_those_of_other_ranges_still_fits_into_a_message():
     link = KeptLink()
-    largest = limits.TXN_RANGE_MESSAGE_BYTES_MAX  # of one transaction in one range
+    largest = limits.ENTRY_BYTES_MAX  # that Raft takes
     messages = [append(1, PAYLOAD_BYTES_MAX - 1), append(2, largest), append(3, 10), append(4, 10)]
     peer_set(link).send(2, messages)
     assert [each for payload in link.payloads for each in decode_messages(payload[1:])] == messages

@@ -4,9 +4,11 @@ exactly which entries its rows hold (pitfall 1); and the log is never cut above 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+import msgspec
 import pytest
 
 from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
@@ -15,16 +17,32 @@ from kvstore.errors import StorageError
 from kvstore.node import Node
 from kvstore.replica import BATCH_BYTES_MAX, new_config
 from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
-from replication.errors import NotLeader
+from replication.errors import EntryTooLarge, NotLeader
 from replication.probes import choosing, counting
 from replication.types import Entry, EntryKind, Membership
 from txn import keycode
-from txn.commands import Batch, Commit, PreparePart, decode_batch, encode_batch
+from txn.commands import (
+    AbortUnstaged,
+    Batch,
+    Collect,
+    Command,
+    Commit,
+    Decide,
+    FencePart,
+    Garbage,
+    OracleBound,
+    OutboxDone,
+    PreparePart,
+    ResolvePart,
+    decode_batch,
+    encode_batch,
+    size_bytes,
+)
 from txn.evaluate import Limits
 from txn.latches import Pending
 from txn.messages import Failure, Prepare
 from txn.state import RangeRow, decode_range_row
-from txn.types import Guard, Participant, Write, WriteKind, make_txn_id
+from txn.types import Guard, Participant, Stamp, Write, WriteKind, make_txn_id
 
 MEMBERS = Membership(voters=(1, 2, 3), nodes=((1, 1), (2, 2), (3, 3)))
 RANGES = {7: b"b", 8: b"d"}  # number -> start
@@ -179,24 +197,107 @@ def test_an_entry_has_the_same_rows_whoever_proposed_it():
     assert follower.batches == leader.batches
 
 
-def test_entries_are_cut_by_all_that_they_hold_guards_and_participants_included():
-    """An entry has to fit into a message to the followers, whoever wrote little and read much."""
+LONG = bytes(1_000)
+GUARDS = [Guard(LONG, LONG + b"\x00", 1)] * 75
+PARTICIPANTS = [Participant(LONG, LONG, LONG + b"\x00")] * 50
+ID = bytes(16)
+EXAMPLES: dict[type, Command] = {  # each as long as it may be for its number of keys
+    Commit: Commit(ID, LONG, 1 << 62, [LONG] * 9, [LONG] * 8 + [None]),
+    PreparePart: PreparePart(
+        ID, LONG, LONG, 1 << 62, 1 << 62, [LONG], [LONG], GUARDS, PARTICIPANTS, [Stamp(LONG, LONG, 9_999, True)]
+    ),
+    FencePart: FencePart(ID, LONG, LONG, 1, LONG, ID, 1 << 62),
+    Decide: Decide(ID, LONG, 1 << 62),
+    ResolvePart: ResolvePart(ID, LONG, LONG, 1 << 62, True),
+    AbortUnstaged: AbortUnstaged(ID, LONG),
+    OutboxDone: OutboxDone([(ID, LONG, LONG)] * 256),
+    OracleBound: OracleBound(1 << 62),
+    Collect: Collect(1 << 62, [Garbage(LONG, [1 << 62] * 9, 1 << 62, [ID] * 9, [ID] * 9)] * 50),
+}  # fmt: skip
+
+
+def batches_of(commands: Sequence[Command]) -> list[Batch]:
     replica = store_of(RecordingEngine()).replicas[7]
-    guards = [Guard(bytes(1_000), bytes(1_001), 1)] * 150
-    participants = [Participant(bytes(1_000), bytes(1_000), bytes(1_001))] * 150
     proposals = []
-    for number in range(6):
+    for number, command in enumerate(commands):
         pending = Pending(make_txn_id(1, number), None, None)
-        pending.command = PreparePart(
-            pending.txn_id, b"b", b"b", 5, 1, [], [], guards, participants
-        )
+        pending.command = command
         proposals.append(pending)
     replica.evaluator = cast(
         "Any", SimpleNamespace(proposals=proposals, closing=SimpleNamespace(promised=0))
     )
-    sizes = [len(encode_batch(batch)) for batch, _ in replica.take_batches()]
-    assert len(sizes) == 6
-    assert max(sizes) < BATCH_BYTES_MAX
+    return [batch for batch, _ in replica.take_batches()]
+
+
+@pytest.mark.parametrize("kind", get_args(Command))
+def test_entries_are_cut_by_all_that_they_hold_whatever_kind_of_command(kind):
+    """An entry has to fit into a message to the followers; 3,300 fences with long keys were 10 MB in one."""
+    command = EXAMPLES[kind]
+    size = len(encode_batch(Batch(0, 1, [command])))
+    count = min(3 * BATCH_BYTES_MAX // size, 5_000)
+    batches = batches_of([command] * count)
+    assert sum(len(batch.commands) for batch in batches) == count
+    sizes = [len(encode_batch(batch)) for batch in batches]
+    assert max(sizes) <= BATCH_BYTES_MAX
+    if kind is not OracleBound:  # of which there is never more than one
+        assert len(sizes) <= 4, "and they are not cut much smaller than they may be"
+
+
+@pytest.mark.parametrize("length", [0, 1, 300, 70_000])
+@pytest.mark.parametrize("kind", get_args(Command))
+def test_no_command_is_larger_in_an_entry_than_it_counts_for(kind, length):
+    def scaled(value: Any) -> Any:
+        if isinstance(value, bytes) and len(value) == len(LONG):
+            return bytes(length)
+        if isinstance(value, (list, tuple)):
+            return [scaled(each) for each in value]
+        return value
+
+    plain = msgspec.to_builtins(EXAMPLES[kind], builtin_types=[bytes])
+    command = msgspec.convert(scaled(plain), type=kind)
+    assert len(encode_batch(Batch(0, 1, [command]))) <= size_bytes(command) + len(
+        encode_batch(Batch(0, 1, []))
+    )
+
+
+def test_a_command_that_no_entry_may_hold_fails_alone_and_the_leader_goes_on():
+    """In the log it could never leave: the stream to the followers refused it, and that ended the node."""
+    store = store_of(RecordingEngine())
+    taken: list[bytes] = []
+
+    def propose(_range: int, _term: int, data: bytes) -> int:
+        if len(data) > 4 << 20:
+            raise EntryTooLarge("an entry of so many bytes")
+        taken.append(data)
+        return len(taken)
+
+    store.attach(
+        cast("Any", SimpleNamespace(wake=lambda: None, propose=propose)), cast("Any", None)
+    )
+    store.leadership(7, 2, True)
+    replica = store.replicas[7]
+    evaluator = replica.evaluator
+    assert evaluator is not None
+    evaluator.start(0.0)
+    answers: dict[str, list[Any]] = {"small": [], "large": [], "late": []}
+    for number, (name, size) in enumerate((("small", 1), ("large", 4 << 20), ("late", 1))):
+        key = b"b%d" % number
+        writes = [Write(WriteKind.PUT, key, bytes(size))]
+        request = Prepare(number, 0, 0, make_txn_id(1, number), key, key, writes)
+        evaluator.latches.acquire(pending := Pending(request.txn_id, request, name))
+        pending.command = Commit(request.txn_id, key, 5, [key], [bytes(size)])
+        evaluator.proposals.append(pending)
+    store._propose(replica, evaluator)
+    for origin, reply in replica.output.replies:
+        answers[origin].append(reply)
+    (refused,) = answers.pop("large")
+    assert isinstance(refused, Failure)
+    assert (refused.code, refused.message) == ("transaction_too_large", "an entry of so many bytes")
+    assert answers == {"small": [], "late": []}
+    commands = [command for data in taken for command in decode_batch(data).commands]
+    proposed = [command.txn_id for command in commands if isinstance(command, Commit)]
+    assert proposed == [make_txn_id(1, 0), make_txn_id(1, 2)]
+    assert set(evaluator.latches.txns) == set(proposed), "what it had latched is free"
 
 
 def test_what_a_deposed_leader_proposes_has_not_happened():

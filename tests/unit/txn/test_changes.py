@@ -31,6 +31,17 @@ def events(asked: Asked) -> list[tuple[int, bytes, bytes | None]]:
     return list(zip(reply.versions, reply.keys, reply.values, strict=True))
 
 
+def found(place: Range, asked: Asked) -> Asked:
+    """Let what is searched for be found."""
+    settled(place, asked)
+    for _ in range(1_000):
+        if not asked.open:
+            return asked
+        place.pass_time(0.002)
+        settled(place, asked)
+    raise AssertionError("it is never found")
+
+
 def nothing_left(place: Range) -> bool:
     feed = place.evaluator.feed
     kept = (feed._open, feed._by_watch, feed._parked, feed._points, feed._spans, feed._searching)
@@ -221,10 +232,7 @@ def history(place: Range, count: int) -> list[tuple[int, bytes, bytes]]:
 def drain(place: Range, since: int, **fields) -> list[tuple[int, bytes, bytes | None]]:
     told = []
     for _ in range(1_000):
-        asked = settled(place, poll(place, since, wait_ms=1, **fields))
-        while asked.open:
-            place.pass_time(0.01)
-            settled(place, asked)
+        asked = found(place, poll(place, since, wait_ms=1, **fields))
         told += events(asked)
         if asked.reply.upto >= place.clock:
             return told
@@ -254,10 +262,7 @@ def test_what_recent_forgot_is_searched_and_writers_go_on_meanwhile():
     asked = settled(place, poll(place, 0))
     assert asked.open
     later = stored(place, b"k0", b"later")
-    while asked.open:
-        place.pass_time(0.01)
-        settled(place, asked)
-    assert events(asked) == written, "and nothing above the timestamp of the search"
+    assert events(found(place, asked)) == written, "and nothing above the timestamp of the search"
     assert later > asked.reply.upto
 
 
@@ -266,7 +271,7 @@ def test_a_full_backlog_keeps_the_oldest_and_says_how_far_it_came():
     written = history(place, 30)
     place.lead()
     place.evaluator.feed.backlog_rows_max = 7
-    asked = settled(place, poll(place, 0))
+    asked = found(place, poll(place, 0))
     assert events(asked) == written[:7]
     assert asked.reply.upto == written[7][0] - 1
     assert drain(place, 0) == written
@@ -289,7 +294,7 @@ def test_pages_of_one_search_need_no_other():
     since = 0
     told: list[tuple[int, bytes, bytes | None]] = []
     while len(told) < 40:
-        asked = settled(place, poll(place, since, rows_max=4))
+        asked = found(place, poll(place, since, rows_max=4))
         told += events(asked)
         since = asked.reply.upto
     assert told == written
@@ -306,11 +311,57 @@ def test_a_search_that_takes_longer_than_the_wait_goes_on_for_the_next_poll():
     settled(place, first)
     assert first.reply == Changed(0, 0, [], [], [])
     second = settled(place, poll(place, 0))
-    for _ in range(60):
-        place.pass_time(0.01)
-        settled(place, second)
-    assert events(second) == written
+    assert events(found(place, second)) == written
     assert place.evaluator.feed.node.counters["searches_total"] == 1
+
+
+@pytest.mark.parametrize("slice_rows", [1, 512])
+@pytest.mark.parametrize("polls", [2, 3, 40])
+def test_polls_of_different_spans_that_search_at_once_are_all_answered(polls, slice_rows):
+    """Each search threw away what the one before had found, for polls that had not looked at it yet: for ever."""
+    place = Range()
+    keys = [b"k%02d" % number for number in range(polls)]
+    versions = [stored(place, key) for key in keys]
+    stored(place, b"x")
+    place.lead()
+    place.evaluator.feed.slice_rows = slice_rows
+    asked = [poll(place, 0, key, point_end(key)) for key in keys]
+    place.stamp()
+    place.run_again()
+    for _ in range(20 * polls):
+        place.pass_time(0.002)
+    assert [events(each) for each in asked] == [
+        [(version, key, b"old")] for version, key in zip(versions, keys, strict=True)
+    ]
+    feed = place.evaluator.feed
+    assert feed.node.counters["searches_total"] == polls
+    assert nothing_left(place)
+
+
+def test_polls_that_search_at_once_wait_for_a_slice_and_not_for_each_other():
+    place = Range()
+    stored(place, b"x")
+    place.lead()
+    asked = [poll(place, 0, b"k%03d" % n, point_end(b"k%03d" % n)) for n in range(100)]
+    place.stamp()
+    place.pass_time(0.0)
+    assert sum(not each.open for each in asked) >= 50, "a search of one key is a small part of it"
+    place.pass_time(0.002)
+    assert not any(each.open for each in asked)
+
+
+def test_what_one_search_found_serves_all_that_wait_for_it_and_no_others():
+    place = Range()
+    written = history(place, 20)
+    place.lead()
+    behind, wide = written[9][0], poll(place, 0)
+    same, later, narrow = poll(place, 0), poll(place, behind), poll(place, 0, b"k3", b"k4")
+    place.stamp()
+    place.pass_time(0.0)
+    assert place.evaluator.feed.node.counters["searches_total"] == 1
+    assert events(wide) == events(same) == written
+    assert events(later) == written[10:]
+    assert events(narrow) == [each for each in written if each[1] == b"k3"]
 
 
 def test_an_idle_poll_of_a_busy_range_needs_no_search():
@@ -335,8 +386,7 @@ def test_a_commit_below_what_recent_remembers_is_searched_for():
     asked = poll(place, since, b"quiet", point_end(b"quiet"))
     history(place, 30)
     settled(place, place.resolve(1, b"quiet", commit_ts))
-    settled(place, asked)
-    assert events(asked) == [(commit_ts, b"quiet", b"late")]
+    assert events(found(place, asked)) == [(commit_ts, b"quiet", b"late")]
     assert place.evaluator.feed.node.counters["searches_total"] == 1
 
 
@@ -344,7 +394,7 @@ def test_a_backlog_that_nobody_uses_is_dropped():
     place = Range()
     history(place, 5)
     place.lead()
-    settled(place, poll(place, 0))
+    found(place, poll(place, 0))
     assert place.evaluator.feed._backlogs
     for _ in range(4):
         place.pass_time(16.0)
@@ -391,6 +441,22 @@ def test_a_span_outside_the_range_and_another_epoch_are_refused():
     for asked in (poll(place, 0, b"a", b"c"), poll(place, 0, b"b", b"n"), poll(place, 0, b"b", b"m", version=9)):  # fmt: skip
         assert asked.reply.code == "epoch_mismatch"
     assert nothing_left(place)
+
+
+@pytest.mark.parametrize("start", [b"", b"b"])
+def test_the_end_of_a_poll_that_names_none_is_the_end_of_the_range(start):
+    """The rows of all ranges of a node lie in one engine."""
+    place = Range(start, b"m")
+    version = stored(place, b"k")
+    place.rows.write({b"Lz": place.rows.get(b"Lk")})
+    place.lead()
+    asked = found(place, poll(place, 0, start, b""))
+    assert events(asked) == [(version, b"k", b"old")]
+
+
+def test_a_poll_of_all_keys_is_not_for_a_range_that_begins_later():
+    place = Range(b"m", b"")
+    assert poll(place, 0, b"", b"").reply.code == "epoch_mismatch"
 
 
 def test_more_polls_than_a_node_may_have_are_throttled_with_what_to_do():

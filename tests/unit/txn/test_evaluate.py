@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.txn.txn_driver import Range, put, settled, stored, txn_id
 from txn.commands import Commit, FencePart, PreparePart
+from txn.evaluate import PASSES_MAX, Waiter
 from txn.messages import Failure, Prepare, QueryMode, Read, TxnReply
 from txn.types import (
     TIMESTAMP_SHIFT,
@@ -410,28 +411,6 @@ def test_a_delete_range_in_flight_makes_writers_inside_it_wait():
     assert outside.open
 
 
-def test_a_delete_range_over_too_many_rows_is_refused_durably(monkeypatch):
-    monkeypatch.setattr("txn.values.RANGE_ROWS_MAX", 2)
-    place = Range()
-    for key in (b"a", b"b", b"c"):
-        stored(place, key)
-    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
-    assert asked.reply.reason == FenceReason.TOO_LARGE
-    assert place.read(b"a", at=place.clock).reply.values == [b"old"]
-
-
-def test_a_delete_range_over_a_desert_of_deleted_rows_is_refused_and_holds_no_node(monkeypatch):
-    monkeypatch.setattr("txn.values.RANGE_LOOKED_MAX", 3)
-    place = Range()
-    for key in (b"a", b"b", b"c", b"d"):
-        stored(place, key)
-        settled(place, place.prepare(place.clock, Write(WriteKind.DELETE, key)))
-    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
-    assert asked.reply.status == PartStatus.COMMITTED
-    asked = settled(place, place.prepare(2, Write(WriteKind.DELETE_RANGE, b"a", b"e")))
-    assert asked.reply.reason == FenceReason.TOO_LARGE
-
-
 # -- what is not for this range
 
 
@@ -552,3 +531,20 @@ def test_a_one_range_commit_is_one_command_and_a_part_another():
     settled(place, place.prepare(1, put(b"a")))
     settled(place, place.part(2, put(b"b")))
     assert [type(command) for command in place.log] == [Commit, PreparePart]
+
+
+def test_who_is_set_free_again_and_again_does_not_keep_the_node_from_all_else(monkeypatch):
+    """It goes on in the next turn; there is no such request, unless we made a mistake."""
+    place = Range()
+    asked = []
+
+    def again(waiter: Waiter, _now: float) -> None:
+        asked.append(waiter)
+        waiter.done = False
+        place.evaluator.runnable.append(waiter)
+
+    monkeypatch.setattr(place.evaluator, "_again", again)
+    place.evaluator.runnable.append(Waiter(None, None, 0.0))
+    place.evaluator.run_again(place.now)
+    assert len(asked) == PASSES_MAX
+    assert len(place.evaluator.runnable) == 1

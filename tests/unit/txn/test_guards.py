@@ -46,6 +46,14 @@ def walked(place: Range, asked: Asked, steps: int = 1_000) -> Asked:
     return asked
 
 
+@pytest.mark.parametrize("span", [(b"k", b""), (b"", b""), (b"k", b"k"), (b"l", b"k")])
+def test_a_guard_that_covers_nothing_is_refused_whatever_is_in_flight(span):
+    """An empty end, taken for the end of all keys by some checks, would let every writer that is latched or prepared pass."""
+    place = Range()
+    settled(place, place.part(5, put(b"kk")))
+    assert reader(place, 150, span=span).reply.code == "invalid_argument"
+
+
 @pytest.fixture
 def ten_at_once(monkeypatch):
     monkeypatch.setattr(guards, "SLICE", 10)

@@ -454,6 +454,45 @@ def test_a_commit_that_took_the_place_of_a_wait_is_nobodys_victim():
     assert writer.reply.status == PartStatus.COMMITTED
 
 
+@pytest.mark.parametrize("end", ["dropped", "wrong", "silent behind another"])
+@pytest.mark.parametrize("lock_owner", [b"", owner(2)], ids=["without locks", "with a lock"])
+def test_a_commit_that_waited_and_failed_waits_again_when_it_is_repeated(end, lock_owner):
+    """The end of its first wait was kept, and the next lock in its way refused it at once."""
+    place = Range()
+    wait_s = place.limits.lock_wait_s
+    lock(place, 1)
+    if lock_owner:
+        lock(place, 2, b"mine")
+
+    def again() -> Asked:
+        return place.prepare(2, put(b"k"), put(b"l"), lock_owner=lock_owner, begin_ts=60)
+
+    first = again()
+    place.pass_time(wait_s - 0.1)
+    if end == "wrong":
+        place.state.row.start = b"l"
+    elif end == "silent behind another":
+        place.prepare(7, put(b"l"))  # is latched
+    place.ask(Unlock(0, 0, 0, b"k", owner(1)))
+    place.run_again()
+    if end == "wrong":
+        place.state.row.start = b""
+    elif end == "dropped":
+        place.stamp()
+        place.evaluator.dropped(place.take(), "throttled")
+    else:
+        place.pass_time(place.limits.read_wait_s)
+    assert isinstance(first.reply, Failure)
+    place.pass_time(0.15)
+    place.settle()
+    lock(place, 3, b"l")
+    second = again()
+    place.settle()
+    assert second.open
+    unlock(place, 3, b"l")
+    assert second.reply.status == PartStatus.COMMITTED
+
+
 def test_an_end_of_the_transaction_answers_its_waits():
     place = Range()
     lock(place, 1)

@@ -136,6 +136,13 @@ def test_a_reader_above_every_known_timestamp_is_checked_before_it_asks():
 # -- scans
 
 
+def test_a_scan_of_all_keys_is_not_for_a_range_that_begins_later():
+    place = Range(b"m", b"")
+    assert place.scan(b"", b"", 100).reply.code == "epoch_mismatch"
+    assert place.scan(b"m", b"", 100).reply.keys == []
+    assert Range(b"", b"m").scan(b"m", b"m", 100).reply.keys == [], "an empty span is anywhere"
+
+
 def test_a_scan_stops_at_its_limit_and_tells_how_far_it_came():
     place = Range()
     for key in (b"a", b"b", b"c"):

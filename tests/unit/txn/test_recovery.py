@@ -441,6 +441,7 @@ def test_a_decision_is_delivered_and_its_rows_go_when_it_is_acknowledged():
         assert len(place.state.outbox) == left + 1, "not before it is in the log"
         place.settle()
         assert len(place.state.outbox) == left
+    place.pass_time(place.limits.read_wait_s)  # of what has asked for a timestamp
     assert place.evaluator.deadline() is None
 
 

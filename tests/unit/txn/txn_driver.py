@@ -173,7 +173,7 @@ class Range:
         commands = [pending.command for pending in pendings if pending.command is not None]
         answers = self.apply(commands)
         self.evaluator.applied(pendings, answers, self.now)
-        self.evaluator.run_again(self.now)
+        self.run_again()
         return commands
 
     def apply(self, commands: list[Command]) -> list[Answer]:
@@ -196,16 +196,21 @@ class Range:
             self.stamp()
             self.commit()
 
+    def run_again(self) -> None:
+        """Whoever can go on does, and comes to rest."""
+        self.evaluator.run_again(self.now)
+        assert not self.evaluator.runnable, "somebody is evaluated again without end"
+
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.evaluator.tick(self.now)
-        self.evaluator.run_again(self.now)
+        self.run_again()
 
     def answer(self, reply: Reply, number: int = 0) -> None:
         """Answer one of the calls to other ranges."""
         _, _, call_id = self.calls.pop(number)
         self.evaluator.recovery.on_reply(call_id, reply, self.now)
-        self.evaluator.run_again(self.now)
+        self.run_again()
 
 
 def settled(place: Range, asked: Asked) -> Asked:

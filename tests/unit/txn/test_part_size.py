@@ -1,0 +1,156 @@
+"""Claims of how large one transaction's part in one range may become (txn/values.py): what it asks for, what its delete_ranges
+find and what its values grow to are limited together, since all of it is one entry, which goes to followers in one message."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore import limits
+from tests.unit.txn.txn_driver import Range, put, settled, stored
+from txn.commands import Batch, encode_batch
+from txn.types import (
+    TIMESTAMP_MAX,
+    Expect,
+    ExpectKind,
+    FenceReason,
+    Guard,
+    PartStatus,
+    Write,
+    WriteKind,
+)
+from txn.values import GUARD_BYTES, PART_BYTES_MAX, RANGE_BYTES_MAX, RANGE_ROWS_MAX
+
+LONG = bytes(4_000)
+
+
+def clear(start: bytes, end: bytes) -> Write:
+    return Write(WriteKind.DELETE_RANGE, start, end)
+
+
+def fill(place: Range, prefixes: bytes, rows: int) -> None:
+    """Rows with long keys under each prefix, as one leader after another has stored them."""
+    row = stored(place, b"~")
+    data = place.rows.get(b"L~")
+    assert row
+    assert data is not None
+    place.rows.write(
+        {
+            b"L%c%04d" % (prefix, number) + LONG: data
+            for prefix in prefixes
+            for number in range(rows)
+        }
+    )
+
+
+def guards(count: int) -> list[Guard]:
+    return [
+        Guard(b"g%04d" % number + LONG, b"g%04d" % number + LONG + b"\x00", TIMESTAMP_MAX)
+        for number in range(count)
+    ]
+
+
+def largest_entry(place: Range) -> int:
+    return max(len(encode_batch(Batch(0, 1, [command]))) for command in place.log)
+
+
+def refused(place: Range, *writes: Write, **fields) -> bool:
+    """Whether it is too large; if not, that it is done."""
+    asked = settled(place, place.prepare(1, *writes, **fields))
+    if asked.reply.reason == FenceReason.TOO_LARGE:
+        assert asked.reply.status == PartStatus.FENCED
+        return True
+    assert asked.reply.status in (PartStatus.COMMITTED, PartStatus.PREPARED)
+    assert largest_entry(place) < PART_BYTES_MAX + (1 << 20)
+    return False
+
+
+def test_the_limits_are_those_that_clients_check():
+    assert PART_BYTES_MAX == limits.TXN_RANGE_MESSAGE_BYTES_MAX
+    assert GUARD_BYTES == limits.SPAN_OVERHEAD_BYTES
+    assert (RANGE_BYTES_MAX, RANGE_ROWS_MAX) == (
+        limits.TXN_RANGE_BYTES_MAX,
+        limits.TXN_RANGE_ROWS_MAX,
+    )
+
+
+def test_a_delete_range_over_too_many_rows_is_refused_durably(monkeypatch):
+    monkeypatch.setattr("txn.values.RANGE_ROWS_MAX", 2)
+    place = Range()
+    for key in (b"a", b"b", b"c"):
+        stored(place, key)
+    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
+    assert asked.reply.reason == FenceReason.TOO_LARGE
+    assert place.read(b"a", at=place.clock).reply.values == [b"old"]
+
+
+def test_a_delete_range_over_a_desert_of_deleted_rows_is_refused_and_holds_no_node(monkeypatch):
+    monkeypatch.setattr("txn.values.RANGE_LOOKED_MAX", 3)
+    place = Range()
+    for key in (b"a", b"b", b"c", b"d"):
+        stored(place, key)
+        settled(place, place.prepare(place.clock, Write(WriteKind.DELETE, key)))
+    asked = settled(place, place.prepare(1, Write(WriteKind.DELETE_RANGE, b"a", b"d")))
+    assert asked.reply.status == PartStatus.COMMITTED
+    asked = settled(place, place.prepare(2, Write(WriteKind.DELETE_RANGE, b"a", b"e")))
+    assert asked.reply.reason == FenceReason.TOO_LARGE
+
+
+def test_delete_ranges_of_one_transaction_find_no_more_keys_together_than_one_may():
+    """Three of them, each below the limit, made an entry of 12 MB: no message held it, and its leader ended."""
+    place = Range()
+    fill(place, b"abc", 1_000)
+    assert not refused(place, clear(b"a", b"b"))
+    place = Range()
+    fill(place, b"abc", 1_000)
+    assert refused(place, clear(b"a", b"b"), clear(b"b", b"c"), clear(b"c", b"d"))
+    assert place.state.row.newest == 101, "nothing was written"
+
+
+def test_a_key_that_two_delete_ranges_find_counts_once():
+    place = Range()
+    fill(place, b"a", 600)
+    assert not refused(place, clear(b"a", b"b"), clear(b"a", b"b"), put(b"b"))
+
+
+def test_delete_ranges_of_one_transaction_look_at_no_more_rows_together_than_one_may(monkeypatch):
+    monkeypatch.setattr("txn.values.RANGE_LOOKED_MAX", 4)
+    place = Range()
+    for key in (b"a", b"b", b"c", b"d", b"e"):
+        stored(place, key)
+        settled(place, place.prepare(place.clock, Write(WriteKind.DELETE, key)))
+    assert not refused(place, clear(b"a", b"c"), clear(b"c", b"e"))
+    asked = settled(
+        place, place.prepare(2, clear(b"a", b"c"), clear(b"c", b"e"), clear(b"e", b"f"))
+    )
+    assert asked.reply.reason == FenceReason.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "too_large"),
+    [(False, 700, False), (True, 300, False), (True, 400, True)],
+    ids=["of one range: guards are not in its entry", "small enough", "too large"],
+)
+def test_what_is_read_counts_with_what_is_written_and_found(part, count, too_large):
+    place = Range()
+    fill(place, b"a", 900)
+    fields = {"one_range": False, "anchor_key": b"zz"} if part else {}
+    writes = (clear(b"a", b"b"), put(b"b", bytes(1 << 20)))
+    assert refused(place, *writes, guards=guards(count), **fields) == too_large
+
+
+def test_conditions_on_what_is_not_written_are_kept_as_guards_and_count():
+    place = Range()
+    expects = [Expect(ExpectKind.ABSENT, b"g%04d" % number + LONG) for number in range(500)]
+    fields = {"one_range": False, "anchor_key": b"zz"}
+    assert refused(place, put(b"b", bytes(RANGE_BYTES_MAX - 1)), expects=expects, **fields)
+    place = Range()
+    assert not refused(place, put(b"b", bytes(RANGE_BYTES_MAX // 2)), expects=expects, **fields)
+
+
+def test_values_that_grow_count_with_what_is_found():
+    place = Range()
+    fill(place, b"a", 1_000)
+    stored(place, b"n", bytes(RANGE_BYTES_MAX - 1_000))
+    operand = RANGE_BYTES_MAX.to_bytes(4, "big") + b"x"
+    assert refused(place, clear(b"a", b"b"), Write(WriteKind.APPEND, b"n", operand))
+    assert place.state.row.newest == 102, "nothing was written"
