@@ -457,6 +457,7 @@ def test_reads_a_probe_of_an_earlier_leader_is_not_answered_to_the_next(said):
         replica.work()
     sent = replica.step(AppendRequest(GROUP, 1, 3, 2, 0, 0, [], 0, 1))
     [answer] = of(AppendResponse, sent)
+    assert isinstance(answer, AppendResponse)
     assert (answer.to, answer.term, answer.probe) == (3, 2, 1)
 
 

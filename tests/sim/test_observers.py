@@ -26,7 +26,8 @@ from replication.messages import (
     VoteRequest,
     VoteResponse,
 )
-from replication.ready import ReadState, Ready
+from replication.reads import ReadState
+from replication.ready import Ready
 from replication.types import Entry, Membership
 from txn import keycode
 from txn.apply import Overlay

@@ -132,7 +132,7 @@ class Waiting:
         self.loop.call_later(0.5, lambda: self.rang.append(self.since()))
 
     def do(self, pipe: SimPipe, syncs: int = 1) -> None:
-        self.process.spawn(self.work(pipe, syncs))
+        self.task = self.process.spawn(self.work(pipe, syncs))
 
 
 @pytest.mark.parametrize(("syncs", "seconds"), [(1, 3.0), (2, 6.0)])
