@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.ports import FramePipe
 from kvstore.sim import loop as simulated
-from kvstore.sim.adapters import Machine, SimFiles
+from kvstore.sim.adapters import DRIFT_MAX, Machine, SimFiles
 from kvstore.sim.network import SimNetwork, SimPipe
 from kvstore.sim.process import PROCESS, Process, ProcessDied, world
 from kvstore.sim.trace import Trace
@@ -125,7 +125,7 @@ class Waiting:
         for _ in range(syncs):
             files.sync(1)
         assert self.machine.wall_ms() - wall == pytest.approx(
-            1000 * (self.machine.monotonic() - began), abs=1
+            1000 * (self.machine.monotonic() - began), rel=DRIFT_MAX, abs=1
         )
         self.took.append(round(self.machine.monotonic() - began, 2))
         pipe.try_send(b"after")
