@@ -19,6 +19,7 @@ from tests.sim.plants.base import (
     ELECTIONS,
     PARTITIONS,
     SNAPSHOTS,
+    WATCHES,
 )
 from tests.stateful import txn_plants
 from tools.simulate import judge
@@ -33,6 +34,7 @@ ALL: Final = {
     "elections": ELECTIONS,
     "partitions": PARTITIONS,
     "snapshots": SNAPSHOTS,
+    "watches": WATCHES,
 }
 
 

@@ -128,3 +128,4 @@ CLIENTS: Final = Options(
     hold_s=0.5,
 )
 CALM: Final = Options(seconds=4.0, clients=8, ops=80, faults=False)
+WATCHES: Final = Options(seconds=3.0, clients=4, ops=30, faults=False, workloads=("watches",))

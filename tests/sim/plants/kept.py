@@ -6,14 +6,11 @@ from collections.abc import Callable
 from typing import Final
 
 from kvstore.holds import Holds
-from kvstore.sim.scenario import Options
 from tests.sim import directed_kept
-from tests.sim.plants.base import Directed, Patches, Plant, Seeds
+from tests.sim.plants.base import WATCHES, Directed, Patches, Plant, Seeds
 from tests.stateful import txn_plants
 from txn.gc import Collector
 from txn.types import TIMESTAMP_MAX
-
-WATCHES: Final = Options(seconds=3.0, clients=4, ops=30, faults=False, workloads=("watches",))
 
 
 def _core(name: str) -> Callable[[], Patches]:
