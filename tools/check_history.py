@@ -3,9 +3,10 @@
     python -m tools.check_history FILE [--kind registers|transactions|list-append|rw-register] [--by-version]
                                        [--edn FILE [--key KEY]] [-o json]
 
-Without --kind everything in the file is judged. Prints each anomaly, with its cycle. Exit status: 0 nothing was found,
-1 something was, 2 the file cannot be read as a history, or the search took too long. --edn writes the operations of one
-kind for Jepsen's checkers instead of judging them.
+Without --kind everything in the file is judged, each kind by itself. Prints each anomaly, with its cycle. Exit status: 0
+nothing was found; 1 something was; 2 nothing was, but the file cannot be read as a history, or a kind could not be judged
+to the end (it breaks its rules, or the search took too long). --edn writes the operations of one kind for Jepsen's checkers
+instead of judging them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +40,15 @@ KINDS: Final = ("registers", "transactions", "list-append", "rw-register")
 Finding = Anomaly | str
 
 
+@dataclass
+class Judged:
+    """What came of the operations of one kind. `undecided`: why nothing was found and something may be there all the same."""
+
+    operations: int
+    findings: Sequence[Finding] = field(default_factory=list)
+    undecided: str = ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
@@ -46,16 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = [given.kind] if given.kind else kinds_of(history)
         if given.edn is not None:
             return _convert(history, kinds, given)
-        found = {kind: judge(history, kind, by_version=given.by_version) for kind in kinds}
-    except (BadHistory, CheckTooLong, InvalidArgument, OSError) as error:
+    except (BadHistory, InvalidArgument, OSError) as error:
         print(f"{given.file}: {error}", file=sys.stderr)
         return 2
-    counts = {kind: len(_operations(history, kind)) for kind in kinds}
+    judged = {kind: _judged(history, kind, by_version=given.by_version) for kind in kinds}
+    for kind, each in judged.items():
+        if each.undecided:
+            print(f"{given.file}: {kind}: {each.undecided}", file=sys.stderr)
     if given.output == "json":
-        print(json.dumps(_report(counts, found), indent=2))
+        print(json.dumps(_report(judged), indent=2))
     else:
-        _print(counts, found)
-    return 1 if any(found.values()) else 0
+        _print(judged)
+    if any(each.findings for each in judged.values()):
+        return 1
+    return 2 if any(each.undecided for each in judged.values()) else 0
 
 
 def kinds_of(history: History) -> list[str]:
@@ -106,6 +121,15 @@ def judge(history: History, kind: str, *, by_version: bool = False) -> list[Find
     return list(checks[kind]())
 
 
+def _judged(history: History, kind: str, *, by_version: bool) -> Judged:
+    judged = Judged(len(_operations(history, kind)))
+    try:
+        judged.findings = judge(history, kind, by_version=by_version)
+    except (BadHistory, CheckTooLong) as error:
+        judged.undecided = str(error)
+    return judged
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.check_history",
@@ -139,23 +163,24 @@ def _convert(history: History, kinds: Sequence[str], given: argparse.Namespace) 
     return 0
 
 
-def _print(counts: dict[str, int], found: dict[str, list[Finding]]) -> None:
-    for kind, findings in found.items():
-        for finding in findings:
+def _print(judged: Mapping[str, Judged]) -> None:
+    for kind, each in judged.items():
+        for finding in each.findings:
             print(describe(finding) if isinstance(finding, Anomaly) else finding)
-        print(f"{kind}: {counts[kind]} operations, {len(findings) or 'nothing'} found")
-    if not found:
+        found = "undecided" if each.undecided else f"{len(each.findings) or 'nothing'} found"
+        print(f"{kind}: {each.operations} operations, {found}")
+    if not judged:
         print("no operations")
 
 
-def _report(counts: dict[str, int], found: dict[str, list[Finding]]) -> dict[str, Any]:
-    return {
-        kind: {
-            "operations": counts[kind],
-            "anomalies": [_as_json(finding) for finding in findings],
-        }
-        for kind, findings in found.items()
-    }
+def _report(judged: Mapping[str, Judged]) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for kind, each in judged.items():
+        anomalies = [_as_json(finding) for finding in each.findings]
+        report[kind] = {"operations": each.operations, "anomalies": anomalies}
+        if each.undecided:
+            report[kind]["undecided"] = each.undecided
+    return report
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:

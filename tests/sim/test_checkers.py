@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from kvstore.testing.checkers import (
+    CheckTooLong,
     check_registers,
     check_totals,
     check_transactions,
     check_versions,
     check_write_order,
     linearizable,
+    registers,
 )
 from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
 
@@ -107,6 +109,77 @@ def test_a_history_that_no_register_explains_is_caught(history: list[RegisterOp]
 )
 def test_versions_that_do_not_fit_are_caught(history: list[RegisterOp], what: str) -> None:
     assert what in "; ".join(check_versions(history))
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([put(1, 2, b"a"), get(3, 4, b"a"), put(5, 6, b"a")], id="written again"),
+        pytest.param(
+            [put(1, 2, b"a"), failed(put(3, 4, b"a")), get(5, 6, b"a")],
+            id="refused the second time",
+        ),
+        pytest.param(
+            [put(1, 2, b"a", 5), put(3, 4, b"b", 6), put(5, 6, b"a", 7), get(7, 8, b"a", 7)],
+            id="another between",
+        ),
+        pytest.param(
+            [put(1, 2, b"a"), get(3, 4, b"a"), cas(5, 6, b"x", b"a", swapped=False)],
+            id="not swapped later",
+        ),
+    ],
+)
+def test_a_value_may_be_written_more_than_once(history: list[RegisterOp]) -> None:
+    assert linearizable(history)
+    assert check_registers(history) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "what"),
+    [
+        ([failed(put(1, 2, b"a")), failed(put(3, 4, b"a")), get(5, 6, b"a")], "has failed"),
+        ([failed(put(1, 2, b"a")), get(3, 4, b"a"), put(5, 6, b"a")], "before it was written"),
+        ([put(1, 2, b"a", 5), put(3, 4, b"a", 7), get(5, 6, b"a", 9)], "has versions 5, 7, 9"),
+        ([cas(1, 2, b"x", b"a", swapped=False), get(3, 4, b"a")], "nobody wrote"),
+    ],
+)
+def test_none_of_several_writes_explains_a_read(history: list[RegisterOp], what: str) -> None:
+    assert what in "; ".join(check_versions(history))
+
+
+def never_seen(key: bytes) -> list[RegisterOp]:
+    """More orders than a search of a few configurations tries."""
+    history = [unknown(put(1, 2, b"unseen/%d" % number)) for number in range(20)]
+    history += [put(100, 101, b"a", 5), put(102, 103, b"b", 6)]
+    for op in history:
+        op.key = key
+    return history
+
+
+def test_a_search_that_is_given_up_hides_nothing_that_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither what versions show, nor what the search shows of another key."""
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    stale = [get(104, 105, b"a", 5)]
+    wrong = check_registers([*never_seen(KEY), *stale])
+    assert "b'k': get of c at 104..105 has version 5, but 6 was seen before it began" in wrong
+    assert wrong[-1].startswith("Undecided: b'k': ")
+    lost = [put(1, 2, b"a"), get(3, 4, None)]
+    wrong = check_registers([*never_seen(b"a key before"), get(104, 105, b"c"), *lost])
+    assert any("b'k': no order" in each for each in wrong)
+
+
+def test_a_search_that_is_given_up_is_told_if_nothing_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    read = get(104, 105, b"b", 6)
+    read.key = b"z"
+    impossible = cas(106, 107, b"nobody's", b"c")
+    impossible.key = b"z"
+    with pytest.raises(CheckTooLong, match="b'z': more than 100"):
+        check_registers([*never_seen(b"z"), read, impossible])
 
 
 def test_a_write_of_another_key_with_a_lower_version_is_caught() -> None:
