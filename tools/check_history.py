@@ -3,7 +3,8 @@
     python -m tools.check_history FILE [--kind registers|transactions|list-append|rw-register] [--by-version]
                                        [--edn FILE [--key KEY]] [-o json]
 
-Without --kind everything in the file is judged, each kind by itself. Prints each anomaly, with its cycle. Exit status: 0
+Without --kind everything in the file is judged, each kind by itself. Prints each anomaly, with its cycle, and what could not
+be judged, since the file does not tell enough of it. Exit status: 0
 nothing was found; 1 something was; 2 nothing was, but the file cannot be read as a history, or a kind could not be judged
 to the end (it breaks its rules, or the search took too long). --edn writes the operations of one kind for Jepsen's checkers
 instead of judging them.
@@ -33,7 +34,7 @@ from kvstore.testing.checkers import (
 )
 from kvstore.testing.checkers.anomaly import describe_txn, label
 from kvstore.testing.edn import write_edn
-from kvstore.testing.history import History, MicroTxn, Operation
+from kvstore.testing.history import History, MicroTxn, Operation, Outcome
 from kvstore.testing.jsonl import read_history
 
 KINDS: Final = ("registers", "transactions", "list-append", "rw-register")
@@ -42,9 +43,11 @@ Finding = Anomaly | str
 
 @dataclass
 class Judged:
-    """What came of the operations of one kind. `undecided`: why nothing was found and something may be there all the same."""
+    """What came of the operations of one kind. `undecided`: why nothing was found and something may be there all the same.
+    `left_out`: what the judges had nothing to go by for."""
 
     operations: int
+    left_out: Sequence[str]
     findings: Sequence[Finding] = field(default_factory=list)
     undecided: str = ""
 
@@ -122,12 +125,40 @@ def judge(history: History, kind: str, *, by_version: bool = False) -> list[Find
 
 
 def _judged(history: History, kind: str, *, by_version: bool) -> Judged:
-    judged = Judged(len(_operations(history, kind)))
+    left_out = _left_out(history) if kind == "transactions" else []
+    judged = Judged(len(_operations(history, kind)), left_out)
     try:
         judged.findings = judge(history, kind, by_version=by_version)
     except (BadHistory, CheckTooLong) as error:
         judged.undecided = str(error)
     return judged
+
+
+def _left_out(history: History) -> list[str]:
+    """What passes for want of anything to compare, of the transactions."""
+    told = []
+    done = [txn for txn in history.transactions if txn.outcome is Outcome.OK]
+    empty = sum(not txn.reads and not txn.writes for txn in done)
+    if empty:
+        who = "1 operation tells" if empty == 1 else f"{empty} operations tell"
+        it = "it" if empty == 1 else "they"
+        told.append(f"{who} neither reads nor writes: what {it} did was not judged")
+    if history.final is not None:
+        written = {
+            key
+            for txn in history.transactions
+            if txn.outcome is not Outcome.FAILED
+            for key in txn.writes
+        }
+        unseen = len(written - history.final.keys())
+        if unseen:
+            keys = (
+                "1 key that was written was"
+                if unseen == 1
+                else f"{unseen} keys that were written were"
+            )
+            told.append(f"{keys} not looked at in the end")
+    return told
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,6 +200,8 @@ def _print(judged: Mapping[str, Judged]) -> None:
             print(describe(finding) if isinstance(finding, Anomaly) else finding)
         found = "undecided" if each.undecided else f"{len(each.findings) or 'nothing'} found"
         print(f"{kind}: {each.operations} operations, {found}")
+        for left_out in each.left_out:
+            print(f"{kind}: {left_out}")
     if not judged:
         print("no operations")
 
@@ -180,6 +213,8 @@ def _report(judged: Mapping[str, Judged]) -> dict[str, Any]:
         report[kind] = {"operations": each.operations, "anomalies": anomalies}
         if each.undecided:
             report[kind]["undecided"] = each.undecided
+        if each.left_out:
+            report[kind]["not judged"] = each.left_out
     return report
 
 

@@ -56,7 +56,8 @@ def check_transactions(
     Without markers, a read of a value is believed that a transaction wrote whose version or outcome is unknown.
 
     Args: markers: name -> version of every transaction whose own row was found at the end (None: none was looked for);
-    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end.
+    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end, None for a key that
+    is gone; a key that is left out was not looked at.
     """
     wrong: list[str] = []
     committed: list[TxnOp] = []

@@ -94,6 +94,48 @@ def test_a_transaction_of_both_kinds_is_refused(tmp_path, capsys) -> None:
     assert "no step of list-append" in capsys.readouterr().err
 
 
+def test_what_could_not_be_judged_is_said(tmp_path, capsys) -> None:
+    """Transactions that tell neither reads nor writes, and keys that nobody looked at in the end: these are no rows that are
+    gone, for whoever looks may choose what at."""
+    history = History()
+    ok = Outcome.OK
+    history.initial = {b"x": b"0"}
+    history.transactions = [
+        TxnOp("a", b"t1", 1, {}, {b"x": b"1", b"y": b"1"}, 5, 2, ok),
+        TxnOp("a", b"t2", 3, {}, {b"y": b"2"}, 0, 4, Outcome.FAILED),
+        TxnOp("a", b"t3", 5, {}, {}, 7, 6, ok),
+        TxnOp("a", b"t4", 7, {}, {}, 0, 8, Outcome.FAILED),
+    ]
+    path = tmp_path / "h"
+    one = "transactions: 1 key that was written was not looked at in the end\n"
+    both = "transactions: 2 keys that were written were not looked at in the end\n"
+    finals: list[tuple[dict[bytes, bytes | None] | None, str]]
+    finals = [(None, ""), ({b"x": b"1"}, one), ({}, both), ({b"x": b"1", b"y": b"1"}, "")]
+    for final, told in finals:
+        history.final = final
+        with path.open("wb") as stream:
+            write_history(history, stream)
+        assert main([str(path)]) == 0
+        assert capsys.readouterr().out == (
+            "transactions: 4 operations, nothing found\n"
+            "transactions: 1 operation tells neither reads nor writes: what it did was not judged\n"
+            + told
+        )
+    assert main([str(path), "-o", "json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["transactions"]["not judged"]
+    assert note.startswith("1 operation tells neither")
+
+
+def test_a_row_that_was_looked_at_in_the_end_and_is_gone_is_found(tmp_path, capsys) -> None:
+    path = tmp_path / "h"
+    path.write_text(
+        '{"record":"transaction","client":"c","begin":1,"outcome":"ok","end":2,"version":"5","name":"t",'
+        '"writes":{"x":"1"}}\n{"record":"final","rows":{"x":null}}\n'
+    )
+    assert main([str(path)]) == 1
+    assert "at the end b'x' = None" in capsys.readouterr().out
+
+
 def hard(path: Path, *more: str) -> str:
     """A key that cannot be explained, with so many unknown writes that the search is given up; and lines of another file."""
     history = History()
