@@ -33,6 +33,7 @@ KIND_WORDS_MAX: Final = 8
 class Verdict:
     """`problems` empty: it passed. `operations` are done, `failed` did not happen, `unknown` may have.
 
+    `fault_numbers`: of the faults that took place; draws that found nobody to harm have numbers, too, and are not among them.
     `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare
     paths, and how often each was taken.
     """
@@ -44,6 +45,7 @@ class Verdict:
     unknown: int = 0
     failed: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    fault_numbers: tuple[int, ...] = ()
     probes: dict[str, int] = field(default_factory=dict)
     workloads: tuple[str, ...] = ()
     digest: str = ""
@@ -68,6 +70,7 @@ def judge(seed: int, options: Options | None = None, sink: TextIO | None = None)
         unknown=result.unknown,
         failed=result.failed,
         faults=dict(result.faults),
+        fault_numbers=tuple(result.happened),
         probes=dict(result.probes),
         workloads=tuple(workload.name for workload in result.workloads),
         digest=result.digest,
