@@ -188,9 +188,8 @@ class SimCluster:
     async def _started(self) -> None:
         inner = self._cluster()
         await inner.start()
-        groups = range(1, FIRST_DATA_RANGE + len(self._splits) + 1)
         until = inner.loop.time() + READY_TIMEOUT_S
-        while not all(inner.leader_of(group) for group in groups):
+        while not all(inner.leader_of(group) for group in inner.range_ids):
             if inner.loop.time() > until:
                 raise SimError(f"the cluster does not serve after {READY_TIMEOUT_S:g} s")
             await asyncio.sleep(0.05)

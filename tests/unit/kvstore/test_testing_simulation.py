@@ -525,3 +525,13 @@ async def test_names_that_nobody_has_are_refused(cluster: SimCluster) -> None:
         await cluster.connect("test")
     with pytest.raises(ValueError, match="no node"):
         await cluster.restart("test")
+
+
+@simulate(seeds=5, faults=False)
+async def test_when_it_has_started_every_range_has_a_leader(cluster: SimCluster) -> None:
+    """The system's own, too, before and behind those of the splits."""
+    inner = cluster._cluster()
+    hosts = [server.node.host for server in inner.running() if server.node is not None]
+    groups = dict.fromkeys(group for host in hosts if host is not None for group in host.groups())
+    assert len(groups) == len(inner.splits) + 3
+    assert [group for group in groups if inner.leader_of(group) is None] == []
