@@ -52,7 +52,9 @@ class KeptNetwork(SimNetwork):
         return super().host(name)
 
     def let_go(self) -> None:
-        for path in self._slow:  # also of hosts whose client is still coming up, whom nobody knows yet
+        for (
+            path
+        ) in self._slow:  # also of hosts whose client is still coming up, whom nobody knows yet
             self._delays.pop(path, None)
         self._cut.clear()
         self._slow.clear()

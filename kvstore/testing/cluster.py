@@ -348,13 +348,16 @@ class LocalCluster:
     async def start_async(self) -> None:
         """As `start`. If it is cancelled, what it began ends first: nothing is left running."""
         self._stopped = False
-        starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(
+            None, self._start
+        )  # no task, which the end of a loop cancels
         try:
             await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._stopped = True
             await _to_its_end(starting)
-            await _to_its_end(asyncio.ensure_future(asyncio.to_thread(self.stop)))
+            await _to_its_end(loop.run_in_executor(None, self.stop))
             raise
 
     async def stop_async(self) -> None:
@@ -459,7 +462,7 @@ async def _to_its_end(work: asyncio.Future[None]) -> None:
     """Wait for what a thread does, however often who waits is cancelled. Its failure is nobody's any more."""
     while not work.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([work])
+            await asyncio.gather(asyncio.shield(work), return_exceptions=True)
     work.exception()
 
 
