@@ -2,9 +2,9 @@
 
     python -m tools.bank [--seconds 60] [--kill-every 5] [--tellers 32] [--seed N] [-o json]
 
-Checked all the time: the total, by snapshots. At the end: the total; the marker of every acknowledged transfer is there;
-the marker of every transfer that definitely failed is not; no transaction is undecided on any node; exit status 0 only
-if all of it held.
+Checked all the time: the total, by snapshots. At the end: the total, which must be readable then; the marker of every
+acknowledged transfer is there; the marker of every transfer that definitely failed is not; no transaction is undecided on
+any node; exit status 0 only if all of it held, and there were transfers and totals at all.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ ACCOUNTS: Final = 64
 OPENING: Final = 1_000
 DOWN_S: Final = 1.5
 SNAPSHOT_EVERY_S: Final = 0.1
+PEACE_S: Final = 60.0  # within which the last total must have been read
 
 
 def account(number: int) -> bytes:
@@ -92,16 +93,32 @@ class Bank:
             await self.audit()
             await asyncio.sleep(SNAPSHOT_EVERY_S)
 
-    async def audit(self) -> None:
+    async def last_audit(self) -> None:
+        """In peace: the total, which must come now. And whether anything was done and checked before."""
+        if not self.acknowledged:
+            self.broken.append("no transfer was acknowledged")
+        if not self.snapshots:
+            self.broken.append("no total was checked while money was moved")
+        loop = asyncio.get_running_loop()
+        until = loop.time() + PEACE_S
+        while not await self.audit():
+            if loop.time() > until:
+                self.broken.append(f"in peace no total could be read for {PEACE_S:g} s")
+                return
+            await asyncio.sleep(SNAPSHOT_EVERY_S)
+
+    async def audit(self) -> bool:
+        """Compare the total; whether it could be read."""
         try:
             values = await self.db.snapshot().get_many(self.accounts)
         except KVError as error:
             self.errors["snapshot " + error.code] = self.errors.get("snapshot " + error.code, 0) + 1
-            return
+            return False
         self.snapshots += 1
         total = sum(int(value) for value in values.values())
         if total != ACCOUNTS * OPENING:
             self.broken.append(f"a snapshot's total is {total}, not {ACCOUNTS * OPENING}")
+        return True
 
     async def check_markers(self) -> None:
         """By one scan each range, at one version."""
@@ -154,7 +171,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
                 bank.auditor(),
                 *tellers,
             )
-            await bank.audit()
+            await bank.last_audit()
             await bank.check_markers()
             left = await undecided(cluster)
             if left:

@@ -3,9 +3,11 @@
     python -m tools.check_history FILE [--kind registers|transactions|list-append|rw-register] [--by-version]
                                        [--edn FILE [--key KEY]] [-o json]
 
-Without --kind everything in the file is judged. Prints each anomaly, with its cycle. Exit status: 0 nothing was found,
-1 something was, 2 the file cannot be read as a history, or the search took too long. --edn writes the operations of one
-kind for Jepsen's checkers instead of judging them.
+Without --kind everything in the file is judged, each kind by itself. Prints each anomaly, with its cycle, and what could not
+be judged, since the file does not tell enough of it. Exit status: 0
+nothing was found; 1 something was; 2 nothing was, but the file cannot be read as a history, or a kind could not be judged
+to the end (it breaks its rules, or the search took too long). --edn writes the operations of one kind for Jepsen's checkers
+instead of judging them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +34,22 @@ from kvstore.testing.checkers import (
 )
 from kvstore.testing.checkers.anomaly import describe_txn, label
 from kvstore.testing.edn import write_edn
-from kvstore.testing.history import History, MicroTxn, Operation
+from kvstore.testing.history import History, MicroTxn, Operation, Outcome
 from kvstore.testing.jsonl import read_history
 
 KINDS: Final = ("registers", "transactions", "list-append", "rw-register")
 Finding = Anomaly | str
+
+
+@dataclass
+class Judged:
+    """What came of the operations of one kind. `undecided`: why nothing was found and something may be there all the same.
+    `left_out`: what the judges had nothing to go by for."""
+
+    operations: int
+    left_out: Sequence[str]
+    findings: Sequence[Finding] = field(default_factory=list)
+    undecided: str = ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,16 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = [given.kind] if given.kind else kinds_of(history)
         if given.edn is not None:
             return _convert(history, kinds, given)
-        found = {kind: judge(history, kind, by_version=given.by_version) for kind in kinds}
-    except (BadHistory, CheckTooLong, InvalidArgument, OSError) as error:
+    except (BadHistory, InvalidArgument, OSError) as error:
         print(f"{given.file}: {error}", file=sys.stderr)
         return 2
-    counts = {kind: len(_operations(history, kind)) for kind in kinds}
+    judged = {kind: _judged(history, kind, by_version=given.by_version) for kind in kinds}
+    for kind, each in judged.items():
+        if each.undecided:
+            print(f"{given.file}: {kind}: {each.undecided}", file=sys.stderr)
     if given.output == "json":
-        print(json.dumps(_report(counts, found), indent=2))
+        print(json.dumps(_report(judged), indent=2))
     else:
-        _print(counts, found)
-    return 1 if any(found.values()) else 0
+        _print(judged)
+    if any(each.findings for each in judged.values()):
+        return 1
+    return 2 if any(each.undecided for each in judged.values()) else 0
 
 
 def kinds_of(history: History) -> list[str]:
@@ -106,6 +124,43 @@ def judge(history: History, kind: str, *, by_version: bool = False) -> list[Find
     return list(checks[kind]())
 
 
+def _judged(history: History, kind: str, *, by_version: bool) -> Judged:
+    left_out = _left_out(history) if kind == "transactions" else []
+    judged = Judged(len(_operations(history, kind)), left_out)
+    try:
+        judged.findings = judge(history, kind, by_version=by_version)
+    except (BadHistory, CheckTooLong) as error:
+        judged.undecided = str(error)
+    return judged
+
+
+def _left_out(history: History) -> list[str]:
+    """What passes for want of anything to compare, of the transactions."""
+    told = []
+    done = [txn for txn in history.transactions if txn.outcome is Outcome.OK]
+    empty = sum(not txn.reads and not txn.writes for txn in done)
+    if empty:
+        who = "1 operation tells" if empty == 1 else f"{empty} operations tell"
+        it = "it" if empty == 1 else "they"
+        told.append(f"{who} neither reads nor writes: what {it} did was not judged")
+    if history.final is not None:
+        written = {
+            key
+            for txn in history.transactions
+            if txn.outcome is not Outcome.FAILED
+            for key in txn.writes
+        }
+        unseen = len(written - history.final.keys())
+        if unseen:
+            keys = (
+                "1 key that was written was"
+                if unseen == 1
+                else f"{unseen} keys that were written were"
+            )
+            told.append(f"{keys} not looked at in the end")
+    return told
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.check_history",
@@ -139,23 +194,28 @@ def _convert(history: History, kinds: Sequence[str], given: argparse.Namespace) 
     return 0
 
 
-def _print(counts: dict[str, int], found: dict[str, list[Finding]]) -> None:
-    for kind, findings in found.items():
-        for finding in findings:
+def _print(judged: Mapping[str, Judged]) -> None:
+    for kind, each in judged.items():
+        for finding in each.findings:
             print(describe(finding) if isinstance(finding, Anomaly) else finding)
-        print(f"{kind}: {counts[kind]} operations, {len(findings) or 'nothing'} found")
-    if not found:
+        found = "undecided" if each.undecided else f"{len(each.findings) or 'nothing'} found"
+        print(f"{kind}: {each.operations} operations, {found}")
+        for left_out in each.left_out:
+            print(f"{kind}: {left_out}")
+    if not judged:
         print("no operations")
 
 
-def _report(counts: dict[str, int], found: dict[str, list[Finding]]) -> dict[str, Any]:
-    return {
-        kind: {
-            "operations": counts[kind],
-            "anomalies": [_as_json(finding) for finding in findings],
-        }
-        for kind, findings in found.items()
-    }
+def _report(judged: Mapping[str, Judged]) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for kind, each in judged.items():
+        anomalies = [_as_json(finding) for finding in each.findings]
+        report[kind] = {"operations": each.operations, "anomalies": anomalies}
+        if each.undecided:
+            report[kind]["undecided"] = each.undecided
+        if each.left_out:
+            report[kind]["not judged"] = each.left_out
+    return report
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:

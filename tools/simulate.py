@@ -230,7 +230,7 @@ def timeline_of(seed: int, shrunk: Shrunk) -> list[Event]:
 
 def shrunk_lines(seed: int, shrunk: Shrunk, rows: Sequence[Event]) -> Iterator[str]:
     """What a minimal run looks like, for people."""
-    word = "minimal" if shrunk.is_minimal else "smaller (a limit was reached)"
+    word = "minimal" if shrunk.is_minimal else "smaller (a limit was reached, or a pass left out)"
     yield f"{word} after {shrunk.runs} runs: {describe(shrunk.options, shrunk.verdict)}"
     if rows:
         yield table(rows)

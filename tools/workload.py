@@ -2,10 +2,10 @@
 
     python -m tools.workload bank ring --seconds 30 --kill-every 5 --nodes 3 [--clients 16] [--history FILE]
 
-Exit status 0 only if every check found nothing and no transaction is undecided on any node. What may be named:
-python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines, or EDN if it is called .edn (of
-several workloads: FILE with the workload's name before its suffix; of counter and sets nothing, which only they themselves
-can judge).
+Exit status 0 only if every workload did something, every check found nothing and no transaction is undecided on any node.
+What may be named: python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines, or EDN if
+it is called .edn (of several workloads: FILE with the workload's name before its suffix; of counter and sets nothing, which
+only they themselves can judge).
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ class Run:
 
     async def finish(self) -> dict[str, list[str]]:
         """What is wrong, by workload, and under `cluster` what is undecided."""
+        idle = [
+            each.name for each in self.workloads if not each.counts.ok
+        ]  # before it reads the end
         found: dict[str, list[str]] = {}
         async with self._connected(PEACE_TIMEOUT_S) as db:
             for workload in self.workloads:
@@ -115,6 +118,8 @@ class Run:
                     found[workload.name] = [f"Unreadable: {workload.name}: in peace, {error!r}"]
                 else:
                     found[workload.name] = await asyncio.to_thread(workload.check)
+        for name in idle:
+            found[name].append(f"Idle: {name}: none of its operations was done")
         left = await undecided(self.cluster)
         found["cluster"] = [f"Undecided: {left} things are still undecided"] if left else []
         return found

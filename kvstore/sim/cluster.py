@@ -108,6 +108,7 @@ class SimCluster:
         self.on_crash: list[Callable[[Server], None]] = []
         self.on_failure: list[Callable[[Server], None]] = []  # it ended by itself; restart it
         self.splits = tuple(splits)
+        self.range_ids: list[int] = []  # once it has started
         self.servers: dict[str, Server] = {}
         self.clients: dict[str, Client] = {}
         self._clients_made = 0
@@ -126,7 +127,9 @@ class SimCluster:
         addresses = [server.address for server in self.servers.values()]
         bits = self.rng.getrandbits(48)
         cluster_id = mint_cluster_id(int(WALL_EPOCH_S * 1000), bits, addresses, self.splits)
-        for request in plan(cluster_id, addresses, self.splits):
+        requests = plan(cluster_id, addresses, self.splits)
+        self.range_ids = [each.range_id for each in requests[0].ranges]
+        for request in requests:
             await self._initialize(self.servers[f"n{request.your_node_id}"], request)
 
     async def _initialize(self, server: Server, request: InitRequest) -> None:

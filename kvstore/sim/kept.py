@@ -10,30 +10,56 @@ import random
 from collections.abc import Sequence
 
 from kvstore.sim.cluster import SimCluster
-from kvstore.sim.network import Names, SimNetwork, paths
+from kvstore.sim.network import FOREVER, Names, SimHost, SimNetwork, paths
 from kvstore.sim.process import Process
 from kvstore.sim.trace import Trace
 
 
 class KeptNetwork(SimNetwork):
-    """`keep_cut` and `keep_slow` hold until `let_go`; after that `heal` and `set_delay` end them as all others."""
+    """`keep_cut` and `keep_slow` hold until `let_go`, which ends slowness at once; cuts end with the next `heal`.
+
+    With `and_later` they hold for every host that is made later, too, between it and `a`.
+    """
 
     def __init__(self, rng: random.Random, *, trace: Trace | None = None) -> None:
         super().__init__(rng, trace=trace)
         self._cut: dict[tuple[str, str], float] = {}  # as `blocked`
         self._slow: dict[tuple[str, str], tuple[float, float]] = {}
+        self._cut_later: list[tuple[list[str], bool]] = []
+        self._slow_later: list[tuple[list[str], tuple[float, float]]] = []
 
-    def keep_cut(self, a: Names, b: Names, *, one_way: bool) -> None:
+    def keep_cut(self, a: list[str], b: list[str], *, one_way: bool, and_later: bool) -> None:
+        if and_later:
+            self._cut_later.append((a, one_way))
+        self._cut.update(dict.fromkeys(paths(a, b, one_way=one_way), FOREVER))
         self.partition(a, b, one_way=one_way)
-        self._cut.update({path: self.blocked[path] for path in paths(a, b, one_way=one_way)})
 
-    def keep_slow(self, a: Names, b: Names, delay_s: tuple[float, float]) -> None:
+    def keep_slow(
+        self, a: list[str], b: list[str], delay_s: tuple[float, float], *, and_later: bool
+    ) -> None:
+        if and_later:
+            self._slow_later.append((a, delay_s))
         self._slow.update(dict.fromkeys(paths(a, b, one_way=False), delay_s))
         self.set_delay(a, b, delay_s)
 
+    def host(self, name: str) -> SimHost:
+        for a, one_way in self._cut_later:
+            if name not in a:
+                self.keep_cut(a, [name], one_way=one_way, and_later=False)
+        for a, delay_s in self._slow_later:
+            if name not in a:
+                self.keep_slow(a, [name], delay_s, and_later=False)
+        return super().host(name)
+
     def let_go(self) -> None:
+        for (
+            path
+        ) in self._slow:  # also of hosts whose client is still coming up, whom nobody knows yet
+            self._delays.pop(path, None)
         self._cut.clear()
         self._slow.clear()
+        self._cut_later.clear()
+        self._slow_later.clear()
 
     def set_delay(self, a: Names, b: Names, delay_s: tuple[float, float] | None) -> None:
         super().set_delay(a, b, delay_s)

@@ -17,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,8 +153,9 @@ class NodeProcess:
 class LocalCluster:
     """`nodes` processes that form one cluster. Nodes are numbered from 0 here; node ids are one higher.
 
-    Args: directory: where data and logs go; a temporary one, removed at the end, if None. A directory that holds a
-    cluster already is opened again only if its ports are free. splits: the keys at which the key space is cut at first.
+    Args: directory: where data and logs go; a temporary one, made at the start and removed at the end, if None. A directory
+    that holds a cluster already is opened again only if its ports are free. splits: the keys at which the key space is cut
+    at first.
     settings: configuration by environment name, such as {"KVORUM_RAFT__ELECTION_TIMEOUT": "300ms"}.
 
     Blocking methods have a twin for asyncio that ends in `_async`.
@@ -172,9 +175,11 @@ class LocalCluster:
         if nodes < 1:
             raise ValueError("a cluster has at least one node")
         self._temporary = directory is None
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="kvorum-") if directory is None else directory
-        ).resolve()
+        self._made = False  # the temporary directory is there
+        own = Path(tempfile.gettempdir()) / f"kvorum-{secrets.token_hex(8)}"
+        self.directory = Path(own if directory is None else directory).resolve()
+        self._spawning = threading.Lock()  # between a spawn and the end: none may come after it
+        self._stopped = False
         self._splits = tuple(splits)
         self._replicas = replicas
         self._start_timeout_s = start_timeout_s
@@ -198,8 +203,12 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start all nodes, make them a cluster, and wait until it serves. Stops them again if that fails."""
+        self._stopped = False
+        self._start()
+
+    def _start(self) -> None:
         try:
-            self.start_processes()
+            self._start_processes()
             self.init()
             self.wait_ready()
             self.wait_leaders()
@@ -209,9 +218,13 @@ class LocalCluster:
 
     def start_processes(self) -> None:
         """Start all nodes, without `init`: they listen and wait."""
+        self._stopped = False
+        self._start_processes()
+
+    def _start_processes(self) -> None:
         deadline = self._deadline()
         for node in self.nodes:
-            node.spawn()
+            self._spawn(node)
         for node in self.nodes:
             node.wait_address(deadline)
 
@@ -242,12 +255,17 @@ class LocalCluster:
             leaderless = [range_id for range_id in known if range_id not in leaders]
             if known and not leaderless:
                 return
-            if time.monotonic() > deadline:
+            if self._stopped or time.monotonic() > deadline:
                 raise Unavailable(f"ranges without a leader: {leaderless or 'all'}")
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """End every process: SIGTERM, and SIGKILL for what is still there later. May be repeated."""
+        """End every process: SIGTERM, and SIGKILL for what is still there later. May be repeated.
+
+        After it no node starts, not even by a `restart` under way, until the cluster is started again.
+        """
+        with self._spawning:
+            self._stopped = True
         for node in self._running():
             with contextlib.suppress(Unavailable):
                 node.signal(signal.SIGTERM)
@@ -257,8 +275,9 @@ class LocalCluster:
         for node in self.nodes:
             node.wait(max(0.0, deadline - time.monotonic()))
             self._end(node)
-        if self._temporary and not self.keep:
+        if self._made and not self.keep:
             shutil.rmtree(self.directory, ignore_errors=True)
+            self._made = False
 
     def terminate(self, number: int) -> int | None:
         """Ask one node to drain and stop; its exit status, None if it had to be killed."""
@@ -273,11 +292,14 @@ class LocalCluster:
         self._kill(self.nodes[number])
 
     def restart(self, number: int, *, ready: bool = True) -> None:
-        """Start a node that has ended, on its directory and its address, and wait until it is `ready` (or listens)."""
+        """Start a node that has ended, on its directory and its address, and wait until it is `ready` (or listens).
+
+        Raises: Unavailable: it does not come up in time, or the cluster was stopped.
+        """
         node = self.nodes[number]
         deadline = self._deadline()
         while True:
-            node.spawn()
+            self._spawn(node)
             try:
                 node.wait_address(deadline)
                 break
@@ -324,7 +346,19 @@ class LocalCluster:
         )
 
     async def start_async(self) -> None:
-        await asyncio.to_thread(self.start)
+        """As `start`. If it is cancelled, what it began ends first: nothing is left running."""
+        self._stopped = False
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(
+            None, self._start
+        )  # no task, which the end of a loop cancels
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._stopped = True
+            await _to_its_end(starting)
+            await _to_its_end(loop.run_in_executor(None, self.stop))
+            raise
 
     async def stop_async(self) -> None:
         await asyncio.to_thread(self.stop)
@@ -380,6 +414,15 @@ class LocalCluster:
                         best[int(each["id"])] = (term, node.number)
         return {range_id: number for range_id, (_, number) in sorted(best.items())}, sorted(known)
 
+    def _spawn(self, node: NodeProcess) -> None:
+        with self._spawning:
+            if self._stopped:
+                raise Unavailable(f"node {node.number} does not start: the cluster is stopped")
+            if self._temporary and not self._made:
+                self.directory.mkdir(mode=0o700)  # raises if somebody has one of that name
+                self._made = True
+            node.spawn()
+
     def _running(self) -> list[NodeProcess]:
         return [node for node in self.nodes if node.running]
 
@@ -405,7 +448,7 @@ class LocalCluster:
                 reason = answer.body.decode(errors="replace")
             except Unavailable as error:
                 reason = error.message
-            if not node.running:
+            if not node.running or self._stopped:
                 raise Unavailable(f"node {node.number} ended: {node.log_tail()}")
             if time.monotonic() > deadline:
                 raise Unavailable(f"node {node.number} is not ready: {reason}\n{node.log_tail()}")
@@ -413,6 +456,14 @@ class LocalCluster:
 
     def _deadline(self, timeout_s: float | None = None) -> float:
         return time.monotonic() + (self._start_timeout_s if timeout_s is None else timeout_s)
+
+
+async def _to_its_end(work: asyncio.Future[None]) -> None:
+    """Wait for what a thread does, however often who waits is cancelled. Its failure is nobody's any more."""
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(asyncio.shield(work), return_exceptions=True)
+    work.exception()
 
 
 def _first_line(path: Path) -> str:

@@ -72,8 +72,9 @@ class History:
 
     Args: clock: a history whose instants these are, too; None: it counts its own.
 
-    Of the transactions it may also keep what was there before them (`initial`), what was found at the end (`final`), and
-    which of them had left their marker by then (`markers`: name -> version); None: nobody looked.
+    Of the transactions it may also keep what was there before them (`initial`), what was found at the end (`final`; a key
+    that is left out was not looked at), and which of them had left their marker by then (`markers`: name -> version); None:
+    nobody looked.
     """
 
     def __init__(self, clock: History | None = None) -> None:

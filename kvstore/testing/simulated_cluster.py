@@ -188,9 +188,8 @@ class SimCluster:
     async def _started(self) -> None:
         inner = self._cluster()
         await inner.start()
-        groups = range(1, FIRST_DATA_RANGE + len(self._splits) + 1)
         until = inner.loop.time() + READY_TIMEOUT_S
-        while not all(inner.leader_of(group) for group in groups):
+        while not all(inner.leader_of(group) for group in inner.range_ids):
             if inner.loop.time() > until:
                 raise SimError(f"the cluster does not serve after {READY_TIMEOUT_S:g} s")
             await asyncio.sleep(0.05)
@@ -310,10 +309,14 @@ class SimCluster:
     def partition(
         self, a: str | Sequence[str], b: str | Sequence[str] | None = None, *, one_way: bool = False
     ) -> None:
-        """Let nothing pass between `a` and `b` (None: everybody else), or from `a` to `b` alone, until `heal`."""
+        """Let nothing pass between `a` and `b`, or from `a` to `b` alone, until `heal`.
+
+        Args: b: None: everybody else, who comes later too: `connect` and `spawn` return when a node has answered them.
+        """
         left, right = self._sides(a, b)
         self._tell("partition", left, right)
-        outside(lambda: self._cluster().network.keep_cut(left, right, one_way=one_way))
+        keep_cut = self._cluster().network.keep_cut
+        outside(lambda: keep_cut(left, right, one_way=one_way, and_later=not b))
 
     def slow(
         self,
@@ -322,10 +325,12 @@ class SimCluster:
         *,
         delay_s: tuple[float, float] = (0.05, 0.5),
     ) -> None:
-        """Every message between `a` and `b` (None: everybody else) takes so long, at least and at most, until `heal`."""
+        """Every message between `a` and `b` (None: everybody else, who comes later too) takes so long, at least and at most,
+        until `heal`."""
         left, right = self._sides(a, b)
         self._tell("slow", left, right)
-        outside(self._cluster().network.keep_slow, left, right, delay_s)
+        keep_slow = self._cluster().network.keep_slow
+        outside(lambda: keep_slow(left, right, delay_s, and_later=not b))
 
     def heal(self) -> None:
         """The network is whole and quick again. Processes stay as they are; see `recover`."""

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from kvstore.testing.checkers import (
+    CheckTooLong,
     check_registers,
     check_totals,
     check_transactions,
     check_versions,
     check_write_order,
     linearizable,
+    registers,
 )
 from kvstore.testing.history import FOREVER, Outcome, RegisterOp, TxnOp
 
@@ -107,6 +109,77 @@ def test_a_history_that_no_register_explains_is_caught(history: list[RegisterOp]
 )
 def test_versions_that_do_not_fit_are_caught(history: list[RegisterOp], what: str) -> None:
     assert what in "; ".join(check_versions(history))
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([put(1, 2, b"a"), get(3, 4, b"a"), put(5, 6, b"a")], id="written again"),
+        pytest.param(
+            [put(1, 2, b"a"), failed(put(3, 4, b"a")), get(5, 6, b"a")],
+            id="refused the second time",
+        ),
+        pytest.param(
+            [put(1, 2, b"a", 5), put(3, 4, b"b", 6), put(5, 6, b"a", 7), get(7, 8, b"a", 7)],
+            id="another between",
+        ),
+        pytest.param(
+            [put(1, 2, b"a"), get(3, 4, b"a"), cas(5, 6, b"x", b"a", swapped=False)],
+            id="not swapped later",
+        ),
+    ],
+)
+def test_a_value_may_be_written_more_than_once(history: list[RegisterOp]) -> None:
+    assert linearizable(history)
+    assert check_registers(history) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "what"),
+    [
+        ([failed(put(1, 2, b"a")), failed(put(3, 4, b"a")), get(5, 6, b"a")], "has failed"),
+        ([failed(put(1, 2, b"a")), get(3, 4, b"a"), put(5, 6, b"a")], "before it was written"),
+        ([put(1, 2, b"a", 5), put(3, 4, b"a", 7), get(5, 6, b"a", 9)], "has versions 5, 7, 9"),
+        ([cas(1, 2, b"x", b"a", swapped=False), get(3, 4, b"a")], "nobody wrote"),
+    ],
+)
+def test_none_of_several_writes_explains_a_read(history: list[RegisterOp], what: str) -> None:
+    assert what in "; ".join(check_versions(history))
+
+
+def never_seen(key: bytes) -> list[RegisterOp]:
+    """More orders than a search of a few configurations tries."""
+    history = [unknown(put(1, 2, b"unseen/%d" % number)) for number in range(20)]
+    history += [put(100, 101, b"a", 5), put(102, 103, b"b", 6)]
+    for op in history:
+        op.key = key
+    return history
+
+
+def test_a_search_that_is_given_up_hides_nothing_that_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither what versions show, nor what the search shows of another key."""
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    stale = [get(104, 105, b"a", 5)]
+    wrong = check_registers([*never_seen(KEY), *stale])
+    assert "b'k': get of c at 104..105 has version 5, but 6 was seen before it began" in wrong
+    assert wrong[-1].startswith("Undecided: b'k': ")
+    lost = [put(1, 2, b"a"), get(3, 4, None)]
+    wrong = check_registers([*never_seen(b"a key before"), get(104, 105, b"c"), *lost])
+    assert any("b'k': no order" in each for each in wrong)
+
+
+def test_a_search_that_is_given_up_is_told_if_nothing_was_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    read = get(104, 105, b"b", 6)
+    read.key = b"z"
+    impossible = cas(106, 107, b"nobody's", b"c")
+    impossible.key = b"z"
+    with pytest.raises(CheckTooLong, match="b'z': more than 100"):
+        check_registers([*never_seen(b"z"), read, impossible])
 
 
 def test_a_write_of_another_key_with_a_lower_version_is_caught() -> None:
@@ -312,6 +385,118 @@ def test_a_history_that_is_not_strictly_serializable_is_caught(
     history: list[TxnOp], what: str
 ) -> None:
     assert what in "; ".join(check_transactions(ZERO, history))
+
+
+# ---------------------------------------------------------------- readers that do not tell their version
+
+WRITES = [
+    txn(10, 20, 5, {}, {b"x": b"1", b"y": b"1"}),
+    txn(30, 40, 7, {}, {b"x": b"2"}),
+    txn(50, 60, 9, {}, {b"y": b"2"}),
+]
+
+
+@pytest.mark.parametrize(
+    "readers",
+    [
+        pytest.param([txn(1, 2, 0, {b"x": b"0", b"y": b"0"})], id="before all"),
+        pytest.param([txn(41, 42, 0, {b"x": b"2", b"y": b"1"})], id="between"),
+        pytest.param([txn(70, 71, 0, {b"x": b"2", b"y": b"2"})], id="after all"),
+        pytest.param([txn(11, 55, 0, {b"x": b"1", b"y": b"1"})], id="any of several"),
+        pytest.param([txn(20, 30, 0, {b"x": b"2"})], id="at the instant of an end and a begin"),
+        pytest.param(
+            [txn(11, 31, 0, {b"x": b"1"}), txn(32, 33, 0, {b"x": b"2"})],
+            id="each later than the other",
+        ),
+        pytest.param([txn(11, 55, 0, {})], id="of nothing"),
+        pytest.param([txn(11, 55, 0, {b"x": b"never"}, None, Outcome.FAILED)], id="failed"),
+    ],
+)
+def test_a_reader_without_a_version_has_a_place(readers: list[TxnOp]) -> None:
+    assert check_transactions(ZERO, [*readers, *WRITES]) == []
+
+
+@pytest.mark.parametrize(
+    "readers",
+    [
+        pytest.param([txn(11, 55, 0, {b"x": b"never"})], id="what nobody wrote"),
+        pytest.param([txn(11, 55, 0, {b"x": b"3"})], id="what a failed one wrote"),
+        pytest.param([txn(11, 55, 0, {b"x": b"1", b"y": b"0"})], id="half of a transaction"),
+        pytest.param([txn(11, 65, 0, {b"x": b"1", b"y": b"2"})], id="long fork"),
+        pytest.param([txn(41, 42, 0, {b"x": b"1"})], id="stale"),
+        pytest.param([txn(21, 22, 0, {b"x": b"2"})], id="of the future"),
+        pytest.param([txn(61, 62, 0, {b"y": None})], id="gone"),
+        pytest.param(
+            [txn(11, 31, 0, {b"x": b"2"}), txn(32, 33, 0, {b"x": b"1"})],
+            id="earlier than one before it",
+        ),
+        pytest.param(
+            [txn(11, 31, 0, {b"x": b"2"}), txn(32, 33, 6, {b"x": b"1"})],
+            id="later than a version after it",
+        ),
+    ],
+)
+def test_a_reader_without_a_version_that_has_no_place_is_caught(readers: list[TxnOp]) -> None:
+    refused = txn(12, 13, 0, {}, {b"x": b"3"}, Outcome.FAILED)
+    wrong = check_transactions(ZERO, [*readers, refused, *WRITES])
+    assert any("told no version" in each for each in wrong)
+
+
+def test_what_a_reader_without_a_version_may_believe_the_markers_say() -> None:
+    lost = txn(1, FOREVER, 0, {}, {b"x": b"9"}, Outcome.UNKNOWN)
+    reader = txn(2, 3, 0, {b"x": b"9", b"y": b"0"})
+    torn = txn(2, 3, 0, {b"x": b"9", b"y": b"1"})
+    assert check_transactions(ZERO, [lost, reader]) == []
+    assert check_transactions(ZERO, [lost, reader], None, {b"t1": 4}) == []
+    for history, markers in (
+        ([lost, torn], None),
+        ([lost, torn], {b"t1": 4}),
+        ([lost, reader], {}),
+    ):
+        assert "told no version" in "; ".join(check_transactions(ZERO, history, None, markers))
+
+
+def test_readers_without_a_version_agree_with_trying_every_place() -> None:
+    """Of tiny random histories, with a version for each reader in every possible way."""
+    rng = random.Random(5)
+    verdicts = {True: 0, False: 0}
+    for _ in range(300):
+        history = random_transactions(rng)
+        expected = by_every_version(history)
+        assert (check_transactions({}, history) == []) == expected
+        verdicts[expected] += 1
+    assert min(verdicts.values()) > 50
+
+
+def random_transactions(rng: random.Random) -> list[TxnOp]:
+    """Writers in the order of their versions, each of one key or of two, and readers that overlap them."""
+    history: list[TxnOp] = []
+    for number in range(3):
+        begin = 10 * number + rng.randint(0, 8)
+        keys = rng.choice(([b"x"], [b"y"], [b"x", b"y"]))
+        writes: dict[bytes, bytes | None] = dict.fromkeys(keys, b"%d" % number)
+        history.append(txn(begin, begin + rng.randint(1, 12), 2 * number + 2, {}, writes))
+    for _ in range(3):
+        begin = rng.randint(0, 30)
+        at = rng.randint(0, 3)
+        seen: dict[bytes, bytes | None] = {b"x": None, b"y": None}
+        for writer in history[:at]:
+            seen.update(writer.writes)
+        if rng.random() < 0.1:
+            seen[b"x"] = rng.choice((None, b"0", b"1", b"2"))
+        history.append(txn(begin, begin + rng.randint(1, 30), 0, seen))
+    return history
+
+
+def by_every_version(history: list[TxnOp]) -> bool:
+    """A reader at an odd version lies between two writers; 1: before all."""
+    readers = [op for op in history if not op.version]
+    writers = [op for op in history if op.version]
+    for versions in itertools.product((1, 3, 5, 7), repeat=len(readers)):
+        told = [replace(op, version=at) for op, at in zip(readers, versions, strict=True)]
+        if check_transactions({}, [*writers, *told]) == []:
+            return True
+    return False
 
 
 def test_an_acknowledged_transaction_that_is_lost_is_caught() -> None:

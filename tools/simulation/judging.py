@@ -33,6 +33,7 @@ KIND_WORDS_MAX: Final = 8
 class Verdict:
     """`problems` empty: it passed. `operations` are done, `failed` did not happen, `unknown` may have.
 
+    `fault_numbers`: of the faults that took place; draws that found nobody to harm have numbers, too, and are not among them.
     `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare
     paths, and how often each was taken.
     """
@@ -47,6 +48,7 @@ class Verdict:
     frozen: str = (
         ""  # in what a minority stayed while the others had to go on; empty: there was none
     )
+    fault_numbers: tuple[int, ...] = ()
     probes: dict[str, int] = field(default_factory=dict)
     workloads: tuple[str, ...] = ()
     digest: str = ""
@@ -72,6 +74,7 @@ def judge(seed: int, options: Options | None = None, sink: TextIO | None = None)
         failed=result.failed,
         faults=dict(result.faults),
         frozen=result.frozen,
+        fault_numbers=tuple(result.happened),
         probes=dict(result.probes),
         workloads=tuple(workload.name for workload in result.workloads),
         digest=result.digest,

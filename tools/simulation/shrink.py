@@ -9,7 +9,8 @@ Delta debugging (`ddmin`; Zeller and Hildebrandt, "Simplifying and Isolating Fai
 3. again from the start, until a whole round takes nothing away.
 
 A smaller run counts if its first problem is of the same kind (judging.kind_of). The result is 1-minimal in faults and
-operations (without any one of them the failure is gone or another) unless the limit of runs or of time was reached.
+operations (without any one of them the failure is gone or another) unless the limit of runs or of time was reached, or a
+pass was left out, since the run does not heed what to keep, or did not tell its faults.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SECONDS_MIN: Final = 0.25
 
 
 class Shrunk(NamedTuple):
-    """`is_minimal`: no limit was reached. `runs`: how many were played for it."""
+    """`is_minimal`: no limit was reached, and no pass was left out. `runs`: how many were played for it."""
 
     options: Options
     verdict: Verdict
@@ -89,15 +90,18 @@ class Shrinker:
         self._tell = tell
         self._tried: set[str] = set()
         self._gave_up = False
+        self._left_out: set[str] = set()  # fields whose pass was, in the last round
 
     def shrink(self) -> Shrunk:
         before = None
         while self._best != before and not self._gave_up:
             before = self._best
+            self._left_out.clear()
             self._coarse()
             self._faults()
             self._operations()
-        return Shrunk(self._best, self._verdict, self._runs, not self._gave_up)
+        is_minimal = not self._gave_up and not self._left_out
+        return Shrunk(self._best, self._verdict, self._runs, is_minimal)
 
     # -- passes
 
@@ -131,13 +135,12 @@ class Shrinker:
                 return
 
     def _faults(self) -> None:
-        count = sum(self._verdict.faults.values())
-        if not self._best.faults or (self._best.faults_kept is None and not count):
-            return
         kept = self._best.faults_kept
-        # one number more than there are faults, whether they are counted from 0 or from 1
-        numbers = sorted(kept) if kept is not None else range(count + 1)
-        self._subset("faults_kept", tuple(numbers), lambda each: sum(each.faults.values()))
+        numbers = self._verdict.fault_numbers if kept is None else tuple(sorted(kept))
+        if self._best.faults and kept is None and not numbers:
+            self._leave_out("faults_kept", "the run did not tell its faults")
+        elif self._best.faults:
+            self._subset("faults_kept", numbers, lambda each: len(each.fault_numbers))
 
     def _operations(self) -> None:
         kept = self._best.ops_kept
@@ -158,15 +161,19 @@ class Shrinker:
             if nothing is None:
                 return
             if count(nothing) >= count(self._verdict):
-                self._tell(f"this scenario does not heed {name}: that pass is left out")
+                self._leave_out(name, f"this scenario does not heed {name}")
                 return
             if self._judged(without, nothing):
                 return
             if not self._try(self._with(name, frozenset(items))):
                 if not self._gave_up:
-                    self._tell(f"{name} with every number is another run: that pass is left out")
+                    self._leave_out(name, f"{name} with every number is another run")
                 return
         ddmin(items, lambda some: self._try(self._with(name, frozenset(some))))
+
+    def _leave_out(self, name: str, why: str) -> None:
+        self._left_out.add(name)
+        self._tell(f"{why}: that pass is left out")
 
     # -- runs
 

@@ -19,21 +19,31 @@ CONFIGURATIONS_MAX: Final = 2_000_000
 
 
 class CheckTooLong(RuntimeError):
-    """The search was given up; nothing is known."""
+    """The search was given up: whether an order explains the operations is not known."""
 
 
 def check_registers(ops: Iterable[RegisterOp]) -> list[str]:
-    """Both checks, for every key."""
+    """All checks, for every key. A key whose search was given up is told after what was found ("Undecided: ...").
+
+    Raises: CheckTooLong: nothing was found, and some keys are undecided.
+    """
     by_key: dict[bytes, list[RegisterOp]] = {}
     every = list(ops)
     for op in every:
         by_key.setdefault(op.key, []).append(op)
     wrong = check_write_order(every)
+    undecided: list[str] = []
     for key, mine in sorted(by_key.items()):
         wrong += check_versions(mine)
-        if not linearizable(mine):
-            wrong.append(f"{key!r}: no order of its {len(mine)} operations explains them")
-    return wrong[:MISTAKES_MAX]
+        try:
+            if not linearizable(mine):
+                wrong.append(f"{key!r}: no order of its {len(mine)} operations explains them")
+        except CheckTooLong as error:
+            undecided.append(f"{key!r}: {error}")
+    if undecided and not wrong:
+        raise CheckTooLong("; ".join(undecided[:MISTAKES_MAX]))
+    told = [f"Undecided: {each}" for each in undecided[:MISTAKES_MAX]]
+    return [*wrong[:MISTAKES_MAX], *told]
 
 
 class _Place(NamedTuple):
@@ -123,9 +133,16 @@ def _apply(op: RegisterOp, value: bytes | None) -> tuple[bytes | None] | None:
 
 
 def check_versions(ops: Sequence[RegisterOp]) -> list[str]:
-    """Of one key, with written values that are unique: versions rise in real time, and belong to one value each."""
+    """Of one key: versions rise in real time, and belong to one value each; what is read was written, at that version.
+
+    Sharpest where each value is written once: of several writes of one value, any may be the one that was read.
+    """
     wrong: list[str] = []
-    writers = {op.value: op for op in ops if op.kind != "get" and op.value is not None}
+    writers: dict[bytes, list[RegisterOp]] = {}
+    for op in ops:
+        refused = op.kind == "cas" and op.outcome is Outcome.OK and not op.swapped
+        if op.kind != "get" and op.value is not None and not refused:
+            writers.setdefault(op.value, []).append(op)
     value_at: dict[int, bytes | None] = {}
     known = [op for op in ops if op.outcome is Outcome.OK and op.version]
     for op in known:
@@ -136,19 +153,27 @@ def check_versions(ops: Sequence[RegisterOp]) -> list[str]:
             wrong.append(f"{op.key!r}: version {op.version} is {before!r} and {op.value!r}")
     for op in ops:
         if op.kind == "get" and op.outcome is Outcome.OK and op.value is not None:
-            writer = writers.get(op.value)
-            if writer is None:
-                wrong.append(f"{op.key!r}: read {op.value!r}, which nobody wrote")
-            elif writer.outcome is Outcome.FAILED:
-                wrong.append(f"{op.key!r}: read {op.value!r}, whose write has failed")
-            elif writer.begin > op.end:
-                wrong.append(f"{op.key!r}: read {op.value!r} before it was written")
-            elif writer.version and op.version and writer.version != op.version:
-                wrong.append(
-                    f"{op.key!r}: {op.value!r} has versions {writer.version}, {op.version}"
-                )
+            why = _unexplained(op, writers.get(op.value, []))
+            if why:
+                wrong.append(f"{op.key!r}: {why}")
     wrong += _real_time(known)
     return wrong
+
+
+def _unexplained(read: RegisterOp, writers: Sequence[RegisterOp]) -> str:
+    """Why none of the writes of its value may be the one that was read; empty: one may."""
+    if not writers:
+        return f"read {read.value!r}, which nobody wrote"
+    writers = [writer for writer in writers if writer.outcome is not Outcome.FAILED]
+    if not writers:
+        return f"read {read.value!r}, whose write has failed"
+    writers = [writer for writer in writers if writer.begin <= read.end]
+    if not writers:
+        return f"read {read.value!r} before it was written"
+    versions = [writer.version for writer in writers]
+    if read.version and all(versions) and read.version not in versions:
+        return f"{read.value!r} has versions {', '.join(map(str, [*versions, read.version]))}"
+    return ""
 
 
 def _real_time(ops: Sequence[RegisterOp]) -> list[str]:

@@ -1,7 +1,8 @@
 """Judges of transactions whose commit versions are known: replay them in that order.
 
 Every read must be what the replay has, and the order must respect real time: strict serializability, complete for what
-the versions claim, in O(n log n). Markers (a row that each transaction writes for itself) decide unknown outcomes.
+the versions claim, in O(n log n). A reader that does not tell its version needs some place in that order at which all of its
+reads hold, and which respects real time. Markers (a row that each transaction writes for itself) decide unknown outcomes.
 Without markers an unknown transaction may have happened or not: a read of what it wrote is believed. So is one of what a
 transaction wrote that was acknowledged, and whose version is not known (0).
 Each check returns what is wrong, in words; an empty list means that nothing was found.
@@ -9,11 +10,39 @@ Each check returns what is wrong, in words; an empty list means that nothing was
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from kvstore.testing.checkers.anomaly import MISTAKES_MAX
-from kvstore.testing.history import Outcome, TxnOp
+from kvstore.testing.history import FOREVER, Outcome, TxnOp
+
+
+@dataclass
+class _Rows:
+    """What the replay has in each key, at every version. `maybe`: what is believed besides, of writes of unknown time."""
+
+    initial: Mapping[bytes, bytes | None]
+    maybe: Mapping[bytes, Sequence[bytes | None]]
+    changes: dict[bytes, list[tuple[int, bytes | None]]] = field(default_factory=dict)
+
+    def put(self, version: int, key: bytes, value: bytes | None) -> None:
+        """Versions do not fall."""
+        self.changes.setdefault(key, []).append((version, value))
+
+    def now(self, key: bytes) -> bytes | None:
+        changes = self.changes.get(key)
+        return changes[-1][1] if changes else self.initial.get(key)
+
+    def held(self, reads: Mapping[bytes, bytes | None], version: int) -> bool:
+        """Whether all of these may be read there."""
+        for key, value in reads.items():
+            changes = self.changes.get(key, [])
+            count = bisect.bisect_right(changes, version, key=lambda change: change[0])
+            there = changes[count - 1][1] if count else self.initial.get(key)
+            if value != there and value not in self.maybe.get(key, ()):
+                return False
+        return True
 
 
 def check_transactions(
@@ -27,7 +56,8 @@ def check_transactions(
     Without markers, a read of a value is believed that a transaction wrote whose version or outcome is unknown.
 
     Args: markers: name -> version of every transaction whose own row was found at the end (None: none was looked for);
-    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end.
+    it decides unknown outcomes, and must agree with the known ones. final: the values found at the end, None for a key that
+    is gone; a key that is left out was not looked at.
     """
     wrong: list[str] = []
     committed: list[TxnOp] = []
@@ -36,31 +66,36 @@ def check_transactions(
         if version:  # a copy, where it differs: what was recorded stays as it is
             committed.append(op if op.version == version else replace(op, version=version))
     committed.sort(key=lambda op: (op.version, 0 if op.writes else 1))
-    state = dict(initial)
-    maybe = _undecided(ops) if markers is None else {}
+    rows = _Rows(initial, _undecided(ops) if markers is None else {})
     writer: dict[int, TxnOp] = {}
     for op in committed:
         if op.writes:
             other = writer.setdefault(op.version, op)
             if other is not op:
                 wrong.append(f"{op.name!r} and {other.name!r} have one version {op.version}")
-        for key, value in op.reads.items():
-            if value in maybe.get(key, ()):
-                state[key] = value
-            elif state.get(key) != value:
-                wrong.append(
-                    f"{op.name!r} of {op.client} at version {op.version} read {key!r} = {value!r}, "
-                    f"but by the order of versions it was {state.get(key)!r}"
-                )
-        state.update(op.writes)
-    if final is not None:
-        for key, value in final.items():
-            if state.get(key) != value and value not in maybe.get(key, ()):
-                wrong.append(
-                    f"at the end {key!r} = {value!r}, but the replay has {state.get(key)!r}"
-                )
+        wrong += _replayed(rows, op)
+    for key, value in (final or {}).items():
+        if rows.now(key) != value and value not in rows.maybe.get(key, ()):
+            wrong.append(f"at the end {key!r} = {value!r}, but the replay has {rows.now(key)!r}")
     wrong += _in_real_time(committed)
+    wrong += _without_version(ops, committed, rows)
     return wrong[:MISTAKES_MAX]
+
+
+def _replayed(rows: _Rows, op: TxnOp) -> Iterable[str]:
+    """The next one of the order: its reads are compared, and its writes done."""
+    for key, value in op.reads.items():
+        if rows.now(key) == value:
+            continue
+        if value in rows.maybe.get(key, ()):
+            rows.put(op.version, key, value)
+        else:
+            yield (
+                f"{op.name!r} of {op.client} at version {op.version} read {key!r} = {value!r}, "
+                f"but by the order of versions it was {rows.now(key)!r}"
+            )
+    for key, value in op.writes.items():
+        rows.put(op.version, key, value)
 
 
 def _version_of(op: TxnOp, markers: Mapping[bytes, int] | None, wrong: list[str]) -> int:
@@ -106,6 +141,62 @@ def _in_real_time(ops: Sequence[TxnOp]) -> list[str]:
                 f"{op.name!r} of {op.client} began after version {floors[number]} was acknowledged, and has {op.version}"
             )
     return wrong
+
+
+def _without_version(
+    ops: Sequence[TxnOp], committed: Sequence[TxnOp], rows: _Rows
+) -> Iterable[str]:
+    """Readers that were acknowledged without a version: each has a place in the order at which all of its reads hold.
+
+    It is not below what was acknowledged before the reader began, nor above what began after it had ended. The lowest place
+    is taken, which leaves the most to those that follow: they may not be below it either.
+    """
+    readers = [
+        op
+        for op in ops
+        if op.outcome is Outcome.OK and op.reads and not op.writes and not op.version
+    ]
+    events = [(op.begin, 0, number) for number, op in enumerate(readers)]
+    events += [(op.end, 1, number) for number, op in enumerate(readers)]
+    ended = sorted((op.end, op.version) for op in committed if op.outcome is Outcome.OK)
+    later = _least_from(committed)
+    floor, done, floors = 0, 0, [0] * len(readers)
+    for at, is_end, number in sorted(events):
+        while done < len(ended) and ended[done][0] < at:
+            floor = max(floor, ended[done][1])
+            done += 1
+        if not is_end:
+            floors[number] = floor
+            continue
+        reader, least = readers[number], floors[number]
+        following = bisect.bisect_right(later, at, key=lambda each: each[0])
+        most = later[following][1] if following < len(later) else FOREVER
+        place = _place(rows, reader, least, most)
+        if place is None:
+            yield (
+                f"{reader.name!r} of {reader.client}, which told no version, read {reader.reads!r}: "
+                f"from version {least} on they were never there together before it ended"
+            )
+        else:
+            floor = max(floor, place)
+
+
+def _place(rows: _Rows, reader: TxnOp, least: int, most: int) -> int | None:
+    """The lowest version of these at which all of its reads hold."""
+    places = {least}
+    for key in reader.reads:
+        places.update(at for at, _ in rows.changes.get(key, ()) if least < at <= most)
+    return next((at for at in sorted(places) if at <= most and rows.held(reader.reads, at)), None)
+
+
+def _least_from(ops: Iterable[TxnOp]) -> list[tuple[int, int]]:
+    """By begin: below what a reader stays that ended before any of those that begin then or later."""
+    least = FOREVER
+    tops: list[tuple[int, int]] = []
+    for op in sorted(ops, key=lambda op: op.begin, reverse=True):
+        least = min(least, op.version - 1 if op.writes else op.version)
+        tops.append((op.begin, least))
+    return tops[::-1]
 
 
 def check_totals(ops: Iterable[TxnOp], accounts: Sequence[bytes], total: int) -> list[str]:

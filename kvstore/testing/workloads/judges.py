@@ -21,7 +21,7 @@ def judge_registers(ops: Sequence[RegisterOp]) -> list[str]:
     try:
         return check_registers(ops)
     except CheckTooLong as error:
-        return [f"Undecided: the search was given up: {error}"]
+        return [f"Undecided: {error}"]
 
 
 def judge_transactions(

@@ -25,6 +25,7 @@ FAULTS: Final = (
     "phantom",  # it looks at the rows that were read, and not at gaps
     "stale read",  # of an earlier version
     "torn snapshot",  # half of the keys are of an earlier version
+    "torn answer",  # the same, of a get_many that tells no version
     "torn transaction",  # half of the writes are applied
     "lost write",  # nothing is applied, and it is acknowledged
     "doubled write",  # increments are applied twice
@@ -154,10 +155,14 @@ class DumbSnapshot:
         return None if value is None else Entry(key, value, version)
 
     async def get_many(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        return await self.many(keys, "torn snapshot")
+
+    async def many(self, keys: Iterable[bytes], *faults: str) -> dict[bytes, bytes]:
         await self.store.wait()
         version, found = self._version(), {}
         wanted = list(keys)
-        torn = wanted[: len(wanted) // 2] if self.store.errs("torn snapshot") else []
+        errs = any(self.store.errs(fault) for fault in faults)
+        torn = wanted[: len(wanted) // 2] if errs else []
         for key in wanted:
             value, _ = self.store.at(key, version - (PAST if key in torn else 0))
             if value is not None:
@@ -426,7 +431,7 @@ class DumbDatabase:
     async def get_many(
         self, keys: Iterable[bytes], *, timeout: float | None = None
     ) -> dict[bytes, bytes]:
-        return await DumbSnapshot(self.store, None).get_many(keys)
+        return await DumbSnapshot(self.store, None).many(keys, "torn snapshot", "torn answer")
 
     async def put(
         self,

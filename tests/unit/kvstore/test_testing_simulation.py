@@ -458,6 +458,50 @@ async def test_a_partition_is_felt_until_it_is_healed(cluster: SimCluster, db: D
 
 
 @simulate(seeds=2, faults=False)
+async def test_everybody_else_is_also_who_comes_later(cluster: SimCluster, db: Database) -> None:
+    """Of a partition, and of a slow network: clients, and processes that take the place of one that was killed."""
+
+    async def takes(own: Database) -> float:
+        began = asyncio.get_running_loop().time()
+        await own.get(b"k")
+        return asyncio.get_running_loop().time() - began
+
+    cluster.slow(cluster.nodes[:1], delay_s=(0.3, 0.4))
+    cluster.slow(cluster.nodes, delay_s=(0.2, 0.3))
+    late = await cluster.connect("late")
+    assert await takes(late) > 0.4
+    cluster.heal()
+    cluster.partition(cluster.nodes)
+    cluster.slow(cluster.nodes)
+    connecting = asyncio.create_task(cluster.connect())
+    spawning = asyncio.create_task(cluster.spawn(takes))
+    await asyncio.wait([connecting, spawning], timeout=20.0)
+    assert not connecting.done()
+    assert not spawning.done()
+    cluster.heal()
+    last, worker = await connecting, await spawning
+    await last.put(b"k", b"1")
+    assert await takes(last) < 0.3
+    await worker.wait()
+    assert await takes(await cluster.connect()) < 0.3
+
+
+@simulate(seeds=2, faults=False)
+async def test_who_comes_later_is_cut_off_one_way_or_not_at_all_as_it_was_said(
+    cluster: SimCluster, db: Database
+) -> None:
+    cluster.partition("test", one_way=True)
+    cluster.partition("n1", "n2", one_way=True)
+    network, nodes = cluster._cluster().network, cluster.nodes
+    late = await cluster.connect("late")  # the majority is whole, for it
+    host = cluster._names["late"]
+    assert network.blocked_until("test.1", host) == float("inf")
+    assert network.blocked_until(host, "test.1") == 0.0
+    assert [network.blocked_until(node, host) for node in nodes] == [0.0, 0.0, 0.0]
+    await late.put(b"k", b"1")
+
+
+@simulate(seeds=2, faults=False)
 async def test_a_slow_network_takes_its_time_until_it_is_healed(
     cluster: SimCluster, db: Database
 ) -> None:
@@ -525,3 +569,13 @@ async def test_names_that_nobody_has_are_refused(cluster: SimCluster) -> None:
         await cluster.connect("test")
     with pytest.raises(ValueError, match="no node"):
         await cluster.restart("test")
+
+
+@simulate(seeds=5, faults=False)
+async def test_when_it_has_started_every_range_has_a_leader(cluster: SimCluster) -> None:
+    """The system's own, too, before and behind those of the splits."""
+    inner = cluster._cluster()
+    hosts = [server.node.host for server in inner.running() if server.node is not None]
+    groups = dict.fromkeys(group for host in hosts if host is not None for group in host.groups())
+    assert len(groups) == len(inner.splits) + 3
+    assert [group for group in groups if inner.leader_of(group) is None] == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.testing.checkers import registers
 from kvstore.testing.history import History, Outcome, RegisterOp, TxnOp
 from kvstore.testing.jsonl import write_history
 from tests.unit.testing.micro_histories import parse
@@ -91,6 +92,94 @@ def test_a_transaction_of_both_kinds_is_refused(tmp_path, capsys) -> None:
     path.write_text(TWICE.replace('["append","x",1]]', '["w","y",1]]') + "\n")
     assert main([str(path)]) == 2
     assert "no step of list-append" in capsys.readouterr().err
+
+
+def test_what_could_not_be_judged_is_said(tmp_path, capsys) -> None:
+    """Transactions that tell neither reads nor writes, and keys that nobody looked at in the end: these are no rows that are
+    gone, for whoever looks may choose what at."""
+    history = History()
+    ok = Outcome.OK
+    history.initial = {b"x": b"0"}
+    history.transactions = [
+        TxnOp("a", b"t1", 1, {}, {b"x": b"1", b"y": b"1"}, 5, 2, ok),
+        TxnOp("a", b"t2", 3, {}, {b"y": b"2"}, 0, 4, Outcome.FAILED),
+        TxnOp("a", b"t3", 5, {}, {}, 7, 6, ok),
+        TxnOp("a", b"t4", 7, {}, {}, 0, 8, Outcome.FAILED),
+    ]
+    path = tmp_path / "h"
+    one = "transactions: 1 key that was written was not looked at in the end\n"
+    both = "transactions: 2 keys that were written were not looked at in the end\n"
+    finals: list[tuple[dict[bytes, bytes | None] | None, str]]
+    finals = [(None, ""), ({b"x": b"1"}, one), ({}, both), ({b"x": b"1", b"y": b"1"}, "")]
+    for final, told in finals:
+        history.final = final
+        with path.open("wb") as stream:
+            write_history(history, stream)
+        assert main([str(path)]) == 0
+        assert capsys.readouterr().out == (
+            "transactions: 4 operations, nothing found\n"
+            "transactions: 1 operation tells neither reads nor writes: what it did was not judged\n"
+            + told
+        )
+    assert main([str(path), "-o", "json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["transactions"]["not judged"]
+    assert note.startswith("1 operation tells neither")
+
+
+def test_a_row_that_was_looked_at_in_the_end_and_is_gone_is_found(tmp_path, capsys) -> None:
+    path = tmp_path / "h"
+    path.write_text(
+        '{"record":"transaction","client":"c","begin":1,"outcome":"ok","end":2,"version":"5","name":"t",'
+        '"writes":{"x":"1"}}\n{"record":"final","rows":{"x":null}}\n'
+    )
+    assert main([str(path)]) == 1
+    assert "at the end b'x' = None" in capsys.readouterr().out
+
+
+def hard(path: Path, *more: str) -> str:
+    """A key that cannot be explained, with so many unknown writes that the search is given up; and lines of another file."""
+    history = History()
+    ok = Outcome.OK
+    history.registers = [RegisterOp("a", "put", b"k", 1, b"%d" % n) for n in range(20)]
+    history.registers.append(RegisterOp("a", "cas", b"k", 3, b"x", b"nobody's", end=4, outcome=ok))
+    with path.open("wb") as stream:
+        write_history(history, stream)
+    path.write_text("\n".join([path.read_text(), *more]))
+    return str(path)
+
+
+def test_a_search_that_is_given_up_is_two_if_nothing_was_found(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    path = hard(tmp_path / "h", Path(save(tmp_path / "good", GOOD)).read_text())
+    assert main([path]) == 2
+    told = capsys.readouterr()
+    assert "registers: b'k': more than 100 configurations" in told.err
+    assert told.out == (
+        "registers: 21 operations, undecided\nlist-append: 2 operations, nothing found\n"
+    )
+    assert main([path, "-o", "json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["registers"]["undecided"] == "b'k': more than 100 configurations"
+    assert "undecided" not in report["list-append"]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_one_kind_shows_is_told_whatever_becomes_of_another(
+    tmp_path, capsys, monkeypatch, refused: bool
+) -> None:
+    """`refused`: the other kind breaks its rules, rather than that its search was given up."""
+    monkeypatch.setattr(registers, "CONFIGURATIONS_MAX", 100)
+    path = hard(tmp_path / "h", Path(save(tmp_path / "bad", BAD)).read_text())
+    if refused:
+        path = save(tmp_path / "h", value=b"2")
+        with Path(path).open("a") as stream:
+            stream.write(TWICE)
+    assert main([path]) == 1
+    told = capsys.readouterr()
+    assert ("nobody wrote" if refused else "G-single-realtime: ") in told.out
+    assert ("it must be unique" if refused else "more than 100") in told.err
 
 
 def test_versions_are_used_on_demand(tmp_path) -> None:

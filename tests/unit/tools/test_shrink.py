@@ -21,7 +21,7 @@ FAULTS = 40
 class FakeRun:
     """A run that fails as `kind` if the faults and operations that it needs are kept, and as another if none of them is.
 
-    `seconds_min`: fault number n happens at second n / 2, and what must happen has happened by then.
+    Fault number n happens at second n / 2, but for the first `idle` ones, which find nobody to harm.
     """
 
     def __init__(
@@ -31,14 +31,16 @@ class FakeRun:
         *,
         clients_min: int = 1,
         heeds: bool = True,
+        idle: int = 0,
     ) -> None:
         self.faults, self.ops, self.clients_min = faults, ops, clients_min
-        self.heeds = heeds
+        self.heeds, self.idle = heeds, idle
         self.runs = 0
 
     def __call__(self, options: Options) -> Verdict:
         self.runs += 1
-        begun = [n for n in range(FAULTS) if n / 2 < options.seconds] if options.faults else []
+        drawn = range(self.idle, FAULTS) if options.faults else range(0)
+        begun = [n for n in drawn if n / 2 < options.seconds]
         done = [(c, n) for c in range(options.clients) for n in range(options.ops)]
         if self.heeds and options.faults_kept is not None:
             begun = [n for n in begun if n in options.faults_kept]
@@ -55,7 +57,14 @@ class FakeRun:
         else:
             problems = []
         faults = {"crash": len(begun)} if begun else {}
-        return Verdict(1, problems, seconds=30.0, operations=len(done), faults=faults)
+        return Verdict(
+            1,
+            problems,
+            seconds=30.0,
+            operations=len(done),
+            faults=faults,
+            fault_numbers=tuple(begun),
+        )
 
 
 def shrunk(run: FakeRun, **limits: float) -> Shrunk:
@@ -93,8 +102,27 @@ def test_a_failure_without_faults_is_shrunk_to_a_calm_run() -> None:
 
 def test_a_scenario_that_does_not_heed_the_fields_is_not_said_to_need_nothing() -> None:
     found = shrunk(FakeRun(frozenset({7}), heeds=False))
+    assert not found.is_minimal
     assert found.options.faults_kept is None
     assert found.options.ops_kept is None
+
+
+def test_numbers_of_faults_that_found_nobody_do_not_hide_those_that_did() -> None:
+    """Every draw has a number, so the numbers go beyond the count of what happened."""
+    found = shrunk(FakeRun(frozenset({30, 37}), idle=25))
+    assert found.options.faults_kept == frozenset({30, 37})
+    assert found.is_minimal
+
+
+def test_what_fails_with_faults_that_nobody_has_counted_is_not_minimal() -> None:
+    """Its process died, say, and could not tell them."""
+
+    def dies(options: Options) -> Verdict:
+        return Verdict(1, ["died: by a signal"] if options.faults else [])
+
+    found = Shrinker(dies, Options(), dies(Options())).shrink()
+    assert found.options.faults_kept is None
+    assert not found.is_minimal
 
 
 def test_no_run_is_played_twice() -> None:
@@ -144,7 +172,7 @@ def test_kinds_of_faults_that_do_not_matter_go() -> None:
     def play(options: Options) -> Verdict:
         kinds = options.kinds or ("clog", "crash", "drift", "flush", "pause")
         problems = ["V1: two leaders"] if options.faults and {"crash", "flush"} <= {*kinds} else []
-        return Verdict(1, problems, faults=dict.fromkeys(kinds, 1))
+        return Verdict(1, problems, faults=dict.fromkeys(kinds, 1), fault_numbers=(1,))
 
     found = Shrinker(play, Options(), play(Options())).shrink()
     assert set(found.options.kinds) == {"crash", "flush"}
