@@ -69,7 +69,7 @@ def test_every_seed_gets_a_verdict_whatever_becomes_of_its_process() -> None:
 
 @pytest.mark.slow
 def test_a_worker_is_replaced_after_so_many_seeds() -> None:
-    verdicts = played(range(6), judge=fake_judges.process_of, jobs=1, recycle=2)
+    verdicts = played(range(6), judge=fake_judges.process_of, jobs=1, recycle=2, limit_s=0.0)
     pids = [verdicts[seed].operations for seed in range(6)]
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4] == pids[5]
     assert os.getpid() not in pids

@@ -250,9 +250,11 @@ def test_a_frozen_minority_is_left_out_unless_it_matters(matters: bool) -> None:
     def play(options: Options) -> Verdict:
         frozen = "down" if options.faults and options.frozen != NEVER else ""
         problems = ["V2: broken"] if options.faults and (frozen or not matters) else []
-        count = 3 if options.faults_kept is None else len(options.faults_kept)
-        operations = options.clients * options.ops
-        return Verdict(1, problems, operations=operations, faults={"crash": count}, frozen=frozen)
+        kept = (1, 2, 3) if options.faults_kept is None else tuple(sorted(options.faults_kept))
+        operations, faults = options.clients * options.ops, {"crash": len(kept)}
+        return Verdict(
+            1, problems, operations=operations, faults=faults, fault_numbers=kept, frozen=frozen
+        )
 
     found = Shrinker(play, Options(), play(Options())).shrink()
     assert found.options.faults
