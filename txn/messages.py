@@ -503,7 +503,8 @@ def fast(elsewhere: list[list[Guard]]) -> bool:
 
 
 def well_formed(request: Prepare) -> bool:
-    """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none.
+    """The anchor's part, and only that, lists participants, each once and itself among them; a transaction of one range has
+    none.
     What was read elsewhere goes with a transaction that writes in one range, and holds no lock. A guard covers something: one
     without an end would be met by no writer that is in flight.
     """
@@ -517,4 +518,5 @@ def well_formed(request: Prepare) -> bool:
             return False
     if request.one_range or request.locus != request.anchor_key:
         return not request.participants
-    return any(each.locus == request.anchor_key for each in request.participants)
+    loci = {each.locus for each in request.participants}
+    return request.anchor_key in loci and len(loci) == len(request.participants)
