@@ -118,7 +118,9 @@ class Evaluator:
         self.latches = LatchTable()
         self.proposals: list[Pending] = []  # to be proposed, in this order
         self.await_fresh: list[Pending] = []  # each needs one fresh timestamp
-        self.await_read: list[Waiter] = []  # reads without a timestamp
+        self.await_read: list[
+            Waiter
+        ] = []  # they need to know the last timestamp, mostly to read at
         self.blocked: dict[
             bytes, list[Waiter]
         ] = {}  # txn_id of an undecided part -> who waits for its end
@@ -315,17 +317,18 @@ class Evaluator:
             self.untimed.pop(waiter, None)
             if waiter.done:
                 continue
-            at = waiter.request.at
+            request = waiter.request
+            at = request.commit_ts if isinstance(request, Finalize | Resolve) else request.at
             if at > read_ts:
                 message = f"version {at} was not issued yet; the newest is {read_ts}"
-                failure = Failure(waiter.request.id, "invalid_argument", message)
+                failure = Failure(request.id, "invalid_argument", message)
                 if isinstance(waiter, Poll):
                     self.feed.refuse(waiter, failure)
                 else:
                     self.out.reply(waiter.origin, failure, False)
                 continue
             if not at:
-                waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
+                waiter.request = msgspec.structs.replace(request, at=read_ts)
                 waiter.sequence = self.latches.sequence
             self._again(waiter, now)
         closed = self.closing.promised  # applied or not, in an entry or in a message (F1)

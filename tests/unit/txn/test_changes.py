@@ -87,8 +87,9 @@ def test_a_commit_over_ranges_wakes_when_it_is_resolved_at_its_version():
     settled(place, place.part(1, put(b"k", b"v")))
     asked = poll(place, place.clock, b"k", point_end(b"k"))
     assert asked.open
-    settled(place, place.resolve(1, b"k", place.clock + 7))
-    assert events(asked) == [(place.clock + 7, b"k", b"v")]
+    version = place.clock + 7
+    settled(place, place.resolve(1, b"k", version))
+    assert events(asked) == [(version, b"k", b"v")]
 
 
 def test_a_commit_is_whole_and_its_keys_are_in_order():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from tests.unit.txn.txn_driver import Range, put, settled, txn_id
+import pytest
+
+from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
 from txn.commands import Decide
-from txn.types import Participant, PartStatus, TxnStatus, point_end
+from txn.messages import Finalize, Resolve
+from txn.types import TIMESTAMP_MAX, Participant, PartStatus, TxnStatus, point_end
 
 
 def participants(*loci: bytes) -> list[Participant]:
@@ -25,3 +28,65 @@ def test_a_record_that_names_its_anchor_twice_is_decided_once():
     place.apply([Decide(txn_id(1), b"a", 101)])
     assert place.state.terminal_of(place.rows, txn_id(1), b"a") == (TxnStatus.COMMITTED, 101)
     assert place.state.answer_of(place.rows, txn_id(1), b"a").status == PartStatus.COMMITTED
+
+
+# -- a decision at a version that was never issued
+
+
+def undecided(kind: str) -> Range:
+    """A part of transaction 1 at b'a', prepared at 101: the anchor's, or one anchored elsewhere."""
+    place = Range()
+    if kind == "part":
+        place.part(1, put(b"a"))
+    else:
+        place.anchor(1, put(b"a"), others=(b"x",))
+    place.settle()
+    return place
+
+
+def decide(place: Range, kind: str, commit_ts: int) -> Asked:
+    if kind == "finalize":
+        return place.ask(Finalize(0, 0, 0, txn_id(1), b"a", commit_ts))
+    return place.ask(Resolve(0, 0, 0, txn_id(1), b"zz", b"a", b"a", b"b", commit_ts, True))
+
+
+KINDS = ["part", "anchor", "finalize"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("commit_ts", [102, TIMESTAMP_MAX])
+def test_a_decision_at_a_version_that_was_never_issued_is_refused(kind, commit_ts):
+    place = undecided(kind)
+    asked = settled(place, decide(place, kind, commit_ts))
+    assert asked.reply.code == "invalid_argument"
+    assert place.state.intents[b"a"].txn_id == txn_id(1), "it stays undecided"
+    assert settled(place, decide(place, kind, 101)).reply
+    assert settled(place, place.prepare(2, put(b"a"), begin_ts=101)).reply.ts == 102
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decision_at_a_version_of_another_range_waits_until_it_is_known_to_be_issued(kind):
+    place = undecided(kind)
+    place.clock = 200  # others were given timestamps
+    asked = decide(place, kind, 150)
+    assert asked.open
+    assert not place.take()
+    place.settle()
+    assert place.state.answer_of(place.rows, txn_id(1), b"a").ts == 150
+    assert asked.reply
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decision_at_a_version_that_is_known_to_be_issued_asks_nobody(kind):
+    place = undecided(kind)
+    decide(place, kind, 101)
+    assert not place.evaluator.await_read
+    assert len(place.take()) == 1
+
+
+def test_a_decision_that_the_oracle_says_nothing_about_is_given_up():
+    place = undecided("finalize")
+    asked = decide(place, "finalize", 150)
+    place.pass_time(place.limits.read_wait_s + 1.0)
+    assert asked.reply.code == "unavailable"
+    assert not place.evaluator.untimed
