@@ -504,6 +504,10 @@ class Evaluator:
         if known is not None:
             self.out.reply(origin, prepare_reply(request.id, known, None), False)
             return
+        if request.participants and txn_id in self.state.staged:
+            failure = Failure(request.id, "invalid_argument", "it has another anchor already")
+            self.out.reply(origin, failure, False)
+            return
         row = self.state.row
         if begin_ts_of(txn_id) <= row.outcome_horizon:
             self.out.reply(origin, PrepareReply(request.id, PartStatus.EXPIRED, 0), False)

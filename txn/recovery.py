@@ -196,7 +196,10 @@ class Recovery:
             return
         if request.txn_id in ev.state.staged:
             part = ev.state.part(request.txn_id, request.anchor_key)
-            if part is None or not self._unfit(part, request, origin, now):
+            if part is None or not part.row.participants:
+                message = "it is staged under another anchor"
+                ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+            elif not self._unfit(part, request, origin, now):
                 self._decide(request.txn_id, request.anchor_key, request.commit_ts, request, origin)
             return
         if self._reply_known(request, origin):

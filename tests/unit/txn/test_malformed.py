@@ -90,3 +90,24 @@ def test_a_decision_that_the_oracle_says_nothing_about_is_given_up():
     place.pass_time(place.limits.read_wait_s + 1.0)
     assert asked.reply.code == "unavailable"
     assert not place.evaluator.untimed
+
+
+# -- two records of one transaction
+
+
+def test_a_transaction_has_one_anchor():
+    place = undecided("anchor")
+    second = place.prepare(1, put(b"b"), participants=participants(b"b", b"a"), one_range=False)
+    assert settled(place, second).reply.code == "invalid_argument"
+    assert place.state.staged[txn_id(1)].anchor_key == b"a"
+    assert settled(place, place.anchor(1, put(b"a"), others=(b"x",))).reply.ts == 101
+    assert settled(place, place.finalize(1, b"a", 101)).reply.status == TxnStatus.COMMITTED
+    assert not place.state.staged
+
+
+def test_a_decision_names_the_anchor_under_which_the_transaction_is_staged():
+    place = undecided("anchor")
+    asked = settled(place, place.finalize(1, b"b", 101))
+    assert asked.reply.code == "invalid_argument"
+    assert place.state.terminal_of(place.rows, txn_id(1), b"a") == (TxnStatus.STAGED, 0)
+    assert not place.state.outbox
