@@ -72,6 +72,7 @@ from txn.types import (
     TxnStatus,
     WriteKind,
     begin_ts_of,
+    is_txn_id,
     point_end,
 )
 from txn.validation import Validation
@@ -149,12 +150,12 @@ class Evaluator:
             Prepare: self._prepare_new,
             Read: self.reader.read,
             Scan: self.reader.read,
-            Finalize: self.recovery.finalize,
-            Resolve: self.recovery.resolve,
-            Fence: self._fence_request,
-            QueryTxn: self.recovery.query_txn,
-            QueryPart: self._query_part,
-            Outcome: self.recovery.outcome,
+            Finalize: self._named(self.recovery.finalize),
+            Resolve: self._named(self.recovery.resolve),
+            Fence: self._named(self._fence_request),
+            QueryTxn: self._named(self.recovery.query_txn),
+            QueryPart: self._named(self._query_part),
+            Outcome: self._named(self.recovery.outcome),
             QuerySettled: self.collector.query_settled,
             Validate: self.validation.validate,
             Changes: self.feed.ask,
@@ -163,6 +164,20 @@ class Evaluator:
             Unlock: self.locking.unlock,
             LockWaits: self.locking.waits,
         }
+
+    def _named(
+        self, handler: Callable[[Any, Any, float], None]
+    ) -> Callable[[Any, Any, float], None]:
+        """The handler, for what can be a transaction's id only: all others are nobody's, or name a latch of the collector."""
+
+        def handle(request: Any, origin: Any, now: float) -> None:
+            if is_txn_id(request.txn_id):
+                handler(request, origin, now)
+            else:
+                failure = Failure(request.id, "invalid_argument", "malformed transaction")
+                self.out.reply(origin, failure, False)
+
+        return handle
 
     # -- life
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from txn.types import TXN_ID_BYTES, Expect, Guard, Participant, Write
+from txn.types import Expect, Guard, Participant, Write, is_txn_id
 
 
 class Stale(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -508,7 +508,7 @@ def well_formed(request: Prepare) -> bool:
     What was read elsewhere goes with a transaction that writes in one range, and holds no lock. A guard covers something: one
     without an end would be met by no writer that is in flight.
     """
-    if len(request.txn_id) != TXN_ID_BYTES:
+    if not is_txn_id(request.txn_id):
         return False
     for guard in request.guards:
         if guard.start >= guard.end:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
 from txn.commands import Decide
-from txn.messages import Finalize, Resolve
+from txn.messages import (
+    LOCK_POLL_S,
+    Fence,
+    Finalize,
+    LockPending,
+    LockRead,
+    Outcome,
+    Prepare,
+    QueryMode,
+    QueryPart,
+    QueryTxn,
+    Resolve,
+)
 from txn.types import TIMESTAMP_MAX, Participant, PartStatus, TxnStatus, point_end
 
 
@@ -111,3 +125,41 @@ def test_a_decision_names_the_anchor_under_which_the_transaction_is_staged():
     assert asked.reply.code == "invalid_argument"
     assert place.state.terminal_of(place.rows, txn_id(1), b"a") == (TxnStatus.STAGED, 0)
     assert not place.state.outbox
+
+
+# -- numbers that are none, and ids that are nobody's
+
+
+@pytest.mark.parametrize("wait_s", [math.nan, -1.0, -math.inf])
+def test_a_wait_for_a_lock_that_is_no_number_of_seconds_is_refused(wait_s):
+    place = Range()
+    place.ask(LockRead(0, 0, 0, b"k", txn_id(1), 1, wait_s=1.0))
+    asked = settled(place, place.ask(LockRead(0, 0, 0, b"k", txn_id(2), 1, wait_s=wait_s)))
+    assert asked.reply.code == "invalid_argument"
+
+
+def test_an_endless_wait_for_a_lock_ends_with_the_poll():
+    place = Range()
+    place.ask(LockRead(0, 0, 0, b"k", txn_id(1), 1, wait_s=1.0))
+    asked = place.ask(LockRead(0, 0, 0, b"k", txn_id(2), 1, wait_s=math.inf))
+    place.pass_time(LOCK_POLL_S)
+    assert isinstance(asked.reply, LockPending)
+
+
+@pytest.mark.parametrize("identity", [b"", b"short", b"x" * 17, b"\xff" * 8 + bytes(8)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda identity: Prepare(0, 0, 0, identity, b"a", b"a", [put(b"a")]),
+        lambda identity: Finalize(0, 0, 0, identity, b"a", 0),
+        lambda identity: Resolve(0, 0, 0, identity, b"a", b"a", b"a", b"b", 0),
+        lambda identity: Fence(0, 0, 0, identity, b"a", b"a"),
+        lambda identity: QueryTxn(0, 0, 0, identity, b"a", QueryMode.ORPHAN),
+        lambda identity: QueryPart(0, 0, 0, identity, b"a", 50),
+        lambda identity: Outcome(0, 0, 0, identity, b"a"),
+    ],
+)
+def test_an_id_that_no_transaction_has_is_refused(make, identity):
+    place = Range()
+    assert place.ask(make(identity)).reply.code == "invalid_argument"
+    assert not place.evaluator.latches.held()
