@@ -373,14 +373,9 @@ class Feed:
         if blocker is not None:
             blocker.waiters.append(poll)
             return
-        if point:
-            part = ev.state.intents.get(start)
-            if part is not None and ev.reader.undecided(part, at, poll):
+        for _, part in ev.state.intents_in(start, end):
+            if ev.reader.undecided(part, at, poll):
                 return
-        else:
-            for key, part in ev.state.intents.items():
-                if start <= key and (not end or key < end) and ev.reader.undecided(part, at, poll):
-                    return
         for part in ev.state.stamped_in(start, end):
             if ev.reader.undecided(part, at, poll):
                 return

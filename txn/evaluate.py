@@ -619,7 +619,7 @@ class Evaluator:
         latches = self.latches
         if not latches.txns:
             return None
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             if write.kind == WriteKind.DELETE_RANGE:
                 found = latches.blocker_of_write_span(write.key, write.value)
             elif write.kind == WriteKind.STAMPED_KEY:
@@ -648,7 +648,7 @@ class Evaluator:
     def _foreign_part(self, request: Prepare) -> tuple[Part, bytes] | None:
         state, txn_id = self.state, request.txn_id
         guarded = bool(state.point_guards) or bool(state.span_guards)
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             start, end = write.key, b""
             if write.kind == WriteKind.STAMPED_KEY:
                 start, end = stamps.span(write.key, self.issued)

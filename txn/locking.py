@@ -274,7 +274,7 @@ class Locking:
         if not table.locks:
             return False
         owner_id = request.lock_owner or request.txn_id
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             span: tuple[bytes, bytes] | None = None
             if write.kind == WriteKind.DELETE_RANGE:
                 span = write.key, write.value

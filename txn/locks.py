@@ -18,6 +18,8 @@ import heapq
 from bisect import insort
 from typing import Any, Final
 
+from txn.spans import Ordered
+
 TIE_S: Final = 0.01
 WAIT_LEASE_S: Final = 2.0  # a waiter whose client asks no more
 ENDED_MAX: Final = 4_096
@@ -106,7 +108,8 @@ class LockTable:
         self.dropped: list[Wait] = []
         self._size_max, self._lease_s = size_max, lease_s
         self._ended: dict[bytes, float] = {}  # owner -> forgotten then
-        self._number = 0
+        self._number = self._made = 0  # waits and owners; locks
+        self._ordered = Ordered()
         self._leases: list[tuple[float, int, Owner | Wait]] = []
 
     # -- taking
@@ -151,6 +154,7 @@ class LockTable:
         self._renew(owner, now, lease_s)
         if lock is None:
             lock = self.locks[key] = Lock(key)
+            self._made += 1
             free = True
         if free:
             self._hold(lock, owner, exclusive)
@@ -291,11 +295,10 @@ class LockTable:
 
     def foreign_in(self, start: bytes, end: bytes, owner_id: bytes) -> tuple[bytes, Owner] | None:
         """The same for [start, end): a key with its holder."""
-        for key in self.locks:
-            if start <= key < end:
-                holder = self.foreign(key, owner_id)
-                if holder is not None:
-                    return key, holder
+        for key in self._ordered.within(self.locks, (self._made, len(self.locks)), start, end):
+            holder = self.foreign(key, owner_id)
+            if holder is not None:
+                return key, holder
         return None
 
     def blockers_of(self, wait: Wait) -> list[Owner]:

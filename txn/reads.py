@@ -123,8 +123,8 @@ class Reader:
         low, high = start, end
         if not reply.done:
             low, high = (reply.covered_to, end) if request.reverse else (start, reply.covered_to)
-        for key, part in state.intents.items():
-            if low <= key and (not high or key < high) and self.undecided(part, at, waiter):
+        for _, part in state.intents_in(low, high):
+            if self.undecided(part, at, waiter):
                 return None
         for part in state.stamped_in(low, high):
             if self.undecided(part, at, waiter):
