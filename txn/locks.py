@@ -317,15 +317,26 @@ class LockTable:
         return _blockers(lock, wait, gate, readers)
 
     def long_waits(self, since_max: float, limit: int) -> list[tuple[Wait, list[Owner]]]:
-        """Waits that began by then, with their blockers: as `blockers_of` says, in one pass over each queue."""
+        """Waits that began by then, with their blockers: as `blockers_of` says, in one pass over each queue.
+
+        If there are more than `limit`: first those whose owner holds something here, since others are in no cycle of this
+        table; then those at the front of their queues.
+        """
+        ranked = [
+            (not wait.owner.held, place, wait.number)
+            for lock in self.locks.values()
+            for place, wait in enumerate(lock.queue)
+            if wait.since <= since_max
+        ]
+        if len(ranked) > limit:
+            ranked = heapq.nsmallest(limit, ranked)
+        chosen = {number for _, _, number in ranked}
         found: list[tuple[Wait, list[Owner]]] = []
         for lock in self.locks.values():
             gate: Wait | None = None  # the last exclusive waiter
             readers: list[Wait] = []  # since then
             for wait in lock.queue:
-                if wait.since <= since_max:
-                    if len(found) >= limit:
-                        return found
+                if wait.number in chosen:
                     found.append((wait, _blockers(lock, wait, gate, readers)))
                 if wait.exclusive:
                     gate, readers = wait, []
