@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
-from txn import stamps
+from txn import changes, stamps
 from txn.changes import PAGE_ROWS_MAX, Polls
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
@@ -45,6 +45,26 @@ def nothing_left(place: Range) -> bool:
     feed = place.evaluator.feed
     kept = (feed._open, feed._by_watch, feed._parked, feed._points, feed._spans, feed._searching)
     return feed.node.open == 0 and not any(kept) and place.state.recent.fresh is None
+
+
+def test_a_turn_of_many_commits_looks_at_each_poll_once(monkeypatch):
+    looks = []
+    touches = changes.touches_sorted
+    monkeypatch.setattr(
+        changes, "touches_sorted", lambda *args: looks.append(args) or touches(*args)
+    )
+    place = Range()
+    since = stored(place, b"a")
+    idle = [poll(place, since, b"x%03d" % number, b"y") for number in range(100)]
+    busy = poll(place, since, b"k", b"l")
+    hot = poll(place, since, b"k050", point_end(b"k050"))
+    asked = [place.prepare(number, put(b"k%03d" % number)) for number in range(100)]
+    place.settle()
+    assert len(looks) < 2 * len(idle)
+    assert all(each.open for each in idle)
+    assert [key for _, key, _ in events(hot)] == [b"k050"]
+    assert events(busy)[0][0] == min(each.reply.ts for each in asked)
+    assert len(events(busy)) == 100
 
 
 # --- what is told
