@@ -284,6 +284,8 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
     edges: list[LockEdge]
 
 
+READ_KEYS_MAX = 256  # of one Read; a reply may hold fewer values, and the rest is asked for again
+STALE_RANGES_MAX = 128  # that one choice of a version looks at
 FRESH_LEASE_S = 1.0  # of a lock that no user asked for: who is slow lets the others pass
 FAST_RANGES_MAX = 32  # that a transaction has only read in, and that are asked before its commit
 FAST_SPANS_MAX = 256  # in all of them
@@ -486,6 +488,18 @@ Reply = (
     | LockLeases
     | Victims
 )
+
+
+def too_wide(request: Read | Scan) -> Failure | None:
+    """The refusal of a read that no client makes: it would hold the node for longer than others should wait."""
+    stale = request.stale
+    if type(request) is Read and len(request.keys) > READ_KEYS_MAX:
+        message = f"a request reads {READ_KEYS_MAX} keys at most"
+    elif stale is not None and len(stale.ranges) > STALE_RANGES_MAX:
+        message = f"a version is chosen for {STALE_RANGES_MAX} ranges at most"
+    else:
+        return None
+    return Failure(request.id, "invalid_argument", message)
 
 
 def fast(elsewhere: list[list[Guard]]) -> bool:

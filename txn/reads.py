@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
 from txn.latches import Waiter
-from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply
+from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply, too_wide
 from txn.mvcc import decode_latest, latest_ts, older_at, scan_at
 from txn.types import point_end
 
@@ -32,6 +32,10 @@ class Reader:
         self.owner = owner
 
     def read(self, request: Any, origin: Any, now: float) -> None:
+        refusal = too_wide(request)
+        if refusal is not None:
+            self.owner.out.reply(origin, refusal, False)
+            return
         waiter = Waiter(request, origin, now, self.owner.latches.sequence)
         if request.at:
             self.again(waiter, now)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
-from txn import changes, stamps
+from txn import stamps
 from txn.changes import PAGE_ROWS_MAX, Polls
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
 from txn.messages import Changed, Changes, Failure, TxnReply
+from txn.recent import touches_sorted
 from txn.types import TIMESTAMP_MAX, TxnStatus, Write, WriteKind, point_end
 
 
@@ -49,10 +50,12 @@ def nothing_left(place: Range) -> bool:
 
 def test_a_turn_of_many_commits_looks_at_each_poll_once(monkeypatch):
     looks = []
-    touches = changes.touches_sorted
-    monkeypatch.setattr(
-        changes, "touches_sorted", lambda *args: looks.append(args) or touches(*args)
-    )
+
+    def touches(*span) -> bool:
+        looks.append(span)
+        return touches_sorted(*span)
+
+    monkeypatch.setattr("txn.changes.touches_sorted", touches)
     place = Range()
     since = stored(place, b"a")
     idle = [poll(place, since, b"x%03d" % number, b"y") for number in range(100)]

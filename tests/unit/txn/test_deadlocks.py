@@ -126,14 +126,18 @@ def test_two_cycles_have_two_victims_and_one_may_break_two():
 
 
 def test_many_ranges_share_a_search_and_each_hears_of_its_victim(monkeypatch):
-    searches = []
-    search = Detector._search
-    monkeypatch.setattr(Detector, "_search", lambda self: (searches.append(self), search(self)))
+    searches, search = [], Detector._search
+
+    def counted(self: Detector) -> None:
+        searches.append(self)
+        search(self)
+
+    monkeypatch.setattr(Detector, "_search", counted)
     detector = Detector()
     sources = [Source(detector, number) for number in range(1, 101)]
     for number, source in enumerate(sources):
         source.edges = [edge(1, 10 + number, 500 + number), edge(2, 500 + number, 10 + number)]
-    told = []
+    told: list[int] = []
     for number in range(400):  # each of them every REPORT_S
         told += sources[number % 100].report(number * REPORT_S / 100)
     assert told == [2] * 100
@@ -141,11 +145,14 @@ def test_many_ranges_share_a_search_and_each_hears_of_its_victim(monkeypatch):
 
 
 def test_many_cycles_are_found_in_one_walk(monkeypatch):
-    steps = []
-    walk = deadlocks._steps
-    monkeypatch.setattr(
-        deadlocks, "_steps", lambda waits: (steps.append(1) or each for each in walk(waits))
-    )
+    steps, walk = [], deadlocks._steps
+
+    def counted(waits):
+        for step in walk(waits):
+            steps.append(step)
+            yield step
+
+    monkeypatch.setattr(deadlocks, "_steps", counted)
     source = Source(Detector(), 1)
     for number in range(0, 1_000, 2):
         source.edges += [edge(number, number, number + 1), edge(number + 1, number + 1, number)]

@@ -10,6 +10,7 @@ from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
 from txn.commands import Decide
 from txn.messages import (
     LOCK_POLL_S,
+    READ_KEYS_MAX,
     Fence,
     Finalize,
     LockPending,
@@ -163,3 +164,13 @@ def test_an_id_that_no_transaction_has_is_refused(make, identity):
     place = Range()
     assert place.ask(make(identity)).reply.code == "invalid_argument"
     assert not place.evaluator.latches.held()
+
+
+# -- more than a turn is for
+
+
+def test_a_read_names_no_more_keys_than_a_client_does():
+    place = Range()
+    keys = [b"%04d" % number for number in range(READ_KEYS_MAX + 1)]
+    assert place.read(*keys, at=50).reply.code == "invalid_argument"
+    assert place.read(*keys[:-1], at=50).reply.at == 50
