@@ -21,7 +21,7 @@ from kvstore.oracle_client import META_RANGE_ID
 from replication.errors import FrameError
 from replication.probes import reached
 from txn.closed import REPLICA_BEHIND, behind, read_here
-from txn.messages import Failure, Read, Reply, Scan
+from txn.messages import Failure, Read, Reply, Scan, too_wide
 
 if TYPE_CHECKING:
     from kvstore.replica import Replica
@@ -203,6 +203,9 @@ class ReplicaReads:
         """The answer; or the request for this node's leader of the range, which can answer within the bound."""
         stale = request.stale
         assert stale is not None
+        refusal = too_wide(request)
+        if refusal is not None:
+            return refusal
         self._closer.busy(now)
         row = replica.state.row
         if row.installing or replica.receiving or self._store.is_refused(replica.range_id):

@@ -18,12 +18,11 @@ from kvstore.errors import InvalidArgument, ReplicaBehind
 from kvstore.links import Call, addressed
 from kvstore.reads import SpanPages, View, keys_bytes
 from kvstore.router import Router
-from txn.messages import Read, ReadReply, Reply, Scan, ScanReply, Stale
+from txn.messages import STALE_RANGES_MAX, Read, ReadReply, Reply, Scan, ScanReply, Stale
 from txn.types import milliseconds_of
 
 REPLICAS_TRIED: Final = 2  # then the leader
 SURELY_CLOSED_MS: Final = 2_500  # a version that old, by the oracle, is asked of replicas first
-RANGES_MAX: Final = 128  # that one choice of a version looks at
 STALENESS_S_MAX: Final = 86_400.0
 
 _replace = msgspec.structs.replace
@@ -91,7 +90,7 @@ class ReplicaView(View):
     ) -> SpanPages:
         if not self.at:
             pieces = self.router.ranges.split(start, end) or []
-            self._ranges = [piece.route.range_id for piece in pieces[:RANGES_MAX]]
+            self._ranges = [piece.route.range_id for piece in pieces[:STALE_RANGES_MAX]]
         return super().pages(start, end, reverse=reverse, keys_only=keys_only, rows_max=rows_max)
 
     async def _choose(self, keys: Sequence[bytes], until: float) -> int:
@@ -99,7 +98,7 @@ class ReplicaView(View):
         ranges: dict[int, None] = {}
         for key in keys:
             route = self.router.ranges.find(key)
-            if route is not None and len(ranges) < RANGES_MAX:
+            if route is not None and len(ranges) < STALE_RANGES_MAX:
                 ranges[route.range_id] = None
         self._ranges = list(ranges)
         reply = await self._answer(self._send(Read(0, 0, 0, 0, [keys[0]]), keys[0], b"", until))

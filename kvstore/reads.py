@@ -18,12 +18,9 @@ from kvstore.links import Call
 from kvstore.open_views import OpenViews
 from kvstore.ranges import Piece
 from kvstore.router import Router
-from txn.messages import Read, ReadReply, Reply, Scan, ScanReply
+from txn.messages import READ_KEYS_MAX, Read, ReadReply, Reply, Scan, ScanReply
 from txn.types import point_end
 
-READ_KEYS_MAX: Final = (
-    256  # keys in one request; a reply may hold fewer values, and the rest is asked for again
-)
 _FIRST_KEY: Final = b"\x00"  # of no meaning: some key
 PAGE_ROWS_FIRST: Final = 128
 PAGE_ROWS_MAX: Final = 2_048

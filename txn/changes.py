@@ -19,6 +19,7 @@ W5 a search ends with an answer to the poll it was made for, or with that poll e
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -332,20 +333,31 @@ class Feed:
         if not fresh:
             return
         recent.fresh = []
-        for version, keys in fresh:
-            if self._points:
-                for key in keys:
-                    for poll in self._points.get(key, ()):
+        versions: dict[bytes, list[int]] = {}  # rising
+        commits = [(version, sorted(keys)) for version, keys in fresh]
+        commits.sort()
+        for version, keys in commits:
+            for key in keys:
+                versions.setdefault(key, []).append(version)
+        if self._points:
+            for key, written in versions.items():
+                for poll in self._points.get(key, ()):
+                    place = bisect_right(written, poll.request.since)
+                    if place < len(written):
+                        self._hit(poll, written[place])
+        if self._spans:
+            ordered = sorted(versions)
+            for poll in self._spans:
+                start, end = poll.request.start, poll.request.end
+                if not touches_sorted(ordered, start, end):
+                    continue
+                for version, keys in commits:
+                    if version > poll.request.since and touches_sorted(keys, start, end):
                         self._hit(poll, version)
-            if self._spans:
-                ordered = sorted(keys)
-                for poll in self._spans:
-                    if touches_sorted(ordered, poll.request.start, poll.request.end):
-                        self._hit(poll, version)
+                        break
 
     def _hit(self, poll: Poll, version: int) -> None:
-        if version <= poll.request.since:
-            return
+        """Written in its span, above its `since`, in this turn."""
         if not poll.first_hit or version < poll.first_hit:
             poll.first_hit = version
         if poll in self._parked:
@@ -373,14 +385,9 @@ class Feed:
         if blocker is not None:
             blocker.waiters.append(poll)
             return
-        if point:
-            part = ev.state.intents.get(start)
-            if part is not None and ev.reader.undecided(part, at, poll):
+        for _, part in ev.state.intents_in(start, end):
+            if ev.reader.undecided(part, at, poll):
                 return
-        else:
-            for key, part in ev.state.intents.items():
-                if start <= key and (not end or key < end) and ev.reader.undecided(part, at, poll):
-                    return
         for part in ev.state.stamped_in(start, end):
             if ev.reader.undecided(part, at, poll):
                 return

@@ -10,6 +10,8 @@ Waiters in such a cycle wait for ever, so it is no matter that time has passed.
 DD2 the victim is the youngest, by (age, id), of those who are not committing: the same whoever looks. A Prepare is nobody's
 victim: it waits for a bounded time.
 DD3 a cycle lives CYCLE_S at most while the meta range can be reached; otherwise the waiters' own timeouts end it.
+DD4 a report brings edges. Every SEARCH_S one of them has the edges of all ranges searched, in one walk; the others hear of
+their victims with their next report.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ DETECTOR_KEY: Final = b"\xff\x00"  # whoever leads the range of this key has the
 WAITED_S: Final = 0.02
 REPORT_S: Final = 0.05
 STALE_S: Final = 4 * REPORT_S  # a leader that reports no more has no waits, or is gone
+SEARCH_S: Final = (
+    REPORT_S / 2
+)  # between two searches: a lone range's reports are searched one by one
 PERIOD_S: Final = 0.25
 CYCLE_S: Final = 2 * PERIOD_S
 EDGES_MAX: Final = 1_000  # of one report
@@ -54,6 +59,7 @@ class Detector:
         self._sources: dict[int, _Source] = {}  # by range
         self._verdicts: dict[tuple[int, int], list[bytes]] = {}  # (range, wait) -> cycle
         self.cycles = 0
+        self._search_at = float("-inf")
 
     def report(self, waits: LockWaits, now: float) -> list[Victim]:
         """All long waits of a range; returns those of them that have to give way."""
@@ -74,7 +80,9 @@ class Detector:
             for range_id, each in self._sources.items()
             if each.edges and each.received >= now - STALE_S
         }
-        self._search()
+        if now >= self._search_at:
+            self._search_at = now + SEARCH_S
+            self._search()
         victims = [
             Victim(number, self._verdicts.pop((waits.source, number)))
             for number in source.edges
@@ -99,7 +107,8 @@ class Detector:
             for seen in source.edges.values():
                 if seen.first <= instant and (range_id, seen.edge.number) not in self._verdicts:
                     waits.setdefault(seen.edge.waiter, []).append((range_id, seen.edge))
-        while cycle := _cycle_in(waits):
+        starts, done = list(reversed(waits)), dict[bytes, None]()
+        while cycle := _cycle_in(waits, starts, done):
             ready = [each for each in cycle if not each[1].committing]
             victim = max(ready or cycle, key=lambda each: (each[1].age, each[1].waiter))
             if ready:
@@ -111,15 +120,22 @@ class Detector:
             waits[victim[1].waiter].remove(victim)
 
 
-def _cycle_in(waits: dict[bytes, list[_Wait]]) -> list[_Wait]:
-    """Waits each of which is for the next one's owner, the last for the first's; empty: there is no cycle."""
-    done: dict[bytes, None] = {}
-    for start, first in waits.items():
+def _cycle_in(
+    waits: dict[bytes, list[_Wait]], starts: list[bytes], done: dict[bytes, None]
+) -> list[_Wait]:
+    """Waits each of which is for the next one's owner, the last for the first's; empty: there is no cycle.
+
+    `starts`: where to look, the last first; at the last one again when the cycle is broken. `done`: in no cycle. A wait
+    that is taken away makes none, so both are kept from one call to the next.
+    """
+    while starts:
+        start = starts[-1]
         if start in done:
+            starts.pop()
             continue
         nodes, place = [start], {start: 0}
         path: list[_Wait] = []  # path[i] leads from nodes[i] to nodes[i + 1]
-        steps = [_steps(first)]
+        steps = [_steps(waits[start])]
         while steps:
             step = next(steps[-1], None)
             if step is None:

@@ -72,6 +72,7 @@ from txn.types import (
     TxnStatus,
     WriteKind,
     begin_ts_of,
+    is_txn_id,
     point_end,
 )
 from txn.validation import Validation
@@ -118,7 +119,9 @@ class Evaluator:
         self.latches = LatchTable()
         self.proposals: list[Pending] = []  # to be proposed, in this order
         self.await_fresh: list[Pending] = []  # each needs one fresh timestamp
-        self.await_read: list[Waiter] = []  # reads without a timestamp
+        self.await_read: list[
+            Waiter
+        ] = []  # they need to know the last timestamp, mostly to read at
         self.blocked: dict[
             bytes, list[Waiter]
         ] = {}  # txn_id of an undecided part -> who waits for its end
@@ -147,12 +150,12 @@ class Evaluator:
             Prepare: self._prepare_new,
             Read: self.reader.read,
             Scan: self.reader.read,
-            Finalize: self.recovery.finalize,
-            Resolve: self.recovery.resolve,
-            Fence: self._fence_request,
-            QueryTxn: self.recovery.query_txn,
-            QueryPart: self._query_part,
-            Outcome: self.recovery.outcome,
+            Finalize: self._named(self.recovery.finalize),
+            Resolve: self._named(self.recovery.resolve),
+            Fence: self._named(self._fence_request),
+            QueryTxn: self._named(self.recovery.query_txn),
+            QueryPart: self._named(self._query_part),
+            Outcome: self._named(self.recovery.outcome),
             QuerySettled: self.collector.query_settled,
             Validate: self.validation.validate,
             Changes: self.feed.ask,
@@ -161,6 +164,20 @@ class Evaluator:
             Unlock: self.locking.unlock,
             LockWaits: self.locking.waits,
         }
+
+    def _named(
+        self, handler: Callable[[Any, Any, float], None]
+    ) -> Callable[[Any, Any, float], None]:
+        """The handler, for what can be a transaction's id only: all others are nobody's, or name a latch of the collector."""
+
+        def handle(request: Any, origin: Any, now: float) -> None:
+            if is_txn_id(request.txn_id):
+                handler(request, origin, now)
+            else:
+                failure = Failure(request.id, "invalid_argument", "malformed transaction")
+                self.out.reply(origin, failure, False)
+
+        return handle
 
     # -- life
 
@@ -315,17 +332,18 @@ class Evaluator:
             self.untimed.pop(waiter, None)
             if waiter.done:
                 continue
-            at = waiter.request.at
+            request = waiter.request
+            at = request.commit_ts if isinstance(request, Finalize | Resolve) else request.at
             if at > read_ts:
                 message = f"version {at} was not issued yet; the newest is {read_ts}"
-                failure = Failure(waiter.request.id, "invalid_argument", message)
+                failure = Failure(request.id, "invalid_argument", message)
                 if isinstance(waiter, Poll):
                     self.feed.refuse(waiter, failure)
                 else:
                     self.out.reply(waiter.origin, failure, False)
                 continue
             if not at:
-                waiter.request = msgspec.structs.replace(waiter.request, at=read_ts)
+                waiter.request = msgspec.structs.replace(request, at=read_ts)
                 waiter.sequence = self.latches.sequence
             self._again(waiter, now)
         closed = self.closing.promised  # applied or not, in an entry or in a message (F1)
@@ -501,6 +519,10 @@ class Evaluator:
         if known is not None:
             self.out.reply(origin, prepare_reply(request.id, known, None), False)
             return
+        if request.participants and txn_id in self.state.staged:
+            failure = Failure(request.id, "invalid_argument", "it has another anchor already")
+            self.out.reply(origin, failure, False)
+            return
         row = self.state.row
         if begin_ts_of(txn_id) <= row.outcome_horizon:
             self.out.reply(origin, PrepareReply(request.id, PartStatus.EXPIRED, 0), False)
@@ -597,7 +619,7 @@ class Evaluator:
         latches = self.latches
         if not latches.txns:
             return None
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             if write.kind == WriteKind.DELETE_RANGE:
                 found = latches.blocker_of_write_span(write.key, write.value)
             elif write.kind == WriteKind.STAMPED_KEY:
@@ -626,7 +648,7 @@ class Evaluator:
     def _foreign_part(self, request: Prepare) -> tuple[Part, bytes] | None:
         state, txn_id = self.state, request.txn_id
         guarded = bool(state.point_guards) or bool(state.span_guards)
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             start, end = write.key, b""
             if write.kind == WriteKind.STAMPED_KEY:
                 start, end = stamps.span(write.key, self.issued)

@@ -41,6 +41,7 @@ from txn.mvcc import is_tombstone, latest_ts
 from txn.state import DecidedRow, RangeRow, decode_decided_row
 from txn.types import (
     KEPT_PREFIX,
+    NOBODY,
     TIMESTAMP_MAX,
     Expect,
     ExpectKind,
@@ -62,7 +63,6 @@ STEP_S: Final = 0.02  # between two slices of a sweep
 FIRST_SWEEP_S: Final = 30.0  # of a term, at the latest: leaders may change oftener than sweeps come
 SWEEPS_PER_RETENTION: Final = 4
 SILENT_MAX: Final = 3  # anchors' ranges that do not answer; then no other is asked in this sweep
-_LATCH: Final = b"\xff" * 8  # no transaction's id begins so
 _FAMILIES: Final = (keycode.HISTORY, keycode.LATEST, keycode.DECIDED, keycode.TERMINAL)
 
 
@@ -380,7 +380,7 @@ class Collector:
     def _propose(self, garbage: list[Garbage]) -> None:
         self._latches += 1
         self._proposed = True
-        pending = Pending(_LATCH + self._latches.to_bytes(8, "big"), None, None)
+        pending = Pending(NOBODY + self._latches.to_bytes(8, "big"), None, None)
         pending.keys = [each.key for each in garbage if each.tombstone]  # G3
         pending.command = Collect(self._threshold, garbage)
         self._in_flight += 1

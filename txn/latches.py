@@ -7,10 +7,11 @@ when it came, since later writers take a fresh timestamp above the reader's (so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from txn import stamps
+from txn.spans import Joined, Ordered, meeting
 from txn.types import point_end
 
 if TYPE_CHECKING:
@@ -111,10 +112,11 @@ class LatchTable:
         self.writes: dict[bytes, Pending] = {}
         self.txns: dict[bytes, Pending] = {}
         self.sequence = 0
-        self._point_guards: dict[bytes, list[Pending]] = {}
-        self._span_guards: list[tuple[bytes, bytes, Pending]] = []
-        self._write_spans: list[tuple[bytes, bytes, Pending]] = []
-        self._stamp_spans: list[tuple[bytes, bytes, Pending]] = []
+        self._point_guards: dict[bytes, dict[Pending, None]] = {}
+        self._span_guards: dict[Pending, Joined] = {}
+        self._write_spans: dict[Pending, Joined] = {}
+        self._stamp_spans: dict[Pending, Joined] = {}
+        self._written, self._guarded = Ordered(), Ordered()
 
     def is_free(self, key: bytes) -> bool:
         """Whether a writer of the key surely meets nobody; False only means: look closer."""
@@ -133,59 +135,66 @@ class LatchTable:
         if self._point_guards:
             holders = self._point_guards.get(key)
             if holders:
-                return holders[0]
+                return next(iter(holders))
         for spans in (self._span_guards, self._write_spans, self._stamp_spans):
-            for start, end, pending in spans:
-                if start <= key < end:
-                    return pending
+            if spans:
+                found = next(meeting(spans, key, point_end(key)), None)
+                if found is not None:
+                    return found
         return None
 
     def blocker_of_guard(self, start: bytes, end: bytes) -> Pending | None:
         """A writer inside [start, end)."""
-        return _meeting(self._stamp_spans, start, end) or self._writer_in(start, end)
+        return next(meeting(self._stamp_spans, start, end), None) or self._writer_in(start, end)
 
     def _writer_in(self, start: bytes, end: bytes) -> Pending | None:
-        found = _meeting(self._write_spans, start, end)
+        found = next(meeting(self._write_spans, start, end), None)
         if found is not None:
             return found
         if end == point_end(start):
             return self.writes.get(start)
-        for key, pending in self.writes.items():
-            if start <= key < end:
-                return pending
+        for key in self._written_in(start, end):
+            return self.writes[key]
         return None
 
+    def _written_in(self, start: bytes, end: bytes) -> Iterator[bytes]:
+        # Keys come by `acquire`, which counts, and go by `release` only, so that there are fewer.
+        return self._written.within(self.writes, (self.sequence, len(self.writes)), start, end)
+
     def blocker_of_write_span(self, start: bytes, end: bytes) -> Pending | None:
-        return _meeting(self._stamp_spans, start, end) or self.blocker_of_stamp(start, end)
+        found = next(meeting(self._stamp_spans, start, end), None)
+        return found or self.blocker_of_stamp(start, end)
 
     def blocker_of_stamp(self, start: bytes, end: bytes) -> Pending | None:
         """Whoever is in the way of a key that will stand somewhere in [start, end); not another such (V1)."""
         found = self._writer_in(start, end)
         if found is not None:
             return found
-        for key, holders in self._point_guards.items():
-            if start <= key < end:
-                return holders[0]
-        return _meeting(self._span_guards, start, end)
+        guards = self._point_guards
+        for key in self._guarded.within(guards, (self.sequence, len(guards)), start, end):
+            return next(iter(guards[key]))
+        return next(meeting(self._span_guards, start, end), None)
 
     def blocker_of_read(self, key: bytes, sequence: int) -> Pending | None:
         """A writer of the key that latched at or before `sequence`."""
         found = self.writes.get(key)
         if found is not None and found.sequence <= sequence:
             return found
-        for spans in (self._write_spans, self._stamp_spans):
-            for start, end, pending in spans:
-                if start <= key < end and pending.sequence <= sequence:
-                    return pending
+        if self._write_spans or self._stamp_spans:
+            return self._spanning(key, point_end(key), sequence)
         return None
 
     def blocker_of_scan(self, start: bytes, end: bytes, sequence: int) -> Pending | None:
-        for key, pending in self.writes.items():
-            if pending.sequence <= sequence and start <= key and (not end or key < end):
+        for key in self._written_in(start, end):
+            pending = self.writes[key]
+            if pending.sequence <= sequence:
                 return pending
+        return self._spanning(start, end, sequence)
+
+    def _spanning(self, start: bytes, end: bytes, sequence: int) -> Pending | None:
         for spans in (self._write_spans, self._stamp_spans):
-            for low, high, pending in spans:
-                if pending.sequence <= sequence and (not end or low < end) and start < high:
+            for pending in meeting(spans, start, end):
+                if pending.sequence <= sequence:
                     return pending
         return None
 
@@ -199,40 +208,39 @@ class LatchTable:
         for key in pending.keys:
             assert key not in writes, "a key has one writer"
             writes[key] = pending
+        if pending.guards:
+            self._guard(pending)
+        if pending.spans:
+            self._write_spans[pending] = Joined(pending.spans)
+        if pending.stamp_spans:
+            self._stamp_spans[pending] = Joined(pending.stamp_spans)
+
+    def _guard(self, pending: Pending) -> None:
+        spans = []
         for guard in pending.guards:
             if guard.end == point_end(guard.start):
-                self._point_guards.setdefault(guard.start, []).append(pending)
+                self._point_guards.setdefault(guard.start, {})[pending] = None
             else:
-                self._span_guards.append((guard.start, guard.end, pending))
-        for start, end in pending.spans:
-            self._write_spans.append((start, end, pending))
-        for start, end in pending.stamp_spans:
-            self._stamp_spans.append((start, end, pending))
+                spans.append((guard.start, guard.end))
+        if spans:
+            self._span_guards[pending] = Joined(spans)
 
     def release(self, pending: Pending) -> None:
         del self.txns[pending.txn_id]
         for key in pending.keys:
             del self.writes[key]
-        for guard in pending.guards:
-            if guard.end == point_end(guard.start):
-                holders = self._point_guards[guard.start]
-                holders.remove(pending)
-                if not holders:
-                    del self._point_guards[guard.start]
-            else:
-                self._span_guards.remove((guard.start, guard.end, pending))
-        for start, end in pending.spans:
-            self._write_spans.remove((start, end, pending))
-        for start, end in pending.stamp_spans:
-            self._stamp_spans.remove((start, end, pending))
+        if pending.guards:
+            for guard in pending.guards:
+                holders = self._point_guards.get(guard.start)
+                if holders is not None and pending in holders:
+                    del holders[pending]
+                    if not holders:
+                        del self._point_guards[guard.start]
+            self._span_guards.pop(pending, None)
+        if pending.spans:
+            del self._write_spans[pending]
+        if pending.stamp_spans:
+            del self._stamp_spans[pending]
 
     def held(self) -> int:
         return len(self.txns)
-
-
-def _meeting(spans: list[tuple[bytes, bytes, Pending]], start: bytes, end: bytes) -> Pending | None:
-    """The first that meets [start, end)."""
-    for low, high, pending in spans:
-        if low < end and start < high:
-            return pending
-    return None

@@ -144,6 +144,8 @@ class Locking:
             return Failure(request.id, "epoch_mismatch")
         if len(request.owner) != TXN_ID_BYTES or not request.key:
             return Failure(request.id, "invalid_argument", "malformed lock")
+        if not request.wait_s >= 0:  # nor is it, if that is no number
+            return Failure(request.id, "invalid_argument", "wait_s is a number of seconds")
         return None
 
     def keep(self, request: KeepLocks, origin: Any, now: float) -> None:
@@ -272,7 +274,7 @@ class Locking:
         if not table.locks:
             return False
         owner_id = request.lock_owner or request.txn_id
-        for write in request.writes:
+        for write in stamps.once(request.writes):
             span: tuple[bytes, bytes] | None = None
             if write.kind == WriteKind.DELETE_RANGE:
                 span = write.key, write.value
@@ -399,7 +401,7 @@ class Locking:
 
 
 def _poll_s(request: LockRead) -> float:
-    return min(max(request.wait_s, 0.0), LOCK_POLL_S)
+    return min(request.wait_s, LOCK_POLL_S)
 
 
 def _deadlock(request: LockRead, cycle: list[bytes]) -> Failure:

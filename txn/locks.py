@@ -18,6 +18,8 @@ import heapq
 from bisect import insort
 from typing import Any, Final
 
+from txn.spans import Ordered
+
 TIE_S: Final = 0.01
 WAIT_LEASE_S: Final = 2.0  # a waiter whose client asks no more
 ENDED_MAX: Final = 4_096
@@ -106,7 +108,8 @@ class LockTable:
         self.dropped: list[Wait] = []
         self._size_max, self._lease_s = size_max, lease_s
         self._ended: dict[bytes, float] = {}  # owner -> forgotten then
-        self._number = 0
+        self._number = self._made = 0  # waits and owners; locks
+        self._ordered = Ordered()
         self._leases: list[tuple[float, int, Owner | Wait]] = []
 
     # -- taking
@@ -151,6 +154,7 @@ class LockTable:
         self._renew(owner, now, lease_s)
         if lock is None:
             lock = self.locks[key] = Lock(key)
+            self._made += 1
             free = True
         if free:
             self._hold(lock, owner, exclusive)
@@ -291,11 +295,10 @@ class LockTable:
 
     def foreign_in(self, start: bytes, end: bytes, owner_id: bytes) -> tuple[bytes, Owner] | None:
         """The same for [start, end): a key with its holder."""
-        for key in self.locks:
-            if start <= key < end:
-                holder = self.foreign(key, owner_id)
-                if holder is not None:
-                    return key, holder
+        for key in self._ordered.within(self.locks, (self._made, len(self.locks)), start, end):
+            holder = self.foreign(key, owner_id)
+            if holder is not None:
+                return key, holder
         return None
 
     def blockers_of(self, wait: Wait) -> list[Owner]:
@@ -314,15 +317,26 @@ class LockTable:
         return _blockers(lock, wait, gate, readers)
 
     def long_waits(self, since_max: float, limit: int) -> list[tuple[Wait, list[Owner]]]:
-        """Waits that began by then, with their blockers: as `blockers_of` says, in one pass over each queue."""
+        """Waits that began by then, with their blockers: as `blockers_of` says, in one pass over each queue.
+
+        If there are more than `limit`: first those whose owner holds something here, since others are in no cycle of this
+        table; then those at the front of their queues.
+        """
+        ranked = [
+            (not wait.owner.held, place, wait.number)
+            for lock in self.locks.values()
+            for place, wait in enumerate(lock.queue)
+            if wait.since <= since_max
+        ]
+        if len(ranked) > limit:
+            ranked = heapq.nsmallest(limit, ranked)
+        chosen = {number for _, _, number in ranked}
         found: list[tuple[Wait, list[Owner]]] = []
         for lock in self.locks.values():
             gate: Wait | None = None  # the last exclusive waiter
             readers: list[Wait] = []  # since then
             for wait in lock.queue:
-                if wait.since <= since_max:
-                    if len(found) >= limit:
-                        return found
+                if wait.number in chosen:
                     found.append((wait, _blockers(lock, wait, gate, readers)))
                 if wait.exclusive:
                     gate, readers = wait, []

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from txn.types import TXN_ID_BYTES, Expect, Guard, Participant, Write
+from txn.types import Expect, Guard, Participant, Write, is_txn_id
 
 
 class Stale(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -284,6 +284,8 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
     edges: list[LockEdge]
 
 
+READ_KEYS_MAX = 256  # of one Read; a reply may hold fewer values, and the rest is asked for again
+STALE_RANGES_MAX = 128  # that one choice of a version looks at
 FRESH_LEASE_S = 1.0  # of a lock that no user asked for: who is slow lets the others pass
 FAST_RANGES_MAX = 32  # that a transaction has only read in, and that are asked before its commit
 FAST_SPANS_MAX = 256  # in all of them
@@ -488,6 +490,18 @@ Reply = (
 )
 
 
+def too_wide(request: Read | Scan) -> Failure | None:
+    """The refusal of a read that no client makes: it would hold the node for longer than others should wait."""
+    stale = request.stale
+    if type(request) is Read and len(request.keys) > READ_KEYS_MAX:
+        message = f"a request reads {READ_KEYS_MAX} keys at most"
+    elif stale is not None and len(stale.ranges) > STALE_RANGES_MAX:
+        message = f"a version is chosen for {STALE_RANGES_MAX} ranges at most"
+    else:
+        return None
+    return Failure(request.id, "invalid_argument", message)
+
+
 def fast(elsewhere: list[list[Guard]]) -> bool:
     """Whether other ranges can be asked about these spans, one list for each."""
     if len(elsewhere) > FAST_RANGES_MAX:
@@ -503,11 +517,12 @@ def fast(elsewhere: list[list[Guard]]) -> bool:
 
 
 def well_formed(request: Prepare) -> bool:
-    """The anchor's part, and only that, lists participants, itself among them; a transaction of one range has none.
+    """The anchor's part, and only that, lists participants, each once and itself among them; a transaction of one range has
+    none.
     What was read elsewhere goes with a transaction that writes in one range, and holds no lock. A guard covers something: one
     without an end would be met by no writer that is in flight.
     """
-    if len(request.txn_id) != TXN_ID_BYTES:
+    if not is_txn_id(request.txn_id):
         return False
     for guard in request.guards:
         if guard.start >= guard.end:
@@ -517,4 +532,5 @@ def well_formed(request: Prepare) -> bool:
             return False
     if request.one_range or request.locus != request.anchor_key:
         return not request.participants
-    return any(each.locus == request.anchor_key for each in request.participants)
+    loci = {each.locus for each in request.participants}
+    return request.anchor_key in loci and len(loci) == len(request.participants)

@@ -69,13 +69,9 @@ def find_txn(rows: Rows, key: bytes, txn_id: bytes, latest: bytes | None, above:
         return latest_ts(latest)
     if latest_ts(latest) <= above:
         return 0
-    prefix = keycode.history_prefix(key)
-    for found, data in rows.scan(prefix, prefix + b"\xff" * 9):
-        commit_ts = keycode.history_ts(found)
-        if commit_ts <= above:
-            return 0
+    for found, data in rows.scan(keycode.history_prefix(key), keycode.history_row(key, above)):
         if data[:16] == txn_id:
-            return commit_ts
+            return keycode.history_ts(found)
     return 0
 
 

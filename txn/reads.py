@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
 from txn.latches import Waiter
-from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply
+from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply, too_wide
 from txn.mvcc import decode_latest, latest_ts, older_at, scan_at
 from txn.types import point_end
 
@@ -32,6 +32,10 @@ class Reader:
         self.owner = owner
 
     def read(self, request: Any, origin: Any, now: float) -> None:
+        refusal = too_wide(request)
+        if refusal is not None:
+            self.owner.out.reply(origin, refusal, False)
+            return
         waiter = Waiter(request, origin, now, self.owner.latches.sequence)
         if request.at:
             self.again(waiter, now)
@@ -123,8 +127,8 @@ class Reader:
         low, high = start, end
         if not reply.done:
             low, high = (reply.covered_to, end) if request.reverse else (start, reply.covered_to)
-        for key, part in state.intents.items():
-            if low <= key and (not high or key < high) and self.undecided(part, at, waiter):
+        for _, part in state.intents_in(low, high):
+            if self.undecided(part, at, waiter):
                 return None
         for part in state.stamped_in(low, high):
             if self.undecided(part, at, waiter):

@@ -196,7 +196,10 @@ class Recovery:
             return
         if request.txn_id in ev.state.staged:
             part = ev.state.part(request.txn_id, request.anchor_key)
-            if part is None or not self._refuse_below(part, request, origin):
+            if part is None or not part.row.participants:
+                message = "it is staged under another anchor"
+                ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+            elif not self._unfit(part, request, origin, now):
                 self._decide(request.txn_id, request.anchor_key, request.commit_ts, request, origin)
             return
         if self._reply_known(request, origin):
@@ -396,18 +399,8 @@ class Recovery:
     def _send_outbox(self, key: tuple[bytes, bytes], row: Outbox) -> None:
         self._outbox_out[key] = None
         part = row.participant
-        request = Resolve(
-            0,
-            0,
-            0,
-            row.txn_id,
-            row.anchor_key,
-            part.locus,
-            part.start,
-            part.end,
-            row.commit_ts,
-            record=True,
-        )
+        identity = (row.txn_id, row.anchor_key, part.locus)
+        request = Resolve(0, 0, 0, *identity, part.start, part.end, row.commit_ts, record=True)
 
         def on_reply(reply: Reply) -> None:
             self._outbox_out.pop(key, None)
@@ -416,7 +409,7 @@ class Recovery:
                 return
             if isinstance(reply, Ack):
                 self._outbox_since.pop(key, None)
-                self._outbox_done((row.txn_id, row.anchor_key, part.locus))
+                self._outbox_done(identity)
             else:
                 reached("outbox_sent_again")
                 self.ev.counters["redeliveries_total"] += 1
@@ -450,7 +443,7 @@ class Recovery:
             ev.out.reply(origin, Failure(request.id, "epoch_mismatch"), False)
             return
         part = ev.state.part(request.txn_id, request.locus)
-        if part is not None and self._refuse_below(part, request, origin):
+        if part is not None and self._unfit(part, request, origin, now):
             return
         if part is not None and part.row.participants:  # the anchor's own: only with its record
             self._decide(request.txn_id, request.locus, request.commit_ts, request, origin)
@@ -475,13 +468,20 @@ class Recovery:
         else:
             ev.out.reply(origin, Ack(request.id), False)
 
-    def _refuse_below(self, part: Part, request: Finalize | Resolve, origin: Any) -> bool:
-        """A commit below what the part was prepared at is a mistake of who says so, and may not come into the log (I4)."""
-        if not request.commit_ts or request.commit_ts >= part.row.min_ts:
-            return False
-        message = f"committed at {request.commit_ts}, but prepared here at {part.row.min_ts}"
-        self.ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
-        return True
+    def _unfit(self, part: Part, request: Finalize | Resolve, origin: Any, now: float) -> bool:
+        """A commit below what the part was prepared at (I4), or at a version that was never issued (I7), is a mistake of who
+        says so, and may not come into the log. Other ranges are given versions that are not known here: the oracle is asked.
+        """
+        commit_ts = request.commit_ts
+        if commit_ts and commit_ts < part.row.min_ts:
+            message = f"committed at {commit_ts}, but prepared here at {part.row.min_ts}"
+            self.ev.out.reply(origin, Failure(request.id, "invalid_argument", message), False)
+            return True
+        if commit_ts > self.ev.issued:
+            reached("decision_waits_for_the_oracle")
+            self.ev.reader.ask_read_ts(Waiter(request, origin, now))
+            return True
+        return False
 
     def _ask_orphan(self, part: Part) -> None:
         if part.resolving is None and self._ask_outcome(part, QueryMode.ORPHAN):
@@ -524,7 +524,7 @@ class Recovery:
         ev = self.ev
         current = ev.state.part(part.txn_id, part.locus)
         if current is not None and 0 < reply.ts < current.row.min_ts:
-            return False  # as in `_refuse_below`
+            return False  # as in `_unfit`; what a range commits at was issued
         if current is not None and current.resolving is None and part.txn_id not in ev.latches.txns:
             if current.row.anchor_key == current.locus and part.txn_id in ev.state.staged:
                 self._propose_decision(

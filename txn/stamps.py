@@ -13,7 +13,7 @@ V3 what can follow a prefix lies in one range, so that the key is this range's w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from txn.types import Stamp, Write, WriteKind
@@ -48,6 +48,17 @@ def spans(stamps: Sequence[Stamp], above: int) -> list[tuple[bytes, bytes]]:
     """Of those that are stamped in their key; each prefix once."""
     prefixes = dict.fromkeys(each.key for each in stamps if each.in_key)
     return [span(prefix, above) for prefix in prefixes]
+
+
+def once(writes: Sequence[Write]) -> Iterator[Write]:
+    """The writes; of those with a stamp in their key, the first of each prefix: the others may become the same keys."""
+    prefixes: set[bytes] = set()
+    for write in writes:
+        if write.kind == WriteKind.STAMPED_KEY:
+            if write.key in prefixes:
+                continue
+            prefixes.add(write.key)
+        yield write
 
 
 def filled(

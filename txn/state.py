@@ -20,6 +20,7 @@ from txn import keycode, stamps
 from txn.decided import RecentlyDecided
 from txn.ports import Rows
 from txn.recent import Recent
+from txn.spans import Joined, Ordered, meeting
 from txn.types import (
     TIMESTAMP_MAX,
     Guard,
@@ -151,13 +152,13 @@ class RangeState:
         self.parts: dict[bytes, dict[bytes, Part]] = {}  # txn_id -> locus -> part
         self.intents: dict[bytes, Part] = {}  # key -> the part that will write it
         self.point_guards: dict[bytes, dict[bytes, Part]] = {}  # key -> txn_id -> part
-        self.span_guards: dict[bytes, list[tuple[bytes, bytes, Part]]] = {}  # txn_id -> spans
-        self.stamped: dict[
-            bytes, list[tuple[bytes, bytes, Part]]
-        ] = {}  # txn_id -> spans in which it will write one key (V1)
+        self.span_guards: dict[Part, Joined] = {}
+        self.stamped: dict[Part, Joined] = {}  # spans in which a part will write one key (V1)
         self.staged: dict[bytes, Staged] = {}  # txn_id -> record
         self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
         self.oracle_hi = 0
+        self._changes = 0  # parts that came or went
+        self._written, self._guarded = Ordered(), Ordered()
         self.decided = RecentlyDecided(row.decided_begin)
         self.recent = Recent()
         self.recent.begin(row.newest)
@@ -202,23 +203,27 @@ class RangeState:
 
     def add_part(self, part: Part) -> None:
         row, txn_id, intents = part.row, part.txn_id, self.intents
+        self._changes += 1
         self.parts.setdefault(txn_id, {})[part.locus] = part
         if row.participants:
             self.staged[txn_id] = Staged(part.locus, row.participants)
         for key in row.keys:
             assert key not in intents, "I10: a second intent on a key"
             intents[key] = part
+        spans = []
         for guard in row.guards:
             if guard.end == point_end(guard.start):
                 self.point_guards.setdefault(guard.start, {})[txn_id] = part
             else:
-                self.span_guards.setdefault(txn_id, []).append((guard.start, guard.end, part))
-        if row.stamps:
-            for start, end in stamps.spans(row.stamps, row.min_ts - 1):
-                self.stamped.setdefault(txn_id, []).append((start, end, part))
+                spans.append((guard.start, guard.end))
+        if spans:
+            self.span_guards[part] = Joined(spans)
+        if row.stamps and (spans := stamps.spans(row.stamps, row.min_ts - 1)):
+            self.stamped[part] = Joined(spans)
 
     def remove_part(self, part: Part) -> None:
         row, txn_id = part.row, part.txn_id
+        self._changes += 1
         loci = self.parts[txn_id]
         del loci[part.locus]
         if row.participants:
@@ -234,12 +239,8 @@ class RangeState:
                     holders.pop(txn_id, None)
                     if not holders:
                         del self.point_guards[guard.start]
-        for mirror in (self.span_guards, self.stamped):
-            if txn_id in mirror:
-                spans = mirror[txn_id]
-                spans[:] = [span for span in spans if span[2] is not part]
-                if not spans:
-                    del mirror[txn_id]
+        self.span_guards.pop(part, None)
+        self.stamped.pop(part, None)
 
     def note_decided(self, txn_id: bytes) -> None:
         """A DECIDED row of this transaction is being written (D1)."""
@@ -273,44 +274,37 @@ class RangeState:
             for other, part in holders.items():
                 if other != txn_id:
                     return part
-        for other, spans in self.span_guards.items():
-            if other != txn_id:
-                for start, end, part in spans:
-                    if start <= key < end:
-                        return part
-        return None
+        return self._foreign_span(key, point_end(key), txn_id) if self.span_guards else None
 
     def foreign_guard_in(self, start: bytes, end: bytes, txn_id: bytes) -> Part | None:
         """Another transaction's replicated guard that meets [start, end)."""
-        for key, holders in self.point_guards.items():
-            if start <= key < end:
-                for other, part in holders.items():
-                    if other != txn_id:
-                        return part
-        for other, spans in self.span_guards.items():
-            if other != txn_id:
-                for low, high, part in spans:
-                    if low < end and start < high:
-                        return part
+        guards = self.point_guards
+        for key in self._guarded.within(guards, (self._changes, len(guards)), start, end):
+            for other, part in guards[key].items():
+                if other != txn_id:
+                    return part
+        return self._foreign_span(start, end, txn_id)
+
+    def _foreign_span(self, start: bytes, end: bytes, txn_id: bytes) -> Part | None:
+        for part in meeting(self.span_guards, start, end):
+            if part.txn_id != txn_id:
+                return part
         return None
 
     def intents_in(self, start: bytes, end: bytes) -> Iterator[tuple[bytes, Part]]:
-        """Intents on keys of [start, end); in no particular order of keys, but the same on every replica."""
+        """Intents on keys of [start, end), in order; end b"": the end of all keys."""
+        intents = self.intents
         if end == point_end(start):
-            part = self.intents.get(start)
+            part = intents.get(start)
             if part is not None:
                 yield start, part
             return
-        for key, part in self.intents.items():
-            if start <= key < end:
-                yield key, part
+        for key in self._written.within(intents, (self._changes, len(intents)), start, end):
+            yield key, intents[key]
 
     def stamped_in(self, start: bytes, end: bytes) -> Iterator[Part]:
         """Parts that may yet write a stamped key in [start, end); end b"": the end of all keys."""
-        for spans in self.stamped.values():
-            for low, high, part in spans:
-                if (not end or low < end) and start < high:
-                    yield part
+        return meeting(self.stamped, start, end)
 
     def answer_of(self, get: Rows, txn_id: bytes, locus: bytes) -> Answer:
         """What this range knows of a part: all but ABSENT are stable."""

@@ -15,6 +15,7 @@ import msgspec
 TXN_ID_BYTES: Final = 16
 TIMESTAMP_SHIFT: Final = 18
 TIMESTAMP_MAX: Final = (1 << 64) - 1
+NOBODY: Final = b"\xff" * 8  # no transaction's id begins so: the collector's latches do (txn/gc.py)
 KEPT_PREFIX: Final = b"\xff\x02"  # of the rows of idempotency keys; what follows is a hash
 
 
@@ -111,6 +112,10 @@ class FenceReason(enum.IntEnum):
     RECOVERY = 3  # somebody gave the attempt up
     TOO_LARGE = 4  # more than one entry may hold: delete_ranges met too many rows, or values grew
     BAD_VALUE = 5  # an increment met a row that is not a number (of the format), or overflowed
+
+
+def is_txn_id(identity: bytes) -> bool:
+    return len(identity) == TXN_ID_BYTES and not identity.startswith(NOBODY)
 
 
 def begin_ts_of(txn_id: bytes) -> int:

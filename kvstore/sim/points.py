@@ -82,6 +82,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
     "conflict_wait_over",
     "conflict_waited_for",
     "deadlock_broken",
+    "decision_waits_for_the_oracle",
     "disk_stalled",
     "durable_in_an_older_term",
     "election_lost",

@@ -30,6 +30,7 @@ from tests.sim.plants.leaders import _oracle_not_confirmed
 from txn import apply
 from txn.commands import PreparePart
 from txn.evaluate import Evaluator
+from txn.latches import Pending
 from txn.mvcc import encode_latest
 from txn.reads import Reader
 from txn.state import Part, RangeState, Staged
@@ -69,7 +70,11 @@ def writers_pass_intents(patch: pytest.MonkeyPatch) -> None:
         for key, value in zip(keys, values, strict=True):
             overlay.put(b"L" + key, encode_latest(ts, txn_id, value))
 
+    def take(self: Pending, part: Part) -> None:
+        self.part = part  # two are resolved at once, and a key's latch has one holder
+
     patch.setattr(Evaluator, "_foreign_part", lambda *_: None)
+    patch.setattr(Pending, "take", take)
     patch.setattr(RangeState, "add_part", add_part)
     patch.setattr(RangeState, "remove_part", remove_part)
     patch.setattr(apply, "_write_versions", write)

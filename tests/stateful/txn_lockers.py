@@ -116,7 +116,7 @@ def _stamping(group: Group) -> list[Part]:
     leader = group.leader
     if leader is None or leader.evaluator is None:
         return []
-    return [part for spans in leader.evaluator.state.stamped.values() for *_, part in spans]
+    return list(leader.evaluator.state.stamped)
 
 
 def unlocking(

@@ -365,7 +365,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "deadlock_unseen": (_deadlock_unseen, 60),
     "validated_before_its_time": (_validated_before_its_time, 20),
     "committed_before_validated": (_committed_before_validated, 20),
-    "one_range_answers_for_all": (_one_range_answers_for_all, 40),
+    "one_range_answers_for_all": (_one_range_answers_for_all, 200),
     "validation_passes_latches": (_validation_passes_latches, 120),
     "validation_passes_intents": (_validation_passes_intents, 200),
     "guards_half_walked": (_guards_half_walked, 20),

@@ -101,8 +101,8 @@ def mirror_of(state: RangeState) -> dict[str, Any]:
         "intents": {key: (part.txn_id, part.locus) for key, part in state.intents.items()},
         "point_guards": {key: sorted(holders) for key, holders in state.point_guards.items()},
         "span_guards": {
-            txn_id: sorted((start, end, part.locus) for start, end, part in spans)
-            for txn_id, spans in state.span_guards.items()
+            (part.txn_id, part.locus): sorted(each.spans)
+            for part, each in state.span_guards.items()
         },
         "staged": dict(state.staged),
         "outbox": dict(state.outbox),

@@ -252,8 +252,8 @@ def _memory(state: RangeState) -> dict[str, Any]:
         "intents": {key: (part.txn_id, part.locus) for key, part in state.intents.items()},
         "point guards": {key: sorted(each) for key, each in state.point_guards.items()},
         "span guards": {
-            txn_id: sorted((start, end) for start, end, _ in spans)
-            for txn_id, spans in state.span_guards.items()
+            (part.txn_id, part.locus): sorted(each.spans)
+            for part, each in state.span_guards.items()
         },
         "staged records": dict(state.staged),
         "outbox": dict(state.outbox),

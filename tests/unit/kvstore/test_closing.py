@@ -13,7 +13,7 @@ from kvstore import closing
 from kvstore.closing import Closer, ReplicaReads, Samples
 from replication.errors import FrameError
 from tests.unit.txn.txn_driver import Range, stored
-from txn.messages import Failure, Read, ReadReply, Stale
+from txn.messages import READ_KEYS_MAX, STALE_RANGES_MAX, Failure, Read, ReadReply, Stale
 
 
 def test_since_is_the_first_question_that_was_asked_then_or_later():
@@ -112,3 +112,13 @@ def test_a_bound_beyond_the_retention_finds_what_is_kept_and_not_what_is_gone():
     both = reads.read(store.replicas[7], Read(5, 7, 0, 0, [b"k"], Stale(hour, 0, [7, 8])), 61.0)
     assert isinstance(both, Failure)
     assert both.code == "replica_behind"
+
+
+@pytest.mark.parametrize(("keys", "ranges"), [(READ_KEYS_MAX + 1, 0), (1, STALE_RANGES_MAX + 1)])
+def test_a_stale_read_is_no_larger_than_a_client_makes_it(keys: int, ranges: int):
+    store: Any = SimpleNamespace()
+    replica: Any = SimpleNamespace()
+    request = Read(5, 7, 0, 0, [b"k"] * keys, Stale(1000, 0, list(range(ranges))))
+    reply = ReplicaReads(store, Closer(store, 1.0)).read(replica, request, 10.0)
+    assert isinstance(reply, Failure)
+    assert (reply.id, reply.code) == (5, "invalid_argument")

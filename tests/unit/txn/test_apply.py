@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.stateful.txn_ranges import MemoryRows
 from tests.unit.txn.txn_driver import Range, txn_id
 from txn import keycode
 from txn.apply import Overlay
@@ -245,3 +248,41 @@ def test_an_overlay_shows_its_rows_over_the_stored_ones():
     assert list(overlay.scan(b"a", b"d")) == rows
     assert list(overlay.scan(b"a", b"d", reverse=True)) == rows[::-1]
     assert place.rows.get(b"b") == b"2"
+
+
+class CountedRows(MemoryRows):
+    """Counts the rows that a scan gives out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = 0
+
+    def scan(
+        self, start: bytes, end: bytes | None, *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        for row in super().scan(start, end, reverse=reverse):
+            self.given += 1
+            yield row
+
+
+def test_a_commit_of_a_hot_key_reads_only_the_versions_since_it_began():
+    place, rows = Range(), CountedRows()
+    place.rows = rows
+    for number in range(1, 1001):
+        one(place, commit(number, owner=txn_id(number, begin_ts=number - 1)))
+    rows.given = 0
+    late = txn_id(5000, begin_ts=998)
+    assert one(place, commit(1001, owner=late)) == Answer(PartStatus.COMMITTED, 1001)
+    assert rows.given <= 2
+    assert one(place, commit(1002, owner=late)) == Answer(PartStatus.COMMITTED, 1001)
+    assert rows.given <= 2
+
+
+def test_an_overlay_reads_no_further_than_its_reader():
+    rows = CountedRows()
+    rows.write({b"%03d" % number: b"v" for number in range(1000)})
+    overlay = Overlay(rows)
+    overlay.put(b"002x", b"mine")
+    found = overlay.scan(b"", None)
+    assert [next(found)[0] for _ in range(4)] == [b"000", b"001", b"002", b"002x"]
+    assert rows.given <= 5

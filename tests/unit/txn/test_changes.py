@@ -12,6 +12,7 @@ from txn.changes import PAGE_ROWS_MAX, Polls
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
 from txn.messages import Changed, Changes, Failure, TxnReply
+from txn.recent import touches_sorted
 from txn.types import TIMESTAMP_MAX, TxnStatus, Write, WriteKind, point_end
 
 
@@ -46,6 +47,28 @@ def nothing_left(place: Range) -> bool:
     feed = place.evaluator.feed
     kept = (feed._open, feed._by_watch, feed._parked, feed._points, feed._spans, feed._searching)
     return feed.node.open == 0 and not any(kept) and place.state.recent.fresh is None
+
+
+def test_a_turn_of_many_commits_looks_at_each_poll_once(monkeypatch):
+    looks = []
+
+    def touches(*span) -> bool:
+        looks.append(span)
+        return touches_sorted(*span)
+
+    monkeypatch.setattr("txn.changes.touches_sorted", touches)
+    place = Range()
+    since = stored(place, b"a")
+    idle = [poll(place, since, b"x%03d" % number, b"y") for number in range(100)]
+    busy = poll(place, since, b"k", b"l")
+    hot = poll(place, since, b"k050", point_end(b"k050"))
+    asked = [place.prepare(number, put(b"k%03d" % number)) for number in range(100)]
+    place.settle()
+    assert len(looks) < 2 * len(idle)
+    assert all(each.open for each in idle)
+    assert [key for _, key, _ in events(hot)] == [b"k050"]
+    assert events(busy)[0][0] == min(each.reply.ts for each in asked)
+    assert len(events(busy)) == 100
 
 
 # --- what is told
@@ -88,8 +111,9 @@ def test_a_commit_over_ranges_wakes_when_it_is_resolved_at_its_version():
     settled(place, place.part(1, put(b"k", b"v")))
     asked = poll(place, place.clock, b"k", point_end(b"k"))
     assert asked.open
-    settled(place, place.resolve(1, b"k", place.clock + 7))
-    assert events(asked) == [(place.clock + 7, b"k", b"v")]
+    version = place.clock + 7
+    settled(place, place.resolve(1, b"k", version))
+    assert events(asked) == [(version, b"k", b"v")]
 
 
 def test_a_commit_is_whole_and_its_keys_are_in_order():

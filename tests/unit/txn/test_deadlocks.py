@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 
+from txn import deadlocks
 from txn.deadlocks import CYCLE_S, DETECTOR_KEY, REPORT_S, STALE_S, Detector, _cycle_in
 from txn.messages import LockEdge, LockWaits
 
@@ -65,11 +66,11 @@ def test_waits_that_never_were_at_one_time_are_no_cycle():
     one.edges = [edge(1, 10, 11)]
     one.report(0.0)
     two.edges = [edge(1, 11, 10)]
-    two.report(0.01)
-    two.report(0.02)
+    two.report(1 * REPORT_S)
+    two.report(2 * REPORT_S)
     one.edges = []
-    assert one.report(0.03) == {}
-    assert two.report(0.04) == {}
+    assert one.report(3 * REPORT_S) == {}
+    assert two.report(4 * REPORT_S) == {}
     assert detector.cycles == 0
 
 
@@ -78,9 +79,9 @@ def test_a_report_that_says_not_when_it_was_made_confirms_nothing():
     source = Source(Detector(), 1)
     source.edges = [edge(1, 10, 11), edge(2, 11, 10)]
     source.report(0.0)
-    assert source.report(0.01, after=0) == {}
-    assert source.report(0.02, after=0) == {}
-    assert 2 in source.report(0.03)
+    assert source.report(1 * REPORT_S, after=0) == {}
+    assert source.report(2 * REPORT_S, after=0) == {}
+    assert 2 in source.report(3 * REPORT_S)
 
 
 def test_a_deposed_leader_and_an_overtaken_report_say_nothing():
@@ -89,39 +90,75 @@ def test_a_deposed_leader_and_an_overtaken_report_say_nothing():
     new.edges = []
     new.report(0.0)
     new.edges = [edge(1, 10, 12)]
-    new.report(0.01)
+    new.report(1 * REPORT_S)
     old.edges = [edge(1, 10, 11), edge(2, 11, 10)]
     for now in (0.02, 0.03, 0.04):
         assert old.report(now) == {}
     new.number -= 1
-    assert new.report(0.05) == {}
+    assert new.report(5 * REPORT_S) == {}
 
 
 def test_who_commits_is_no_victim():
     source = Source(Detector(), 1)
     source.edges = [edge(1, 10, 11), edge(2, 11, 10, committing=True)]
     source.report(0.0)
-    assert list(source.report(0.01)) == [1]
+    assert list(source.report(1 * REPORT_S)) == [1]
     source.edges = [edge(3, 20, 21, committing=True), edge(4, 21, 20, committing=True)]
-    source.report(0.02)
-    assert source.report(0.03) == {}
+    source.report(2 * REPORT_S)
+    assert source.report(3 * REPORT_S) == {}
 
 
 def test_of_one_age_the_larger_id_gives_way_and_everybody_agrees():
     source = Source(Detector(), 1)
     source.edges = [edge(1, 10, 11, age=5), edge(2, 11, 10, age=5)]
     source.report(0.0)
-    assert list(source.report(0.01)) == [2]
+    assert list(source.report(1 * REPORT_S)) == [2]
 
 
 def test_two_cycles_have_two_victims_and_one_may_break_two():
     source = Source(Detector(), 1)
     source.edges = [edge(1, 10, 11), edge(2, 11, 10), edge(3, 20, 21), edge(4, 21, 20)]
     source.report(0.0)
-    assert list(source.report(0.01)) == [2, 4]
+    assert list(source.report(1 * REPORT_S)) == [2, 4]
     source.edges = [edge(5, 30, 32), edge(6, 31, 32), edge(7, 32, 30, 31)]
-    source.report(0.02)
-    assert list(source.report(0.03)) == [7]
+    source.report(2 * REPORT_S)
+    assert list(source.report(3 * REPORT_S)) == [7]
+
+
+def test_many_ranges_share_a_search_and_each_hears_of_its_victim(monkeypatch):
+    searches, search = [], Detector._search
+
+    def counted(self: Detector) -> None:
+        searches.append(self)
+        search(self)
+
+    monkeypatch.setattr(Detector, "_search", counted)
+    detector = Detector()
+    sources = [Source(detector, number) for number in range(1, 101)]
+    for number, source in enumerate(sources):
+        source.edges = [edge(1, 10 + number, 500 + number), edge(2, 500 + number, 10 + number)]
+    told: list[int] = []
+    for number in range(400):  # each of them every REPORT_S
+        told += sources[number % 100].report(number * REPORT_S / 100)
+    assert told == [2] * 100
+    assert len(searches) <= 9
+
+
+def test_many_cycles_are_found_in_one_walk(monkeypatch):
+    steps, walk = [], deadlocks._steps
+
+    def counted(waits):
+        for step in walk(waits):
+            steps.append(step)
+            yield step
+
+    monkeypatch.setattr(deadlocks, "_steps", counted)
+    source = Source(Detector(), 1)
+    for number in range(0, 1_000, 2):
+        source.edges += [edge(number, number, number + 1), edge(number + 1, number + 1, number)]
+    source.report(0.0)
+    assert len(source.report(REPORT_S)) == 500
+    assert len(steps) < 3_000
 
 
 def test_a_range_that_reports_no_more_is_forgotten():
@@ -154,7 +191,7 @@ def test_a_search_finds_a_cycle_exactly_when_there_is_one():
             waiter for waiter, to in left.items() if not any(each in left for each in to)
         ]:
             left = {waiter: to for waiter, to in left.items() if waiter not in gone}
-        cycle = _cycle_in(waits)
+        cycle = _cycle_in(waits, list(waits), {})
         assert bool(cycle) == bool(left)
         for place, (_, each) in enumerate(cycle):
             assert cycle[(place + 1) % len(cycle)][1].waiter in each.blockers

@@ -121,4 +121,5 @@ def test_the_table_answers_like_a_list_of_holders_and_is_empty_in_the_end(seed):
             held.append(new)
     for holder in held:
         table.release(holder)
-    assert vars(table) | {"sequence": 0} == vars(LatchTable())
+    left = {name: value for name, value in vars(table).items() if isinstance(value, dict)}
+    assert left == {name: {} for name in left}

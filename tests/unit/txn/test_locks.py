@@ -229,6 +229,25 @@ def test_a_span_is_searched_for_foreign_locks():
     assert (found[0], found[1].id) == (b"b", owner(1))
 
 
+def test_a_long_queue_does_not_hide_who_holds_what_others_wait_for():
+    """A report is bounded: those who wait and hold nothing here are in no cycle of this range."""
+    table = Table(size_max=5_000)
+    for number in range(10, 1_111):
+        table.acquire(owner(number), number, b"hot", True, table.now)
+    table.now += 1
+    table.lock(2, b"x")
+    table.lock(3, b"y")
+    last = table.lock(2, b"hot")
+    waits = [table.lock(3, b"x"), table.lock(2, b"y")]
+    told = dict(table.long_waits(table.now, 1_000))
+    assert len(told) == 1_000
+    assert [[each.id for each in told[wait]] for wait in waits] == [[owner(2)], [owner(3)]]
+    assert last in told, "its owner holds something, too"
+    others = [wait for wait in told if wait.owner.id not in (owner(2), owner(3))]
+    assert others == table.locks[b"hot"].queue[:997], "a long queue is cut at its end"
+    assert all(table.blockers_of(wait) == blockers for wait, blockers in told.items())
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["exclusive", "shared", "end", "leave", "renew", "pass"]),

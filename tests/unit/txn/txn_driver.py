@@ -134,12 +134,14 @@ class Range:
         return self.ask(Fence(0, 0, 0, txn_id(number, **fields), locus, b"zz"))
 
     def resolve(self, number: int, locus: bytes, commit_ts: int, *, record: bool = False) -> Asked:
+        self.know(commit_ts)
         end = point_end(locus)
         return self.ask(
             Resolve(0, 0, 0, txn_id(number), b"zz", locus, locus, end, commit_ts, record)
         )
 
     def finalize(self, number: int, anchor_key: bytes, commit_ts: int) -> Asked:
+        self.know(commit_ts)
         return self.ask(Finalize(0, 0, 0, txn_id(number), anchor_key, commit_ts))
 
     def outcome(self, number: int, anchor_key: bytes) -> Asked:
@@ -152,6 +154,11 @@ class Range:
         return self.ask(QueryPart(0, 0, 0, txn_id(number), locus, read_ts))
 
     # -- the world's part
+
+    def know(self, version: int) -> None:
+        """It was issued, to whomever, and this leader has heard of it."""
+        self.clock = max(self.clock, version)
+        self.evaluator.issued = max(self.evaluator.issued, version)
 
     def stamp(self) -> None:
         """The oracle answers whatever is asked."""
