@@ -164,6 +164,26 @@ async def test_many_large_values_are_read_in_several_answers(tmp_path):
         assert found == {key: key * 500_000 for key in keys}
 
 
+async def test_more_values_at_once_than_the_queue_holds_are_read_without_losing_the_connection(
+    tmp_path,
+):
+    """48 MiB of answers fall due in one turn, and 32 MiB of them can wait."""
+    config = NodeConfig()
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    cluster = mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], [])
+    await node.initialize(plan(cluster, [ADDRESS])[0])
+    database = Database(node.adapters.network, [ADDRESS], node.adapters.clock, random.Random(1))
+    await database.start()
+    await database.put(b"k", bytes(1 << 20))
+    found = await asyncio.gather(*(database.get(b"k") for _ in range(48)))
+    assert found == [bytes(1 << 20)] * 48
+    assert node.connections.cut_off == 0
+    assert node.connections.throttled > 0
+    await database.close()
+    await node.stop(drain=False)
+
+
 async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):
     config = NodeConfig()
     node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
