@@ -120,7 +120,8 @@ def plan(
 
 
 def check(request: InitRequest) -> None:
-    """For nodes that receive one: B1 to B3 hold and we are in it, or raises InvalidArgument."""
+    """For nodes that receive one: B1 to B3 hold, we are in it and all can be reached, or raises InvalidArgument."""
+    _check_addresses([node.address for node in request.nodes])
     node_ids = [node.node_id for node in request.nodes]
     if not node_ids or len(dict.fromkeys(node_ids)) != len(node_ids) or min(node_ids) < 1:
         raise InvalidArgument("node ids must be different numbers from 1")
@@ -154,7 +155,8 @@ def parse_address(text: str) -> tuple[str, int]:
     elif ":" in host:
         raise InvalidArgument(f"write an IPv6 address in brackets, as in [::1]:7400: {text!r}")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
-    if not colon or not host or not 0 <= number <= 65535 or "/" in host or " " in host:
+    strange = any(each in '/"\\ ' or not each.isprintable() for each in host)
+    if not colon or not host or not 0 <= number <= 65535 or strange:
         raise InvalidArgument(f"not an address of the form HOST:PORT: {text!r}")
     return host, number
 
@@ -192,6 +194,8 @@ def _check_addresses(addresses: Sequence[str]) -> None:
     if len(addresses) > NODES_MAX:
         raise InvalidArgument(f"{len(addresses)} nodes are more than {NODES_MAX}")
     for address in addresses:
+        if address != address.strip():
+            raise InvalidArgument(f"no spaces around an address: {address!r}")
         if parse_address(address)[1] == 0:
             raise InvalidArgument(f"port 0 is not an address that others can reach: {address!r}")
     if len(dict.fromkeys(addresses)) != len(addresses):

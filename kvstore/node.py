@@ -15,12 +15,13 @@ import msgspec
 
 from kvstore import identity as identities
 from kvstore import logs
-from kvstore.bootstrap import InitRequest, check
+from kvstore.bootstrap import InitRequest, check, parse_address
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import (
     ConfigError,
     DataDirectoryError,
+    InvalidArgument,
     KVError,
     NodeStopped,
     NotReady,
@@ -154,9 +155,9 @@ class Node:
                 "a node cannot join a running cluster yet: name all nodes in `kvctl init`, and start this one without "
                 "--join (node.join)"
             )
-        self.address = await self.adapters.serve(self._listen, self._on_pipe, self)
-        if self._advertise:
-            self.address = self._advertise
+        served_at = await self.adapters.serve(self._listen, self._on_pipe, self)
+        if not self._advertise and parse_address(self._listen)[1] == 0:
+            self.address = served_at
         if found is None:
             self.state = "waiting"
             log.info("waiting", address=self.address, hint="run kvctl init")
@@ -165,18 +166,18 @@ class Node:
 
     def _check_address(self, found: identities.Identity) -> None:
         """The others look for this node at the address of init; elsewhere, this is the directory of another node."""
-        address = self._advertise or self._listen
         known = {node.node_id: node.address for node in found.nodes}[found.node_id]
-        if address != known:
+        if self.address != known:
             raise DataDirectoryError(
-                f"{self._directory} belongs to node {found.node_id}, which is at {known}, not at {address}:"
+                f"{self._directory} belongs to node {found.node_id}, which is at {known}, not at {self.address}:"
                 " name the right --dir, or start it with that --listen or --advertise"
             )
 
     async def initialize(self, request: InitRequest) -> None:
         """Become a member of a new cluster. Again with the same request: nothing.
 
-        Raises: WrongCluster, InvalidArgument, NotReady, StorageError. It can be tried again, unless the node failed.
+        Raises: WrongCluster, InvalidArgument (a wrong plan, or another address than ours), NotReady, StorageError. It can be
+        tried again, unless the node failed.
         """
         check(request)
         if self.cluster_id:
@@ -187,6 +188,7 @@ class Node:
             return
         if self._initializing.locked() or self.state != "waiting":
             raise NotReady("an initialisation is under way; try again")
+        self._check_plan(request)
         async with self._initializing:
             engine = self.adapters.open_engine(empty=True)
             try:
@@ -203,6 +205,15 @@ class Node:
             except Exception as error:
                 self._on_fatal(error)  # a member that is half open: only a new start helps
                 raise
+
+    def _check_plan(self, request: InitRequest) -> None:
+        """Under another address than ours, the next start would refuse the directory (`_check_address`)."""
+        planned = {node.node_id: node.address for node in request.nodes}[request.your_node_id]
+        if planned != self.address:
+            raise InvalidArgument(
+                f"this node is at {self.address}, not at {planned}: start it with --advertise {planned}, or give "
+                f"`kvctl init` {self.address}"
+            )
 
     async def stop(self, drain: bool = True) -> None:
         """Hand over leadership (drain), then end everything in order. May be called again."""

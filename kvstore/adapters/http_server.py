@@ -274,6 +274,7 @@ class _Gateway:
         identity = {
             "cluster_id": node.cluster_id,
             "node_id": node.node_id,
+            "address": status.get("address", ""),
             "state": state,
             "empty": empty,
             "heard": status.get("heard", []),  # members that were ever connected

@@ -131,7 +131,9 @@ def test_addresses_are_host_and_port(text, parsed):
     assert bootstrap.parse_address(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["", "7400", "a:b", "http://a:1", "a:-1", "a:1 2", "a:¹"])
+@pytest.mark.parametrize(
+    "text", ["", "7400", "a:b", "http://a:1", "a:-1", "a:1 2", "a:¹", 'a":1', "a\\:1", "a\n:1"]
+)
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(InvalidArgument):
         bootstrap.parse_address(text)
@@ -156,6 +158,10 @@ def ranges_with(index, **changes):
     [
         damaged(your_node_id=4),
         damaged(nodes=()),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f'h{n}":1') for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f"h{n}:1 ") for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, "h:1") for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f"h{n}:0") for n in (1, 2, 3))),
         damaged(cluster_id="x"),
         damaged(cluster_id="../" + "0" * 29),
         damaged(ranges=()),

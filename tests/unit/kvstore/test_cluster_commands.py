@@ -262,6 +262,15 @@ def test_a_member_whose_disk_is_gone_is_not_made_its_old_self_again(initialized)
     assert nodes.sent == sent
 
 
+def test_an_address_at_which_a_node_would_not_start_again_is_refused_before_anything_is_sent(
+    initialized,
+):
+    nodes = Nodes(EMPTY, {**EMPTY, "address": "h:2"}, {**EMPTY, "address": "0.0.0.0:3"})
+    with pytest.raises(Refused, match="h:3 takes 0.0.0.0:3 for its address.*--advertise h:3"):
+        initialized(nodes, [b"m"])
+    assert nodes.sent == []
+
+
 def test_init_sends_again_to_a_node_that_did_not_answer(initialized):
     nodes = Nodes(EMPTY, EMPTY, EMPTY)
     nodes.fail_once = [1]

@@ -535,6 +535,7 @@ async def test_an_empty_node_says_so_and_serves_no_data(empty_http):
     assert identity == {
         "cluster_id": "",
         "node_id": 0,
+        "address": "127.0.0.1:7400",
         "state": "waiting",
         "empty": True,
         "heard": [],
