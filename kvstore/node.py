@@ -132,6 +132,7 @@ class Node:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._initializing = asyncio.Lock()
+        self._refusal: KVError | None = None  # what clients are told instead of an answer
         self._flushed_bytes = 0.0
         self._flushed_at = self.started_at
         self._link_limits = LinkLimits(
@@ -370,6 +371,13 @@ class Node:
 
     # -- streams
 
+    def refuse_clients(self, error: KVError) -> None:
+        """End their streams, and tell `error` to those that come from now on: for clients that have no other node."""
+        self._refusal = error
+        for stream in list(self._streams.values()):
+            if stream.peer.kind == "client":
+                stream.abort()
+
     def _hello(self, kind: str, to: int) -> Hello:
         return Hello(
             cluster=self.cluster_id, node=self.node_id, kind=kind, to=to, address=self.address
@@ -377,6 +385,8 @@ class Node:
 
     def _check(self, kind: str) -> Callable[[Hello], KVError | None]:
         def refusal(hello: Hello) -> KVError | None:
+            if kind == "client" and self._refusal is not None:
+                return self._refusal
             if not self.cluster_id:
                 return NotReady("the node is not a member of a cluster yet: run kvctl init")
             if hello.kind != kind:
