@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 THREADS_MAX = 4
 LOOP_LAG_EVERY_S = 0.1
+OF_THE_DISK = "lost+found"  # a directory at the top of a file system, which is nobody's
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 
 
@@ -51,6 +52,7 @@ class ProductionAdapters:
         self._directory = Path()
         self._loop_lag = _LoopLag()
         self._lock = -1
+        self._locked_by = 0  # process id
 
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
@@ -71,6 +73,7 @@ class ProductionAdapters:
             raise DataDirectoryError(
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
+        self._locked_by = os.getpid()
         if not (self._directory / FILE_NAME).exists() and any(self._directory.glob("wal/*.log")):
             # the log is begun after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
             self._unlock()
@@ -82,8 +85,8 @@ class ProductionAdapters:
     def open_engine(self, *, empty: bool = False) -> RocksEngine:
         path = self._directory / "rocks"
         if empty:
-            shutil.rmtree(path, ignore_errors=True)
-            shutil.rmtree(self._directory / "wal", ignore_errors=True)
+            _empty(path)
+            _empty(self._directory / "wal")
         storage = self._config.storage
         config = RocksConfig(
             block_cache_bytes=storage.cache_bytes, write_buffer_bytes=storage.write_buffer_bytes
@@ -115,8 +118,28 @@ class ProductionAdapters:
 
     def _unlock(self) -> None:
         if self._lock >= 0:
+            if (
+                os.getpid() == self._locked_by
+            ):  # not a forked child that tidies up: the lock is its parent's
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child may hold the file open still
             os.close(self._lock)
             self._lock = -1
+
+
+def _empty(directory: Path) -> None:
+    """Of what is in it, or where it links to. Raises: DataDirectoryError: something stayed."""
+    try:  # the directory itself stays: it may be a link, or a disk of its own
+        for each in directory.iterdir() if directory.exists() else ():
+            if each.is_dir() and not each.is_symlink():
+                if each.name != OF_THE_DISK:
+                    shutil.rmtree(each)
+            else:
+                each.unlink()
+    except OSError as error:
+        raise DataDirectoryError(
+            f"{directory} cannot be emptied ({error.strerror}): remove what an unfinished `kvctl init` left there, or name "
+            "another --dir"
+        ) from error
 
 
 class _LoopLag:

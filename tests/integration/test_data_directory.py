@@ -3,6 +3,8 @@ with a typed error and left as it is; a range whose vote may be forgotten is not
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,51 @@ async def test_what_an_unfinished_initialisation_left_is_no_obstacle(tmp_path):
     (tmp_path / "rocks" / "000004.log").write_bytes(b"x")
     async with kvstore.open(tmp_path) as db:
         await db.put(b"a", b"1")
+
+
+@pytest.mark.parametrize("name", ["rocks", "wal"])
+async def test_what_an_unfinished_initialisation_left_behind_a_link_is_removed_too(tmp_path, name):
+    """`rocks` may be a link to another disk; rows that stayed there would belong to the new cluster."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "000004.old").write_bytes(b"x")
+    (tmp_path / "other" / "lost+found").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).symlink_to("../other")
+    async with kvstore.open(tmp_path / "data") as db:
+        await db.put(b"a", b"1")
+    assert not (tmp_path / "other" / "000004.old").exists()
+    assert (tmp_path / "data" / name).is_symlink()
+    assert any((tmp_path / "other").iterdir())
+    async with kvstore.open(tmp_path / "data") as db:
+        assert await db.get(b"a") == b"1"
+
+
+async def test_what_cannot_be_removed_is_no_beginning_of_a_cluster(tmp_path, monkeypatch):
+    (tmp_path / "rocks" / "old").mkdir(parents=True)
+
+    def refusing(path, *_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    error = await refusal(tmp_path)
+    assert isinstance(error, DataDirectoryError)
+    assert "rocks cannot be emptied (Permission denied)" in str(error)
+    assert not (tmp_path / "node.toml").exists()
+
+
+async def test_a_directory_is_free_after_close_though_a_forked_child_holds_its_files(tmp_path):
+    """A lock belongs to the open file, which a child that forked inherits: closing our descriptor is not enough."""
+    config = NodeConfig()
+    adapters = EmbeddedAdapters(config)
+    node = Node(str(tmp_path), ADDRESS, "", config, adapters)
+    await node.start()
+    inherited = os.dup(adapters._lock)
+    try:
+        await node.stop(drain=False)
+        async with kvstore.open(tmp_path) as db:
+            await db.put(b"a", b"1")
+    finally:
+        os.close(inherited)
 
 
 async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data):

@@ -118,7 +118,7 @@ async def test_a_node_starts_again_under_the_address_of_its_plan(tmp_path, adver
 
 
 async def test_a_name_that_is_listened_at_is_the_nodes_address_and_port_0_becomes_the_real_one(
-    tmp_path,
+    tmp_path, monkeypatch
 ):
     found = []
     for listen in ("localhost:0", "name:1"):
@@ -127,7 +127,7 @@ async def test_a_name_that_is_listened_at_is_the_nodes_address_and_port_0_become
         async def serve(*_):
             return "127.0.0.1:9"
 
-        adapters.serve = serve
+        monkeypatch.setattr(adapters, "serve", serve)
         node = Node(str(tmp_path), listen, "", NodeConfig(), adapters)
         await node.start()
         found.append(node.address)
