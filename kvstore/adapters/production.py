@@ -87,6 +87,12 @@ class ProductionAdapters:
         if empty:
             _empty(path)
             _empty(self._directory / "wal")
+        elif not (path / "CURRENT").exists():
+            # RocksDB would make an empty one: a member that knows nothing of its ranges, and seems to be well
+            raise DataDirectoryError(
+                f"{self._directory} belongs to a member of a cluster, but its rows are gone ({path} holds none): put rocks and "
+                "wal back as they were, or name the right --dir"
+            )
         storage = self._config.storage
         config = RocksConfig(
             block_cache_bytes=storage.cache_bytes, write_buffer_bytes=storage.write_buffer_bytes

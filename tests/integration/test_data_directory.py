@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
@@ -104,15 +105,26 @@ async def test_a_directory_is_free_after_close_though_a_forked_child_holds_its_f
         os.close(inherited)
 
 
-async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data):
-    kept = (data / "rocks").rename(data.parent / "rocks")
+@pytest.mark.parametrize("lost", [["rocks"], ["rocks", "wal"]])
+async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data, lost):
+    for name in lost:
+        (data / name).rename(data.parent / name)
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "put rocks and wal back" in str(error)
+    assert not any((data / name).exists() for name in lost)
+    for name in lost:
+        (data.parent / name).rename(data / name)
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k1") == b"v"
+
+
+async def test_with_rows_of_nothing_a_node_does_not_start_either(data):
+    shutil.rmtree(data / "rocks")
+    RocksEngine(data / "rocks", RocksConfig()).close()
     error = await refusal(data)
     assert isinstance(error, CorruptionError)
     assert "the log has ranges [1, 2, 3] of which the engine has no rows" in str(error)
-    shutil.rmtree(data / "rocks")
-    kept.rename(data / "rocks")
-    async with kvstore.open(data) as db:
-        assert await db.get(b"k1") == b"v"
 
 
 async def test_without_its_log_a_node_does_not_start(data):
