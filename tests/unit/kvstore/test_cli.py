@@ -36,7 +36,7 @@ from kvstore.operations import (
     parse_script,
 )
 from replication.errors import LogFormatError
-from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase
+from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase, FakeEntry
 
 # --- bytes as text
 
@@ -280,6 +280,18 @@ def test_scan_prints_rows_in_order_and_says_when_there_are_more(kvctl, database)
     assert [line.split() for line in done.stdout.splitlines()] == [["key", "value"], ["a", "1"]]
     assert "more than 1" in done.stderr
     assert kvctl("scan", "--keys-only", "--reverse").stdout == "b\\x00\na\n"
+
+
+def test_a_table_in_a_pipe_has_tabs_between_its_cells_and_a_line_for_each_row_however_long(
+    kvctl, database
+):
+    database.rows[b"a"] = FakeEntry(b"a", b"x y" * 10_000, 1)
+    lines = kvctl("scan").stdout.splitlines()
+    assert [line.split("\t") for line in lines] == [
+        ["key", "value"],
+        ["a", "x y" * 10_000],
+        [r"b\x00", r"\xff"],
+    ]
 
 
 def test_scan_as_json(kvctl):
