@@ -190,7 +190,11 @@ class _Gateway:
                 raise
             except Exception as error:  # a bug of ours is logged and answered
                 outcome = "internal_error"
-                log.exception("http request failed", path=request.path, method=request.method)
+                resource = request.match_info.route.resource
+                route = (
+                    resource.canonical if resource is not None else ""
+                )  # the path would have the user's key
+                log.exception("http request failed", route=route, method=request.method)
                 return _error_response(_internal_error(request, error))
             finally:
                 if operation and self._observe is not None:

@@ -454,6 +454,14 @@ async def test_a_bug_of_ours_is_an_internal_error_that_tells_no_secrets(
     assert "secret" not in json.dumps(body)
 
 
+async def test_the_log_of_a_bug_of_ours_has_the_route_and_not_the_key(http, database, caplog):
+    database.fails = RuntimeError("broken")
+    await http.get("/v1/kv/users-key")
+    (record,) = [each for each in caplog.records if each.getMessage() == "http request failed"]
+    assert vars(record)["route"] == "/v1/kv/{key}"
+    assert not any("users-key" in str(field) for field in vars(record).values())
+
+
 def test_every_code_has_a_status_of_its_own_kind():
     for code, cls in CODES.items():
         if not cls.__module__.startswith("kvstore"):
