@@ -10,6 +10,7 @@ B1 The ranges cover the whole key space once.
 B2 Range ids are unique, and range 1 is the meta range, [FF 00, FF 01).
 B3 Every range has its replicas on different nodes, with different ids from 1.
 B4 (of `plan`) the first replica, the preferred leader, moves over the nodes from range to range.
+B5 The directory of the ranges and nodes fits a message, however long the split keys are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ SYSTEM_START: Final = b"\xff"
 REPLICAS_DEFAULT: Final = 3
 NODES_MAX: Final = 1_000
 SPLITS_MAX: Final = 10_000
+DIRECTORY_BYTES_MAX: Final = 4 << 20  # every client learns all ranges and nodes in one message
+_RANGE_BYTES, _REPLICA_BYTES, _NODE_BYTES = (
+    48,
+    20,
+    16,
+)  # about what each takes there, beside its texts
 
 _TIME_DIGITS, _RANDOM_DIGITS, _DIGEST_DIGITS = 12, 12, 8
 
@@ -120,8 +127,9 @@ def plan(
 
 
 def check(request: InitRequest) -> None:
-    """For nodes that receive one: B1 to B3 hold, we are in it and all can be reached, or raises InvalidArgument."""
+    """For nodes that receive one: B1 to B3 and B5 hold, we are in it and all can be reached, or raises InvalidArgument."""
     _check_addresses([node.address for node in request.nodes])
+    _check_directory(request)
     node_ids = [node.node_id for node in request.nodes]
     if not node_ids or len(dict.fromkeys(node_ids)) != len(node_ids) or min(node_ids) < 1:
         raise InvalidArgument("node ids must be different numbers from 1")
@@ -212,6 +220,17 @@ def _check_splits(splits: Sequence[bytes]) -> None:
             raise KeyTooLarge(f"a split key has at most {limits.KEY_BYTES_MAX} bytes: {len(key)}")
     if len(dict.fromkeys(splits)) != len(splits):
         raise InvalidArgument("a split key is given twice")
+
+
+def _check_directory(request: InitRequest) -> None:
+    size = sum(len(node.address) + _NODE_BYTES for node in request.nodes)
+    for each in request.ranges:
+        bounds = len(each.start) + len(each.end)
+        size += bounds + _RANGE_BYTES + _REPLICA_BYTES * len(each.replicas)
+    if size > DIRECTORY_BYTES_MAX:
+        raise InvalidArgument(
+            f"the ranges and nodes take {size} bytes to name; at most {DIRECTORY_BYTES_MAX}: fewer or shorter split keys"
+        )
 
 
 def _digest(addresses: Sequence[str], splits: Sequence[bytes], replicas: int) -> str:
