@@ -417,6 +417,14 @@ def test_an_unknown_key_is_told_in_one_line(tmp_path):
         assert "raft.election_timeout" in done.stderr
 
 
+def test_a_file_with_members_to_join_is_not_valid_as_no_node_would_start_with_it(tmp_path):
+    file = tmp_path / "node.conf.toml"
+    file.write_text("[node]\njoin = ['h:1']\n")
+    done = CliRunner().invoke(server.app, ["config", "validate", str(file)])
+    assert done.exit_code == 2
+    assert "node.join" in done.stderr
+
+
 def test_start_without_a_directory_says_what_to_do():
     done = CliRunner().invoke(server.app, ["start"])
     assert done.exit_code == 2
