@@ -297,9 +297,8 @@ class Node:
             on_fatal=self._on_fatal,
             limits=HostLimits(inbox_bytes_max=config.limits.inbox_bytes),
         )
-        leadership = self.leadership = Leadership(
-            host, store, peers, adapters.clock, config.raft.election_timeout_s
-        )
+        timeout_s = config.raft.election_timeout_s
+        leading = self.leadership = Leadership(host, store, peers, adapters.clock, timeout_s)
         self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)
         store.on_deadline = self._arm
@@ -313,7 +312,7 @@ class Node:
         self._tasks = [
             loop.create_task(host.run()),
             loop.create_task(self._flush_forever()),
-            loop.create_task(leadership.balance_forever()),
+            loop.create_task(leading.balance_forever()),
         ]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
