@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +17,7 @@ from kvstore.adapters.http_server import add_routes
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_directory
-from kvstore.adapters.ws_transport import WsNetwork
+from kvstore.adapters.ws_transport import WsNetwork, connections_max
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
 from kvstore.identity import FILE_NAME
@@ -95,7 +96,9 @@ class ProductionAdapters:
             )
         storage = self._config.storage
         config = RocksConfig(
-            block_cache_bytes=storage.cache_bytes, write_buffer_bytes=storage.write_buffer_bytes
+            block_cache_bytes=storage.cache_bytes,
+            write_buffer_bytes=storage.write_buffer_bytes,
+            open_files_max=_tables_open_max(),
         )
         return RocksEngine(path, config)
 
@@ -130,6 +133,12 @@ class ProductionAdapters:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child may hold the file open still
             os.close(self._lock)
             self._lock = -1
+
+
+def _tables_open_max() -> int:
+    """Half of the files that connections leave (`connections_max`): the log, and whatever else there is, have the rest."""
+    most = connections_max()
+    return -1 if most == sys.maxsize else most // 6
 
 
 def _empty(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,20 @@ async def test_a_range_of_which_the_rotten_log_says_nothing_is_not_begun_anew(da
         assert "vote" in node.host.refused[3]
     finally:
         await node.stop(drain=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "tables"), [(1_024, 128), (65_536, 8_192), (resource.RLIM_INFINITY, -1)]
+)
+async def test_rows_keep_no_more_files_open_than_the_process_may_have(
+    tmp_path, monkeypatch, files, tables
+):
+    """A file for each 64 MiB: 16 GiB of them were all that a process with 1,024 has beside its connections."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+    (options,) = sorted((tmp_path / "rocks").glob("OPTIONS-*"))[-1:]
+    assert f"max_open_files={tables}\n" in options.read_text()
 
 
 def test_a_program_that_opens_a_store_prints_what_it_prints_and_nothing_else(tmp_path):
