@@ -10,6 +10,7 @@ B1 The ranges cover the whole key space once.
 B2 Range ids are unique, and range 1 is the meta range, [FF 00, FF 01).
 B3 Every range has its replicas on different nodes, with different ids from 1.
 B4 (of `plan`) the first replica, the preferred leader, moves over the nodes from range to range.
+B5 The directory of the ranges and nodes fits a message, however long the split keys are.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ SYSTEM_START: Final = b"\xff"
 REPLICAS_DEFAULT: Final = 3
 NODES_MAX: Final = 1_000
 SPLITS_MAX: Final = 10_000
+DIRECTORY_BYTES_MAX: Final = 4 << 20  # every client learns all ranges and nodes in one message
+_RANGE_BYTES, _REPLICA_BYTES, _NODE_BYTES = (
+    48,
+    20,
+    16,
+)  # about what each takes there, beside its texts
 
 _TIME_DIGITS, _RANDOM_DIGITS, _DIGEST_DIGITS = 12, 12, 8
 
@@ -120,7 +127,9 @@ def plan(
 
 
 def check(request: InitRequest) -> None:
-    """For nodes that receive one: B1 to B3 hold and we are in it, or raises InvalidArgument."""
+    """For nodes that receive one: B1 to B3 and B5 hold, we are in it and all can be reached, or raises InvalidArgument."""
+    _check_addresses([node.address for node in request.nodes])
+    _check_directory(request)
     node_ids = [node.node_id for node in request.nodes]
     if not node_ids or len(dict.fromkeys(node_ids)) != len(node_ids) or min(node_ids) < 1:
         raise InvalidArgument("node ids must be different numbers from 1")
@@ -154,7 +163,8 @@ def parse_address(text: str) -> tuple[str, int]:
     elif ":" in host:
         raise InvalidArgument(f"write an IPv6 address in brackets, as in [::1]:7400: {text!r}")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
-    if not colon or not host or not 0 <= number <= 65535 or "/" in host or " " in host:
+    strange = any(each in '/"\\ ' or not each.isprintable() for each in host)
+    if not colon or not host or not 0 <= number <= 65535 or strange:
         raise InvalidArgument(f"not an address of the form HOST:PORT: {text!r}")
     return host, number
 
@@ -192,6 +202,8 @@ def _check_addresses(addresses: Sequence[str]) -> None:
     if len(addresses) > NODES_MAX:
         raise InvalidArgument(f"{len(addresses)} nodes are more than {NODES_MAX}")
     for address in addresses:
+        if address != address.strip():
+            raise InvalidArgument(f"no spaces around an address: {address!r}")
         if parse_address(address)[1] == 0:
             raise InvalidArgument(f"port 0 is not an address that others can reach: {address!r}")
     if len(dict.fromkeys(addresses)) != len(addresses):
@@ -208,6 +220,17 @@ def _check_splits(splits: Sequence[bytes]) -> None:
             raise KeyTooLarge(f"a split key has at most {limits.KEY_BYTES_MAX} bytes: {len(key)}")
     if len(dict.fromkeys(splits)) != len(splits):
         raise InvalidArgument("a split key is given twice")
+
+
+def _check_directory(request: InitRequest) -> None:
+    size = sum(len(node.address) + _NODE_BYTES for node in request.nodes)
+    for each in request.ranges:
+        bounds = len(each.start) + len(each.end)
+        size += bounds + _RANGE_BYTES + _REPLICA_BYTES * len(each.replicas)
+    if size > DIRECTORY_BYTES_MAX:
+        raise InvalidArgument(
+            f"the ranges and nodes take {size} bytes to name; at most {DIRECTORY_BYTES_MAX}: fewer or shorter split keys"
+        )
 
 
 def _digest(addresses: Sequence[str], splits: Sequence[bytes], replicas: int) -> str:

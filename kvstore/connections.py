@@ -1,7 +1,8 @@
 """Clients of this node: requests come in as whole messages, answers leave once a turn, one message for each connection.
 
-A client that does not take its answers is cut off when its bounded queue is full: nobody's answers wait in memory. One that
-asks for more than `requests_max` things at once is told Throttled, so that it cannot take all that the node has room for.
+Nobody's answers wait in memory: what a client reads faster than it takes it is told Throttled, as far as the bounded queue
+has no room; a client that does not even take that, or the answers to its writes, is cut off. One that asks for more than
+`requests_max` things at once is told Throttled, so that it cannot take all that the node has room for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ UNSENDABLE: Final = "the answer is too large for a message, or nothing that one 
 RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
 ROW_OVERHEAD_BYTES: Final = 20  # of a row in an answer: its version, and three lengths
+KEPT_BYTES: Final = 2 << 20  # of the queue, which large answers to reads leave to all others
+FULL: Final = "this connection has no room for the answer until earlier ones were taken"
+FULL_RETRY_AFTER_S: Final = 0.1  # the client takes megabytes first
+FAILURE_BYTES: Final = 256  # more than the answer that says so
 
 _decode: Final = msgspec.msgpack.Decoder(list[Request])
 
@@ -87,7 +92,8 @@ class ClientConnection:
             refused.append(reply)
 
         while replies:
-            for part in _parts(replies):
+            for part, size in _parts(replies):
+                self._shed(part, size)
                 for payload in payloads(REPLIES, part, refuse):
                     if not self._stream.send(payload) and self._stream.is_open:
                         self._connections.cut_off += 1
@@ -95,6 +101,28 @@ class ClientConnection:
                         return
             replies = [Failure(each.id, "internal_error", UNSENDABLE) for each in refused]
             refused.clear()
+
+    def _shed(self, part: list[Reply], size: int) -> None:
+        """What does not fit beside what waits can be read again: of such answers, the largest become small failures.
+
+        An answer to a write never does: its asker could not tell what has happened. Nothing is shed from an empty queue,
+        so however small that is, who asks again gets something each time.
+        """
+        stream = self._stream
+        excess = size + KEPT_BYTES - stream.room_bytes
+        if excess <= 0 or not stream.queue_bytes:
+            return
+        sizes = [
+            _size_of(reply) if isinstance(reply, (ReadReply, ScanReply, Changed)) else 0
+            for reply in part
+        ]
+        for place in sorted(range(len(part)), key=sizes.__getitem__, reverse=True):
+            if excess <= 0 or sizes[place] <= FAILURE_BYTES:
+                return
+            details = {"retry_after": FULL_RETRY_AFTER_S}
+            part[place] = Failure(part[place].id, "throttled", FULL, details)
+            self._connections.throttled += 1
+            excess -= sizes[place] - FAILURE_BYTES
 
 
 class Connections:
@@ -124,19 +152,19 @@ class Connections:
             connection.flush()
 
 
-def _parts(replies: list[Reply]) -> list[list[Reply]]:
-    """Cut so that no message is too large; nearly always it is one."""
-    parts: list[list[Reply]] = []
+def _parts(replies: list[Reply]) -> list[tuple[list[Reply], int]]:
+    """Cut so that no message is too large, with about the bytes of each; nearly always it is one."""
+    parts: list[tuple[list[Reply], int]] = []
     part: list[Reply] = []
     size = 0
     for reply in replies:
         taken = _size_of(reply)
         if part and size + taken > MESSAGE_BYTES:
-            parts.append(part)
+            parts.append((part, size))
             part, size = [], 0
         part.append(reply)
         size += taken
-    parts.append(part)
+    parts.append((part, size))
     return parts
 
 

@@ -2,6 +2,9 @@
 
 The directory belongs to one process at a time, and opens again at once after `close`. It is a cluster of one node: it can
 be started by `kvstore start --dir` later only under the address that it was given here, so it stays an embedded one.
+
+A store that fails (its disk, say) ends by itself, not the process: from then on every call raises what it failed of, and a
+write that was under way is CommitUnknown. Close it, and open it again once the reason is gone.
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ from kvstore.adapters.production import ProductionAdapters
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import NodeConfig, RaftSection
-from kvstore.errors import CorruptionError, DataDirectoryError, VersionMismatch
+from kvstore.errors import (
+    CorruptionError,
+    DataDirectoryError,
+    DiskFull,
+    KVError,
+    StorageError,
+    VersionMismatch,
+)
 from kvstore.node import Node
-from replication.errors import LogFormatError, LogMismatch
+from replication.errors import LogDiskFull, LogFormatError, LogMismatch, LogWriteFailed
 
 if TYPE_CHECKING:
     from kvstore.node import OnPipe
@@ -45,6 +55,7 @@ async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Da
     )
     adapters = EmbeddedAdapters(config)
     node = Node(os.fspath(path), ADDRESS, "", config, adapters)
+    node.fatal.add_done_callback(lambda failed: node.refuse_clients(_reason(failed.exception())))
     try:
         await node.start()
         if node.state == "waiting":
@@ -72,6 +83,18 @@ async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Da
             raise CorruptionError(f"{path}: {error}") from error
         raise
     return database
+
+
+def _reason(error: BaseException | None) -> KVError:
+    """Why the store failed, as an error after which no client tries again."""
+    if isinstance(error, KVError) and not error.retryable:
+        return error
+    text = f"the store failed, close it: {error}"
+    if isinstance(error, LogDiskFull):
+        return DiskFull(text)
+    if isinstance(error, LogWriteFailed):
+        return StorageError(text)
+    return KVError(text, code="internal_error")
 
 
 async def _stop(node: Node) -> None:

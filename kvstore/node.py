@@ -15,17 +15,19 @@ import msgspec
 
 from kvstore import identity as identities
 from kvstore import logs
-from kvstore.bootstrap import InitRequest, check
+from kvstore.bootstrap import InitRequest, check, parse_address
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import (
     ConfigError,
     DataDirectoryError,
+    InvalidArgument,
     KVError,
     NodeStopped,
     NotReady,
     WrongCluster,
 )
+from kvstore.leadership import Leadership
 from kvstore.link import MESSAGE_OVERHEAD_BYTES, Hello, LinkLimits, WrongNode
 from kvstore.measures import NodeMeasures
 from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_PATH, PeerSet
@@ -39,10 +41,10 @@ from kvstore.status import node_locks, node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
 from replication.codec import decode_membership, decode_messages
-from replication.errors import FrameError, LogMismatch, NotLeader, ProposalDropped
+from replication.errors import FrameError, LogMismatch
 from replication.host import Host
 from replication.ports import LogFiles
-from replication.probes import chance, reached
+from replication.probes import chance
 from replication.turns import HostLimits
 from replication.wal import GroupLog, Wal
 from txn import keycode
@@ -53,11 +55,6 @@ if TYPE_CHECKING:
 
 CLIENT_PATH: Final = "/v1/stream"
 FLUSH_CHECK_S: Final = 0.5
-BALANCE_S: Final = 1.0
-DRAIN_S: Final = 2.0
-DRAIN_TERMS_MAX: Final = 3
-HANDOVER_DOUBLINGS: Final = 6  # of the pause between two hand-overs in vain
-CAUGHT_UP_ENTRIES: Final = 64
 
 log = logs.logger("kvstore.node")
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
@@ -117,6 +114,7 @@ class Node:
         self.host: Host | None = None
         self.engine: Engine | None = None
         self.peers: PeerSet | None = None
+        self.leadership: Leadership | None = None
         self.connections = Connections(config.limits.requests_per_connection)
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started_at = adapters.clock.monotonic()
@@ -134,12 +132,9 @@ class Node:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._initializing = asyncio.Lock()
+        self._refusal: KVError | None = None  # what clients are told instead of an answer
         self._flushed_bytes = 0.0
         self._flushed_at = self.started_at
-        self._preferred: dict[int, int] = {}
-        self._handovers: dict[
-            int, tuple[int, float]
-        ] = {}  # range -> (in vain so far, not again before)
         self._link_limits = LinkLimits(
             queue_bytes_max=config.network.queue_bytes + MESSAGE_OVERHEAD_BYTES,
             ping_interval_s=config.network.ping_interval_s,
@@ -161,9 +156,9 @@ class Node:
                 "a node cannot join a running cluster yet: name all nodes in `kvctl init`, and start this one without "
                 "--join (node.join)"
             )
-        self.address = await self.adapters.serve(self._listen, self._on_pipe, self)
-        if self._advertise:
-            self.address = self._advertise
+        served_at = await self.adapters.serve(self._listen, self._on_pipe, self)
+        if not self._advertise and parse_address(self._listen)[1] == 0:
+            self.address = served_at
         if found is None:
             self.state = "waiting"
             log.info("waiting", address=self.address, hint="run kvctl init")
@@ -172,18 +167,18 @@ class Node:
 
     def _check_address(self, found: identities.Identity) -> None:
         """The others look for this node at the address of init; elsewhere, this is the directory of another node."""
-        address = self._advertise or self._listen
         known = {node.node_id: node.address for node in found.nodes}[found.node_id]
-        if address != known:
+        if self.address != known:
             raise DataDirectoryError(
-                f"{self._directory} belongs to node {found.node_id}, which is at {known}, not at {address}:"
+                f"{self._directory} belongs to node {found.node_id}, which is at {known}, not at {self.address}:"
                 " name the right --dir, or start it with that --listen or --advertise"
             )
 
     async def initialize(self, request: InitRequest) -> None:
         """Become a member of a new cluster. Again with the same request: nothing.
 
-        Raises: WrongCluster, InvalidArgument, NotReady, StorageError. It can be tried again, unless the node failed.
+        Raises: WrongCluster, InvalidArgument (a wrong plan, or another address than ours), NotReady, StorageError. It can be
+        tried again, unless the node failed.
         """
         check(request)
         if self.cluster_id:
@@ -194,6 +189,7 @@ class Node:
             return
         if self._initializing.locked() or self.state != "waiting":
             raise NotReady("an initialisation is under way; try again")
+        self._check_plan(request)
         async with self._initializing:
             engine = self.adapters.open_engine(empty=True)
             try:
@@ -211,13 +207,22 @@ class Node:
                 self._on_fatal(error)  # a member that is half open: only a new start helps
                 raise
 
+    def _check_plan(self, request: InitRequest) -> None:
+        """Under another address than ours, the next start would refuse the directory (`_check_address`)."""
+        planned = {node.node_id: node.address for node in request.nodes}[request.your_node_id]
+        if planned != self.address:
+            raise InvalidArgument(
+                f"this node is at {self.address}, not at {planned}: start it with --advertise {planned}, or give "
+                f"`kvctl init` {self.address}"
+            )
+
     async def stop(self, drain: bool = True) -> None:
         """Hand over leadership (drain), then end everything in order. May be called again."""
         if self.state == "stopped":
             return
-        if drain and self.host is not None and self.host.failure is None:
+        if drain and self.leadership is not None and self.host and self.host.failure is None:
             self.state = "draining"
-            await self._drain()
+            await self.leadership.drain()
         self.state = "stopped"
         async with self._initializing:
             pass  # it looks at the state when it goes on: nothing is opened behind our back
@@ -292,6 +297,8 @@ class Node:
             on_fatal=self._on_fatal,
             limits=HostLimits(inbox_bytes_max=config.limits.inbox_bytes),
         )
+        timeout_s = config.raft.election_timeout_s
+        leading = self.leadership = Leadership(host, store, peers, adapters.clock, timeout_s)
         self._remote = RemoteRanges(self, self._link_limits)
         store.attach(host, self._remote)
         store.on_deadline = self._arm
@@ -305,7 +312,7 @@ class Node:
         self._tasks = [
             loop.create_task(host.run()),
             loop.create_task(self._flush_forever()),
-            loop.create_task(self._balance_forever()),
+            loop.create_task(leading.balance_forever()),
         ]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
@@ -321,6 +328,7 @@ class Node:
         assert self.store is not None
         assert self.host is not None
         assert self.engine is not None
+        assert self.leadership is not None
         found = self.engine.scan(keycode.RANGE, bytes([keycode.RANGE[0] + 1]))
         rows = [decode_range_row(data) for _, data in found]
         known = {row.range_id: row for row in rows}
@@ -336,7 +344,7 @@ class Node:
             stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
             assert stored is not None, "a range has its configuration row"
             config = _decode_config(stored)
-            self._preferred[row.range_id] = config.preferred_node
+            self.leadership.preferred[row.range_id] = config.preferred_node
             replica = self.store.add(row, config)
             self.host.add_group(
                 row.range_id,
@@ -362,6 +370,13 @@ class Node:
 
     # -- streams
 
+    def refuse_clients(self, error: KVError) -> None:
+        """End their streams, and tell `error` to those that come from now on: for clients that have no other node."""
+        self._refusal = error
+        for stream in list(self._streams.values()):
+            if stream.peer.kind == "client":
+                stream.abort()
+
     def _hello(self, kind: str, to: int) -> Hello:
         return Hello(
             cluster=self.cluster_id, node=self.node_id, kind=kind, to=to, address=self.address
@@ -369,6 +384,8 @@ class Node:
 
     def _check(self, kind: str) -> Callable[[Hello], KVError | None]:
         def refusal(hello: Hello) -> KVError | None:
+            if kind == "client" and self._refusal is not None:
+                return self._refusal
             if not self.cluster_id:
                 return NotReady("the node is not a member of a cluster yet: run kvctl init")
             if hello.kind != kind:
@@ -485,88 +502,6 @@ class Node:
             return
         self.flushes += 1
         self.host.flushed(noted)
-
-    async def _balance_forever(self) -> None:
-        """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up.
-
-        A replica that follows well may still be unable to lead (its state is lost or damaged, its disk stuck). Each
-        hand-over to it in vain stops the range for an election timeout, so the next one waits twice as long.
-        """
-        while True:
-            await asyncio.sleep(BALANCE_S)
-            self._balance()
-
-    def _balance(self) -> None:
-        assert self.host is not None
-        assert self.store is not None
-        assert self.peers is not None
-        up = {each["node"] for each in self.peers.status() if each["up"]}
-        now = self.adapters.clock.monotonic()
-        for number, preferred in self._preferred.items():
-            replica = self.store.replicas.get(number)
-            if replica is None or replica.evaluator is None:
-                self._handovers.pop(number, None)
-                continue
-            in_vain, not_before = self._handovers.get(number, (0, 0.0))
-            if now < not_before:
-                continue
-            if chance("leadership_handed_on"):
-                preferred = next((n for _, n in replica.membership.nodes if n in up), preferred)
-            if preferred not in up:
-                continue
-            for replica_id, node in replica.membership.nodes:
-                if node == preferred and self._may_lead(number, replica_id):
-                    reached("leadership_balanced")
-                    pause_s = BALANCE_S * (1 << min(in_vain, HANDOVER_DOUBLINGS))
-                    self._handovers[number] = in_vain + 1, now + pause_s
-                    self._transfer(number, replica_id)
-
-    def _may_lead(self, number: int, replica_id: int) -> bool:
-        """Whether a follower would take over at once: it answered lately, and has all but the newest entries.
-
-        A stopped process keeps its streams up for a stall timeout; a transfer to it stops the range's writes in vain.
-        """
-        assert self.host is not None
-        status = self.host.raft(number).status()
-        peer = status["peers"].get(replica_id)
-        if peer is None:
-            return False
-        silent_s = self.adapters.clock.monotonic() - float(peer["acked_sent_at"])
-        lags = int(status["last"]) - int(peer["match"])
-        return silent_s < self.config.raft.election_timeout_s and lags <= CAUGHT_UP_ENTRIES
-
-    def _transfer(self, number: int, replica_id: int) -> None:
-        assert self.host is not None
-        try:
-            self.host.transfer_leadership(number, replica_id)
-        except (NotLeader, ProposalDropped):
-            pass  # the next round looks again
-
-    async def _drain(self) -> None:
-        """Leadership goes to others while we are still here to help them.
-
-        A range that keeps coming back is kept: the others are stopping too, and it would go to and fro until time is up.
-        """
-        assert self.host is not None
-        assert self.store is not None
-        assert self.peers is not None
-        up = {each["node"] for each in self.peers.status() if each["up"]}
-        until = self.adapters.clock.monotonic() + DRAIN_S
-        terms: dict[int, dict[int, None]] = {}  # range -> terms in which it is handed over
-        while self.adapters.clock.monotonic() < until:
-            led = [each for each in self.store.replicas.values() if each.evaluator is not None]
-            led = [each for each in led if any(n in up for _, n in each.membership.nodes)]
-            for each in led:
-                terms.setdefault(each.range_id, {})[self.host.raft(each.range_id).term] = None
-            led = [each for each in led if len(terms[each.range_id]) <= DRAIN_TERMS_MAX]
-            if not led:
-                return
-            for replica in led:
-                for replica_id, node in replica.membership.nodes:
-                    if node in up and self._may_lead(replica.range_id, replica_id):
-                        self._transfer(replica.range_id, replica_id)
-                        break
-            await asyncio.sleep(0.05)
 
     # -- what operators see
 

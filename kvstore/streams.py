@@ -18,7 +18,15 @@ from typing import Final
 
 from kvstore import logs
 from kvstore.errors import KVError, PipeClosed
-from kvstore.link import Hello, LinkCore, LinkLimits, LinkState, MalformedFrame, PeerStalled
+from kvstore.link import (
+    MESSAGE_OVERHEAD_BYTES,
+    Hello,
+    LinkCore,
+    LinkLimits,
+    LinkState,
+    MalformedFrame,
+    PeerStalled,
+)
 from kvstore.ports import FramePipe, Network
 from replication.errors import FrameError
 
@@ -99,6 +107,11 @@ class Stream:
     def queue_bytes(self) -> int:
         """What waits in our queue; what the pipe still holds is not in it."""
         return self._core.queue_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """The largest message that `send` would queue now; what the wire takes at once comes on top."""
+        return self._core.limits.queue_bytes_max - self._core.queue_bytes - MESSAGE_OVERHEAD_BYTES
 
     @property
     def rtt_s(self) -> float:

@@ -190,7 +190,11 @@ class _Gateway:
                 raise
             except Exception as error:  # a bug of ours is logged and answered
                 outcome = "internal_error"
-                log.exception("http request failed", path=request.path, method=request.method)
+                resource = request.match_info.route.resource
+                route = (
+                    resource.canonical if resource is not None else ""
+                )  # the path would have the user's key
+                log.exception("http request failed", route=route, method=request.method)
                 return _error_response(_internal_error(request, error))
             finally:
                 if operation and self._observe is not None:
@@ -274,6 +278,7 @@ class _Gateway:
         identity = {
             "cluster_id": node.cluster_id,
             "node_id": node.node_id,
+            "address": status.get("address", ""),
             "state": state,
             "empty": empty,
             "heard": status.get("heard", []),  # members that were ever connected

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +17,7 @@ from kvstore.adapters.http_server import add_routes
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_directory
-from kvstore.adapters.ws_transport import WsNetwork
+from kvstore.adapters.ws_transport import WsNetwork, connections_max
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
 from kvstore.identity import FILE_NAME
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 THREADS_MAX = 4
 LOOP_LAG_EVERY_S = 0.1
+OF_THE_DISK = "lost+found"  # a directory at the top of a file system, which is nobody's
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
 
 
@@ -51,6 +53,7 @@ class ProductionAdapters:
         self._directory = Path()
         self._loop_lag = _LoopLag()
         self._lock = -1
+        self._locked_by = 0  # process id
 
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
@@ -71,6 +74,7 @@ class ProductionAdapters:
             raise DataDirectoryError(
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
+        self._locked_by = os.getpid()
         if not (self._directory / FILE_NAME).exists() and any(self._directory.glob("wal/*.log")):
             # the log is begun after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
             self._unlock()
@@ -82,11 +86,19 @@ class ProductionAdapters:
     def open_engine(self, *, empty: bool = False) -> RocksEngine:
         path = self._directory / "rocks"
         if empty:
-            shutil.rmtree(path, ignore_errors=True)
-            shutil.rmtree(self._directory / "wal", ignore_errors=True)
+            _empty(path)
+            _empty(self._directory / "wal")
+        elif not (path / "CURRENT").exists():
+            # RocksDB would make an empty one: a member that knows nothing of its ranges, and seems to be well
+            raise DataDirectoryError(
+                f"{self._directory} belongs to a member of a cluster, but its rows are gone ({path} holds none): put rocks and "
+                "wal back as they were, or name the right --dir"
+            )
         storage = self._config.storage
         config = RocksConfig(
-            block_cache_bytes=storage.cache_bytes, write_buffer_bytes=storage.write_buffer_bytes
+            block_cache_bytes=storage.cache_bytes,
+            write_buffer_bytes=storage.write_buffer_bytes,
+            open_files_max=_tables_open_max(),
         )
         return RocksEngine(path, config)
 
@@ -115,8 +127,34 @@ class ProductionAdapters:
 
     def _unlock(self) -> None:
         if self._lock >= 0:
+            if (
+                os.getpid() == self._locked_by
+            ):  # not a forked child that tidies up: the lock is its parent's
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child may hold the file open still
             os.close(self._lock)
             self._lock = -1
+
+
+def _tables_open_max() -> int:
+    """Half of the files that connections leave (`connections_max`): the log, and whatever else there is, have the rest."""
+    most = connections_max()
+    return -1 if most == sys.maxsize else most // 6
+
+
+def _empty(directory: Path) -> None:
+    """Of what is in it, or where it links to. Raises: DataDirectoryError: something stayed."""
+    try:  # the directory itself stays: it may be a link, or a disk of its own
+        for each in directory.iterdir() if directory.exists() else ():
+            if each.is_dir() and not each.is_symlink():
+                if each.name != OF_THE_DISK:
+                    shutil.rmtree(each)
+            else:
+                each.unlink()
+    except OSError as error:
+        raise DataDirectoryError(
+            f"{directory} cannot be emptied ({error.strerror}): remove what an unfinished `kvctl init` left there, or name "
+            "another --dir"
+        ) from error
 
 
 class _LoopLag:

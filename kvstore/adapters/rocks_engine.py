@@ -94,6 +94,7 @@ class RocksConfig:
     bloom_bits_per_key: int = 10
     bytes_per_sync: int = 1 * MIB  # written back early: the node log's fdatasync stays quick
     compress: bool = True
+    open_files_max: int = -1  # of tables kept open, 64 MiB each; -1: all
 
 
 class RocksEngine:
@@ -445,6 +446,7 @@ def _options(config: RocksConfig, cache: Cache) -> Options:
     options.set_level_compaction_dynamic_level_bytes(True)
     options.set_max_background_jobs(config.background_jobs_max)
     options.set_max_file_opening_threads(config.background_jobs_max)
+    options.set_max_open_files(config.open_files_max)
     options.set_bytes_per_sync(config.bytes_per_sync)
     options.set_allow_concurrent_memtable_write(False)  # there is one writer
     options.set_keep_log_file_num(4)

@@ -51,6 +51,7 @@ class Health(msgspec.Struct, frozen=True):
 
 def assess(reports: Mapping[str, Report | None]) -> Health:
     """Args: reports: by address, a node's status, or None if it does not answer."""
+    reports = distinct(reports)
     node_ids = _node_ids(reports)
     nodes = [
         _node(address, node_ids.get(address, 0), report) for address, report in reports.items()
@@ -68,6 +69,28 @@ def assess(reports: Mapping[str, Report | None]) -> Health:
     return Health(
         verdict, _cluster_id(reports), -1 if unavailable else tolerance, nodes, ranges, problems
     )
+
+
+def distinct(reports: Mapping[str, Report | None]) -> dict[str, Report | None]:
+    """Each node once, though it was asked at several addresses (an endpoint, and what it advertises): where it answers, and
+    of such addresses the one that the others know. Ids of several clusters say nothing of one another.
+    """
+    if len(_clusters(reports)) > 1:
+        return dict(reports)
+    node_ids = _node_ids(reports)
+    known = [address for report in reports.values() if report for address in addresses_of(report)]
+    best: dict[int, tuple[bool, bool]] = {}
+    chosen: dict[int, str] = {}
+    for address, report in reports.items():
+        rank = report is not None, address in known
+        node = node_ids.get(address, 0)
+        if node and (node not in best or rank > best[node]):
+            best[node], chosen[node] = rank, address
+    return {
+        address: report
+        for address, report in reports.items()
+        if chosen.get(node_ids.get(address, 0), address) == address
+    }
 
 
 def addresses_of(report: Report) -> list[str]:
@@ -165,9 +188,7 @@ def _problems(
             problems.append(f"{node.address} waits for `kvctl init`")
         elif node.state != "ready":
             problems.append(f"{node.address} is {node.state or 'of unknown state'}")
-    clusters = sorted(
-        {str(report.get("cluster", "")) for report in reports.values() if report} - {""}
-    )
+    clusters = _clusters(reports)
     if len(clusters) > 1:
         problems.append("these nodes are of different clusters: " + ", ".join(clusters))
     for kind in ("missing", "no quorum", "no leader", "under-replicated"):
@@ -181,6 +202,10 @@ def _problems(
             shown = ", ".join(ids[:10]) + (", ..." if len(ids) > 10 else "")
             problems.append(f"{len(ids)} range{'s'[: len(ids) > 1]} {kind}: {shown}")
     return problems
+
+
+def _clusters(reports: Mapping[str, Report | None]) -> list[str]:
+    return sorted({str(report.get("cluster", "")) for report in reports.values() if report} - {""})
 
 
 def _cluster_id(reports: Mapping[str, Report | None]) -> str:

@@ -34,8 +34,8 @@ def initialize(
     """Ask every node who it is, and send the plan to those that are empty. Nothing is sent unless all of them answer.
 
     Raises: InvalidArgument for bad addresses or split keys. Unavailable when a node does not answer in time. Refused
-    when one holds data, was a member and lost it, or their cluster was begun with other arguments. WrongCluster when they
-    are of several.
+    when one holds data, was a member and lost it, takes another address for its own, or their cluster was begun with other
+    arguments. WrongCluster when they are of several.
     """
     deadline = time.monotonic() + timeout_s
     created_ms, bits = time.time_ns() // 1_000_000, secrets.randbits(64)
@@ -53,6 +53,7 @@ def initialize(
     missing = []
     for request, address, identity in zip(requests, addresses, identities, strict=True):
         if not identity.get("cluster_id"):
+            _refuse_if_elsewhere(address, identity)
             _refuse_if_heard(address, request.your_node_id, identities)
             missing.append((address, request))
         elif int(identity.get("node_id", 0)) != request.your_node_id:
@@ -96,6 +97,16 @@ def _cluster_id_of(addresses: Sequence[str], identities: Sequence[dict[str, Any]
             + ", ".join(f"{a}: {c}" for c, a in found.items())
         )
     return next(iter(found), "")
+
+
+def _refuse_if_elsewhere(address: str, identity: dict[str, Any]) -> None:
+    """It would refuse the plan; but others would have taken theirs, and those cannot be changed any more."""
+    found = str(identity.get("address", "")) or address
+    if found != address:
+        raise Refused(
+            f"{address} takes {found} for its address; nothing was changed. Start it with --advertise {address}, or name "
+            f"{found} in --nodes"
+        )
 
 
 def _refuse_if_heard(address: str, node_id: int, identities: Sequence[dict[str, Any]]) -> None:

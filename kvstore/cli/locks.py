@@ -66,7 +66,7 @@ def reports(addresses: list[str], timeout_s: float) -> dict[str, Any]:
 
 def collect(addresses: list[str], timeout_s: float) -> Locks:
     """Of all nodes, those with waiters first. Raises: Unavailable: no node answers."""
-    known = reports(addresses, timeout_s)
+    known = health.distinct(reports(addresses, timeout_s))
     live = [address for address, report in known.items() if report is not None]
     if not live:
         raise Unavailable("no node answers")

@@ -1,4 +1,7 @@
-"""How command lines read and print: keys in a notation, tables for people, JSON for programs, errors as one line."""
+"""How command lines read and print: keys in a notation, tables for people, JSON for programs, errors as one line.
+
+Into a file or a pipe, a table goes as lines with tabs between the cells.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +25,7 @@ from kvstore.keytext import escape, unescape
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130
-WIDTH_WITHOUT_TERMINAL: Final = 10_000  # never wrap or cut what goes to a file or a pipe
+WIDTH_WITHOUT_TERMINAL: Final = 10_000  # of lines of text; rows of tables are as long as they are
 
 
 class Format(enum.StrEnum):
@@ -72,8 +76,22 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A plain table; cells are printed as they are (no markup)."""
+class Lines:
+    """A table for a file or a pipe: a line for each row, its cells with tabs between, nothing folded or filled up."""
+
+    def __init__(self, rows: Iterable[Sequence[object]]) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, _console: Console, _options: ConsoleOptions) -> RenderResult:
+        for row in self._rows:
+            yield Segment("\t".join(str(cell) for cell in row))
+            yield Segment.line()
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table | Lines:
+    """A plain table, or `Lines` if nobody watches; cells are printed as they are (no markup)."""
+    if not sys.stdout.isatty():
+        return Lines([columns, *rows])
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, overflow="fold")

@@ -129,7 +129,8 @@ def print_default() -> None:
 def validate(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
     """Exit 0 if a node would start with this file, 2 with the reason if not."""
     try:
-        configuration.validate(file)
+        if configuration.validate(file).node.join:
+            raise ConfigError("node.join: an empty node cannot join a cluster yet: leave it out")
     except KVError as error:
         _end(error, EXIT_USAGE)
     sys.stdout.write(f"{file}: ok\n")
@@ -201,7 +202,7 @@ def _run(settings: configuration.NodeConfig, asked: Start) -> int:
         if not isinstance(error, KVError | OSError | LogMismatch | LogFormatError):
             log.exception("node failed")
         sys.stderr.write(f"error: {code}: {' '.join(message.split())}\n")
-        return EXIT_ERROR
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
 
 
 def _tune_interpreter() -> None:

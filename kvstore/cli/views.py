@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kvstore.cli.health import Health, NodeHealth, RangeHealth
 from kvstore.cli.locks import Locks
-from kvstore.cli.output import Notation, table
+from kvstore.cli.output import Lines, Notation, table
 from kvstore.keytext import escape
 
 KEY_CHARACTERS_MAX: Final = 40
@@ -27,7 +27,7 @@ def status(health: Health) -> Group:
     return Group(*lines, Text(), nodes(health.nodes), Text(), Text(_summary(health.ranges)))
 
 
-def nodes(rows: Sequence[NodeHealth]) -> Table:
+def nodes(rows: Sequence[NodeHealth]) -> Table | Lines:
     cells = (
         (
             node.node_id or "?",
@@ -43,7 +43,7 @@ def nodes(rows: Sequence[NodeHealth]) -> Table:
     return table(("node", "address", "state", "replicas", "leaders", "uptime", "version"), cells)
 
 
-def ranges(rows: Sequence[RangeHealth]) -> Table:
+def ranges(rows: Sequence[RangeHealth]) -> Table | Lines:
     cells = (
         (
             each.range_id or "?",

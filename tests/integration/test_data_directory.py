@@ -3,6 +3,9 @@ with a typed error and left as it is; a range whose vote may be forgotten is not
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
@@ -57,15 +61,71 @@ async def test_what_an_unfinished_initialisation_left_is_no_obstacle(tmp_path):
         await db.put(b"a", b"1")
 
 
-async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data):
-    kept = (data / "rocks").rename(data.parent / "rocks")
+@pytest.mark.parametrize("name", ["rocks", "wal"])
+async def test_what_an_unfinished_initialisation_left_behind_a_link_is_removed_too(tmp_path, name):
+    """`rocks` may be a link to another disk; rows that stayed there would belong to the new cluster."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "000004.old").write_bytes(b"x")
+    (tmp_path / "other" / "lost+found").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).symlink_to("../other")
+    async with kvstore.open(tmp_path / "data") as db:
+        await db.put(b"a", b"1")
+    assert not (tmp_path / "other" / "000004.old").exists()
+    assert (tmp_path / "data" / name).is_symlink()
+    assert any((tmp_path / "other").iterdir())
+    async with kvstore.open(tmp_path / "data") as db:
+        assert await db.get(b"a") == b"1"
+
+
+async def test_what_cannot_be_removed_is_no_beginning_of_a_cluster(tmp_path, monkeypatch):
+    (tmp_path / "rocks" / "old").mkdir(parents=True)
+
+    def refusing(path, *_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    error = await refusal(tmp_path)
+    assert isinstance(error, DataDirectoryError)
+    assert "rocks cannot be emptied (Permission denied)" in str(error)
+    assert not (tmp_path / "node.toml").exists()
+
+
+async def test_a_directory_is_free_after_close_though_a_forked_child_holds_its_files(tmp_path):
+    """A lock belongs to the open file, which a child that forked inherits: closing our descriptor is not enough."""
+    config = NodeConfig()
+    adapters = EmbeddedAdapters(config)
+    node = Node(str(tmp_path), ADDRESS, "", config, adapters)
+    await node.start()
+    inherited = os.dup(adapters._lock)
+    try:
+        await node.stop(drain=False)
+        async with kvstore.open(tmp_path) as db:
+            await db.put(b"a", b"1")
+    finally:
+        os.close(inherited)
+
+
+@pytest.mark.parametrize("lost", [["rocks"], ["rocks", "wal"]])
+async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_ranges(data, lost):
+    for name in lost:
+        (data / name).rename(data.parent / name)
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "put rocks and wal back" in str(error)
+    assert not any((data / name).exists() for name in lost)
+    for name in lost:
+        (data.parent / name).rename(data / name)
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k1") == b"v"
+
+
+async def test_with_rows_of_nothing_a_node_does_not_start_either(data):
+    shutil.rmtree(data / "rocks")
+    RocksEngine(data / "rocks", RocksConfig()).close()
     error = await refusal(data)
     assert isinstance(error, CorruptionError)
     assert "the log has ranges [1, 2, 3] of which the engine has no rows" in str(error)
-    shutil.rmtree(data / "rocks")
-    kept.rename(data / "rocks")
-    async with kvstore.open(data) as db:
-        assert await db.get(b"k1") == b"v"
 
 
 async def test_without_its_log_a_node_does_not_start(data):
@@ -106,6 +166,20 @@ async def test_a_range_of_which_the_rotten_log_says_nothing_is_not_begun_anew(da
         assert "vote" in node.host.refused[3]
     finally:
         await node.stop(drain=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "tables"), [(1_024, 128), (65_536, 8_192), (resource.RLIM_INFINITY, -1)]
+)
+async def test_rows_keep_no_more_files_open_than_the_process_may_have(
+    tmp_path, monkeypatch, files, tables
+):
+    """A file for each 64 MiB: 16 GiB of them were all that a process with 1,024 has beside its connections."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+    (options,) = sorted((tmp_path / "rocks").glob("OPTIONS-*"))[-1:]
+    assert f"max_open_files={tables}\n" in options.read_text()
 
 
 def test_a_program_that_opens_a_store_prints_what_it_prints_and_nothing_else(tmp_path):

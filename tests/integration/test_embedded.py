@@ -16,6 +16,7 @@ import pytest
 
 import kvstore
 from kvstore import errors
+from kvstore.adapters.wal_files import DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import NodeConfig
@@ -23,6 +24,7 @@ from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.identity import FILE_NAME
 from kvstore.metrics import NodeMetrics
 from kvstore.node import Node
+from replication.errors import LogDiskFull, LogWriteFailed
 
 
 async def test_what_was_written_is_there_after_reopening(tmp_path):
@@ -162,6 +164,57 @@ async def test_many_large_values_are_read_in_several_answers(tmp_path):
             await db.put(key, key * 500_000)
         found = await db.get_many(keys)
         assert found == {key: key * 500_000 for key in keys}
+
+
+async def test_more_values_at_once_than_the_queue_holds_are_read_without_losing_the_connection(
+    tmp_path,
+):
+    """48 MiB of answers fall due in one turn, and 32 MiB of them can wait."""
+    config = NodeConfig()
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    cluster = mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], [])
+    await node.initialize(plan(cluster, [ADDRESS])[0])
+    database = Database(node.adapters.network, [ADDRESS], node.adapters.clock, random.Random(1))
+    await database.start()
+    await database.put(b"k", bytes(1 << 20))
+    found = await asyncio.gather(*(database.get(b"k") for _ in range(48)))
+    assert found == [bytes(1 << 20)] * 48
+    assert node.connections.cut_off == 0
+    assert node.connections.throttled > 0
+    await database.close()
+    await node.stop(drain=False)
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (LogWriteFailed, errors.StorageError),
+        (LogDiskFull, errors.DiskFull),
+        (ValueError, errors.KVError),
+    ],
+)
+async def test_a_store_that_failed_says_so_at_once_to_whoever_asks(
+    tmp_path, monkeypatch, failure: type[Exception], told: type[errors.KVError]
+):
+    """Each call waited until its own time was over, and ended as if the store were only busy."""
+
+    def sync(*_: object) -> None:
+        raise failure("broken")
+
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"k", b"1")
+        with monkeypatch.context() as broken:
+            broken.setattr(DirectoryLogFiles, "sync", sync)
+            async with asyncio.timeout(1.0):
+                with pytest.raises(errors.CommitUnknown):
+                    await db.put(b"k", b"2")
+                with pytest.raises(told, match="the store failed"):
+                    await db.get(b"k")
+                with pytest.raises(told, match="the store failed"):
+                    await db.put(b"k", b"3")
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"k") in (b"1", b"2")
 
 
 async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):

@@ -15,7 +15,7 @@ from kvstore.adapters.wal_files import DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
-from kvstore.errors import DiskFull, NodeStopped, NotReady
+from kvstore.errors import DiskFull, InvalidArgument, NodeStopped, NotReady
 from kvstore.identity import FILE_NAME
 from kvstore.node import Node
 
@@ -88,6 +88,51 @@ async def test_an_initialisation_that_found_the_disk_full_can_be_repeated(
     assert (waiting.state, waiting.cluster_id) == ("waiting", "")
     await waiting.initialize(REQUEST)
     assert waiting.state == "ready"
+
+
+async def test_a_plan_with_an_address_under_which_the_node_would_not_start_again_is_refused(
+    waiting, tmp_path
+):
+    """As with --listen 0.0.0.0:7400 and no --advertise: init would work, and every start after it be refused."""
+    other = plan(mint_cluster_id(1_700_000_000_000, 1, ["db1:7400"], []), ["db1:7400"])[0]
+    with pytest.raises(InvalidArgument, match="--advertise db1:7400"):
+        await waiting.initialize(other)
+    assert (waiting.state, waiting.cluster_id) == ("waiting", "")
+    assert not (tmp_path / FILE_NAME).exists()
+    await waiting.initialize(REQUEST)
+    await waiting.initialize(REQUEST)
+
+
+@pytest.mark.parametrize("advertised", ["", "db1:7400"])
+async def test_a_node_starts_again_under_the_address_of_its_plan(tmp_path, advertised):
+    config = NodeConfig()
+    own = advertised or ADDRESS
+    request = plan(mint_cluster_id(1_700_000_000_000, 1, [own], []), [own])[0]
+    for turn in range(2):
+        node = Node(str(tmp_path), ADDRESS, advertised, config, EmbeddedAdapters(config))
+        await node.start()
+        if not turn:
+            await node.initialize(request)
+        assert node.state == "ready"
+        await node.stop(drain=False)
+
+
+async def test_a_name_that_is_listened_at_is_the_nodes_address_and_port_0_becomes_the_real_one(
+    tmp_path, monkeypatch
+):
+    found = []
+    for listen in ("localhost:0", "name:1"):
+        adapters = EmbeddedAdapters(NodeConfig())
+
+        async def serve(*_):
+            return "127.0.0.1:9"
+
+        monkeypatch.setattr(adapters, "serve", serve)
+        node = Node(str(tmp_path), listen, "", NodeConfig(), adapters)
+        await node.start()
+        found.append(node.address)
+        await node.stop(drain=False)
+    assert found == ["127.0.0.1:9", "name:1"]
 
 
 async def test_a_member_that_could_not_be_opened_has_failed_and_says_so(waiting, monkeypatch):

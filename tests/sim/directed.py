@@ -118,7 +118,8 @@ class Stage:
         number = self.server(name).number
         for server in self.cluster.servers.values():
             assert server.node is not None
-            server.node._preferred[group] = number
+            assert server.node.leadership is not None
+            server.node.leadership.preferred[group] = number
         await self.until_led_by(name, group)
 
     def leads(self, name: str, group: int) -> bool:

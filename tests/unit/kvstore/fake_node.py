@@ -184,6 +184,7 @@ class FakeNode:
         return {
             "node": self.node_id,
             "cluster": self.cluster_id,
+            "address": self.address,
             "version": "0.1.0",
             "uptime_s": 12.5,
             "state": state,

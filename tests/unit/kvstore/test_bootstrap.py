@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from kvstore import bootstrap
 from kvstore.errors import InvalidArgument, KeyTooLarge
+from kvstore.limits import MESSAGE_BYTES_MAX
+from txn.messages import Directory, RangeInfo
 
 THREE = ["a:1", "b:2", "c:3"]
 CREATED_MS = 1_700_000_000_123
@@ -115,6 +117,39 @@ def test_a_split_key_that_is_too_long_says_so():
         planned(splits=[b"x" * 4097])
 
 
+def directory_of(request):
+    ranges = [
+        RangeInfo(each.range_id, each.start, each.end, 1 << 63, 1 << 63, list(each.replicas), 1_000)
+        for each in request.ranges
+    ]
+    nodes = [(node.node_id, node.address) for node in request.nodes]
+    return Directory(1 << 63, request.cluster_id, 1_000, ranges, nodes)
+
+
+@pytest.mark.parametrize("key_bytes", [4, 4_000])
+def test_the_directory_of_the_most_and_longest_split_keys_fits_a_message(key_bytes):
+    """Nodes answer with it whole: were it larger, no client could learn the ranges, and the cluster be of no use."""
+    most = 10_000 if key_bytes == 4 else 515
+    splits = [b"%04d" % number + bytes(key_bytes - 4) for number in range(most)]
+    answer = msgspec.msgpack.encode(directory_of(planned(splits=splits)[0]))
+    assert len(answer) < bootstrap.DIRECTORY_BYTES_MAX <= MESSAGE_BYTES_MAX / 2
+
+
+def test_split_keys_that_no_directory_could_name_are_refused():
+    splits = [b"%04d" % number + bytes(4_000) for number in range(530)]
+    with pytest.raises(InvalidArgument, match="fewer or shorter split keys"):
+        planned(splits=splits)
+
+
+def test_replicas_that_no_directory_could_name_are_refused():
+    addresses = [f"h{number}:1" for number in range(300)]
+    splits = [b"%04d" % number for number in range(1_000)]
+    with pytest.raises(InvalidArgument, match="bytes to name"):
+        bootstrap.plan(
+            bootstrap.mint_cluster_id(1, 2, addresses, splits, 300), addresses, splits, 300
+        )
+
+
 @pytest.mark.parametrize(
     "addresses", [[], ["a:1", "a:1"], ["a"], ["a:"], [":1"], ["a:0"], ["a:70000"], ["::1:7400"]]
 )
@@ -131,7 +166,9 @@ def test_addresses_are_host_and_port(text, parsed):
     assert bootstrap.parse_address(text) == parsed
 
 
-@pytest.mark.parametrize("text", ["", "7400", "a:b", "http://a:1", "a:-1", "a:1 2", "a:¹"])
+@pytest.mark.parametrize(
+    "text", ["", "7400", "a:b", "http://a:1", "a:-1", "a:1 2", "a:¹", 'a":1', "a\\:1", "a\n:1"]
+)
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(InvalidArgument):
         bootstrap.parse_address(text)
@@ -156,6 +193,10 @@ def ranges_with(index, **changes):
     [
         damaged(your_node_id=4),
         damaged(nodes=()),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f'h{n}":1') for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f"h{n}:1 ") for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, "h:1") for n in (1, 2, 3))),
+        damaged(nodes=tuple(bootstrap.NodePlan(n, f"h{n}:0") for n in (1, 2, 3))),
         damaged(cluster_id="x"),
         damaged(cluster_id="../" + "0" * 29),
         damaged(ranges=()),

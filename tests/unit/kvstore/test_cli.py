@@ -36,7 +36,7 @@ from kvstore.operations import (
     parse_script,
 )
 from replication.errors import LogFormatError
-from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase
+from tests.unit.kvstore.fake_node import FIRST_VERSION, FakeDatabase, FakeEntry
 
 # --- bytes as text
 
@@ -282,6 +282,18 @@ def test_scan_prints_rows_in_order_and_says_when_there_are_more(kvctl, database)
     assert kvctl("scan", "--keys-only", "--reverse").stdout == "b\\x00\na\n"
 
 
+def test_a_table_in_a_pipe_has_tabs_between_its_cells_and_a_line_for_each_row_however_long(
+    kvctl, database
+):
+    database.rows[b"a"] = FakeEntry(b"a", b"x y" * 10_000, 1)
+    lines = kvctl("scan").stdout.splitlines()
+    assert [line.split("\t") for line in lines] == [
+        ["key", "value"],
+        ["a", "x y" * 10_000],
+        [r"b\x00", r"\xff"],
+    ]
+
+
 def test_scan_as_json(kvctl):
     answer = json.loads(kvctl("scan", "--prefix", "a", "-o", "json").stdout)
     assert answer == {"items": [{"key": "YQ==", "value": "MQ=="}], "more": False}
@@ -403,6 +415,14 @@ def test_an_unknown_key_is_told_in_one_line(tmp_path):
         assert done.stderr.count("\n") == 1
         assert "error: config_error:" in done.stderr
         assert "raft.election_timeout" in done.stderr
+
+
+def test_a_file_with_members_to_join_is_not_valid_as_no_node_would_start_with_it(tmp_path):
+    file = tmp_path / "node.conf.toml"
+    file.write_text("[node]\njoin = ['h:1']\n")
+    done = CliRunner().invoke(server.app, ["config", "validate", str(file)])
+    assert done.exit_code == 2
+    assert "node.join" in done.stderr
 
 
 def test_start_without_a_directory_says_what_to_do():

@@ -8,6 +8,7 @@ import pytest
 
 from kvstore import config as configuration
 from kvstore.cli import server
+from kvstore.errors import ConfigError, DataDirectoryError
 from replication.errors import LogWriteFailed
 
 
@@ -69,6 +70,26 @@ def served(monkeypatch, tmp_path):
         return asyncio.run(script()), made[0].events
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("no --join"), 2), (DataDirectoryError("in use"), 1)]
+)
+def test_what_a_node_finds_wrong_with_its_configuration_has_the_status_of_that(
+    monkeypatch, capsys, error, status
+):
+    import kvstore.node
+
+    class Refusing(FakeRunNode):
+        async def start(self):
+            raise error
+
+    monkeypatch.setattr(kvstore.node, "Node", Refusing)
+    monkeypatch.setattr(kvstore.node, "production_adapters", lambda settings: None)
+    monkeypatch.setattr(server, "_tune_interpreter", lambda: None)
+    monkeypatch.setattr(server, "_raise_open_files_limit", lambda: None)
+    assert server._run(configuration.NodeConfig(), server.Start(None, None)) == status
+    assert error.message in capsys.readouterr().err
 
 
 def first_signal(_node, stop, _again):

@@ -113,6 +113,28 @@ def test_nodes_of_two_clusters_are_noticed():
     assert any("different clusters" in problem for problem in health.assess(reports).problems)
 
 
+@pytest.mark.parametrize("advertised_answers", [True, False])
+def test_a_node_that_was_asked_at_two_addresses_is_one_node(advertised_answers):
+    """An endpoint may be another name of the address that the node advertises, which may not be reachable from here."""
+    reports = three("leader", "follower", "follower")
+    reports = {"localhost:1": reports["h:1"], **reports}
+    if not advertised_answers:
+        reports["h:1"] = None
+    found = health.assess(reports)
+    assert (found.verdict, found.problems) == ("ok", [])
+    shown = "h:1" if advertised_answers else "localhost:1"
+    assert sorted((node.node_id, node.address) for node in found.nodes) == [
+        (1, shown),
+        (2, "h:2"),
+        (3, "h:3"),
+    ]
+
+
+def test_nodes_of_different_clusters_are_not_taken_for_each_other():
+    reports = {"a:1": report(1), "b:1": {**report(1), "cluster": "c2"}}
+    assert len(health.assess(reports).nodes) == 2
+
+
 @pytest.mark.parametrize("junk", [{}, {"ranges": 3, "nodes": "x"}, {"ranges": [1], "nodes": [2]}])
 def test_a_report_of_another_shape_breaks_nothing(junk):
     assert health.assess({"h:1": junk}).verdict == "unavailable"
@@ -260,6 +282,15 @@ def test_a_member_whose_disk_is_gone_is_not_made_its_old_self_again(initialized)
     with pytest.raises(Refused, match="h:3 is empty, but node 3 was a member"):
         initialized(nodes, [b"m"])
     assert nodes.sent == sent
+
+
+def test_an_address_at_which_a_node_would_not_start_again_is_refused_before_anything_is_sent(
+    initialized,
+):
+    nodes = Nodes(EMPTY, {**EMPTY, "address": "h:2"}, {**EMPTY, "address": "0.0.0.0:3"})
+    with pytest.raises(Refused, match="h:3 takes 0.0.0.0:3 for its address.*--advertise h:3"):
+        initialized(nodes, [b"m"])
+    assert nodes.sent == []
 
 
 def test_init_sends_again_to_a_node_that_did_not_answer(initialized):

@@ -1,4 +1,5 @@
-"""Claims of a client's connection: its answers of one turn leave in messages that the stream takes, in order."""
+"""Claims of a client's connection: its answers of one turn leave in messages that the stream takes, in order; of reads that
+the stream has no room for, the largest are told Throttled, an answer to a write never is."""
 
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ class LastingStream:
     """Takes messages for ever."""
 
     is_open = True
+    queue_bytes = 0
+    room_bytes = 1 << 40
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -39,6 +42,41 @@ class LastingStream:
     def send(self, payload: bytes) -> bool:
         self.messages.append(payload)
         return True
+
+
+class FillingStream:
+    """Nothing is taken from its queue."""
+
+    def __init__(self, room_bytes: int) -> None:
+        self.is_open = True
+        self.queue_bytes = 0
+        self.room_bytes = room_bytes
+        self.messages: list[bytes] = []
+
+    def send(self, payload: bytes) -> bool:
+        if not self.is_open or len(payload) > self.room_bytes:
+            return False
+        self.queue_bytes += len(payload)
+        self.room_bytes -= len(payload)
+        self.messages.append(payload)
+        return True
+
+    def abort(self) -> None:
+        self.is_open = False
+
+
+def connected(stream: LastingStream | FillingStream) -> ClientConnection:
+    untyped: Any = stream
+    store: Any = None
+    return ClientConnection(Connections(), store, untyped)
+
+
+def answers_on(stream: LastingStream | FillingStream) -> list[Reply]:
+    return [each for message in stream.messages for each in decode(message[len(REPLIES) :])]
+
+
+def value(number: int, size: int = MIB) -> ReadReply:
+    return ReadReply(number, 1, [VERSION], [bytes(size)])
 
 
 @pytest.mark.parametrize(
@@ -59,29 +97,77 @@ def test_the_answers_of_one_turn_are_cut_into_messages_that_the_stream_takes(
     count: int, reply: Callable[[int], Reply]
 ):
     stream = LastingStream()
-    untyped: Any = stream
-    store: Any = None
-    connection = ClientConnection(Connections(), store, untyped)
+    connection = connected(stream)
     for number in range(1, count + 1):
         connection.answer(reply(number))
     connection.flush()
     assert max(map(len, stream.messages)) <= MESSAGE_BYTES_MAX
-    answers = [each for message in stream.messages for each in decode(message[len(REPLIES) :])]
+    answers = answers_on(stream)
     assert [each.id for each in answers] == list(range(1, count + 1))
 
 
 def test_an_answer_too_large_for_any_message_is_an_error_of_its_request_alone():
     """The stream would refuse it, and that would end the node."""
     stream = LastingStream()
-    untyped: Any = stream
-    store: Any = None
-    connection = ClientConnection(Connections(), store, untyped)
+    connection = connected(stream)
     connection.answer(PrepareReply(1, PartStatus.COMMITTED, 9))
     connection.answer(ReadReply(2, 1, [VERSION], [bytes(MESSAGE_BYTES_MAX)]))
     connection.answer(PrepareReply(3, PartStatus.COMMITTED, 9))
     connection.flush()
-    answers = [each for message in stream.messages for each in decode(message[len(REPLIES) :])]
+    answers = answers_on(stream)
     found = {each.id: each for each in answers}
     assert isinstance(found[2], Failure)
     assert found[2].code == "internal_error"
     assert {number for number, each in found.items() if isinstance(each, PrepareReply)} == {1, 3}
+
+
+def test_reads_that_the_queue_has_no_room_for_are_throttled_and_all_else_is_answered():
+    stream = FillingStream(32 * MIB)
+    connection = connected(stream)
+    for number in range(1, 41):
+        connection.answer(value(number))
+        connection.answer(PrepareReply(100 + number, PartStatus.COMMITTED, 9))
+        connection.answer(value(200 + number, 100))
+    connection.answer(ScanReply(300, 1, [b"k"], [bytes(MIB)], [VERSION], True, b""))
+    connection.answer(Changed(301, 1, [VERSION], [b"k"], [bytes(MIB)]))
+    connection.flush()
+    assert stream.is_open
+    found = {each.id: each for each in answers_on(stream)}
+    assert sorted(found) == [*range(1, 41), *range(101, 141), *range(201, 241), 300, 301]
+    failures = [each for each in found.values() if isinstance(each, Failure)]
+    assert {each.code for each in failures} == {"throttled"}
+    assert all(each.details["retry_after"] > 0 for each in failures)
+    shed = {each.id for each in failures}
+    assert shed >= {300, 301}
+    assert shed <= {*range(20, 41), 300, 301}, (
+        "most of the queue is used, and only large reads shed"
+    )
+
+
+def test_an_answer_to_a_write_has_room_after_any_number_of_turns_of_reads():
+    stream = FillingStream(32 * MIB)
+    connection = connected(stream)
+    for turn in range(100):
+        connection.answer(value(turn + 1, MIB - turn * 1_000))
+        connection.answer(PrepareReply(1_000 + turn, PartStatus.COMMITTED, 9))
+        connection.flush()
+    assert stream.is_open
+    found = {each.id: each for each in answers_on(stream)}
+    assert all(isinstance(found[1_000 + turn], PrepareReply) for turn in range(100))
+
+
+def test_from_an_empty_queue_an_answer_is_sent_however_little_room_there_is():
+    stream = FillingStream(MIB + 1_000)
+    connection = connected(stream)
+    connection.answer(value(1))
+    connection.flush()
+    assert isinstance(answers_on(stream)[0], ReadReply)
+
+
+def test_a_client_that_takes_nothing_at_all_is_cut_off():
+    stream = FillingStream(4 * MIB)
+    connection = connected(stream)
+    for number in range(1, 10):
+        connection.answer(PrepareReply(number, PartStatus.COMMITTED, 9, results=[bytes(MIB)]))
+    connection.flush()
+    assert not stream.is_open

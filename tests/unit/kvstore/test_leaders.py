@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from kvstore.config import NodeConfig
-from kvstore.node import CAUGHT_UP_ENTRIES, DRAIN_TERMS_MAX, Node
+from kvstore.config import RaftSection
+from kvstore.leadership import CAUGHT_UP_ENTRIES, DRAIN_TERMS_MAX, Leadership
 from replication.errors import ProposalDropped
 from replication.progress import NEVER, Progress
 
@@ -44,21 +44,22 @@ class Host:
         self.transfers.append((group, to))
 
 
-def leader(host: Host, *, up: bool = True) -> Any:
-    """A node that leads RANGE, which prefers the other one."""
-    clock = SimpleNamespace(monotonic=lambda: NOW)
-    node: Any = Node("d", "a:1", "", NodeConfig(), cast("Any", SimpleNamespace(clock=clock)))
+def leader(host: Host, *, up: bool = True) -> Leadership:
+    """Of a node that leads RANGE, which prefers the other one."""
     replica = SimpleNamespace(
         range_id=RANGE,
         evaluator=object(),
         membership=SimpleNamespace(nodes=((OURS, OURS), (THEIRS, THEIRS))),
     )
-    node.node_id = OURS
-    node.host = host
-    node.store = SimpleNamespace(replicas={RANGE: replica})
-    node.peers = SimpleNamespace(status=lambda: [{"node": THEIRS, "up": up}])
-    node._preferred = {RANGE: THEIRS}
-    return node
+    made = Leadership(
+        cast("Any", host),
+        cast("Any", SimpleNamespace(replicas={RANGE: replica})),
+        cast("Any", SimpleNamespace(status=lambda: [{"node": THEIRS, "up": up}])),
+        cast("Any", SimpleNamespace(monotonic=lambda: NOW)),
+        RaftSection().election_timeout_s,
+    )
+    made.preferred = {RANGE: THEIRS}
+    return made
 
 
 @pytest.mark.parametrize(
@@ -75,27 +76,27 @@ async def test_the_preferred_node_leads_if_it_answers_and_has_caught_up(
     match, last, silent_s, handed
 ):
     host = Host(match, last, NOW - silent_s)
-    leader(host)._balance()
+    leader(host).balance()
     assert host.transfers == ([(RANGE, THEIRS)] if handed else [])
 
 
 async def test_a_node_without_streams_is_handed_nothing():
     host = Host(5, 5, NOW)
-    leader(host, up=False)._balance()
+    leader(host, up=False).balance()
     assert host.transfers == []
 
 
 async def test_a_transfer_under_way_is_left_alone():
     host = Host(5, 5, NOW)
     host.busy = True
-    leader(host)._balance()
+    leader(host).balance()
     assert host.transfers == []
 
 
 @pytest.mark.parametrize(("silent_s", "handed"), [(0.1, True), (NOW - NEVER, False)])
 async def test_a_draining_node_hands_over_to_who_answers(silent_s, handed):
     host = Host(5, 5, NOW - silent_s)
-    draining = asyncio.ensure_future(leader(host)._drain())
+    draining = asyncio.ensure_future(leader(host).drain())
     await asyncio.sleep(0)
     draining.cancel()
     assert host.transfers == ([(RANGE, THEIRS)] if handed else [])
@@ -104,8 +105,7 @@ async def test_a_draining_node_hands_over_to_who_answers(silent_s, handed):
 async def test_a_range_that_is_handed_back_by_another_draining_node_stays():
     """Nodes that stop together would else hand it to and fro, an election each time, until their time is up."""
     host = Host(5, 5, NOW)
-    node = leader(host)
-    draining = asyncio.ensure_future(node._drain())
+    draining = asyncio.ensure_future(leader(host).drain())
     await asyncio.sleep(0)
     for _ in range(9):  # handed over, and back
         host.term += 2
