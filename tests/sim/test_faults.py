@@ -97,6 +97,8 @@ def play(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_says_what_it_does_and_after_it_the_cluster_serves(kind: str) -> None:
     async def test(world: World) -> None:
+        for server in world.cluster.servers.values():
+            server.machine.directory.flushed()  # rot is of what is
         for number in range(1, 4):
             world.inflict(kind, number)
             try:
