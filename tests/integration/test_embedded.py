@@ -202,11 +202,11 @@ async def test_a_store_that_failed_says_so_at_once_to_whoever_asks(
     def sync(*_: object) -> None:
         raise failure("broken")
 
-    async with kvstore.open(tmp_path) as db:
+    async with kvstore.open(tmp_path, timeout=60.0) as db:
         await db.put(b"k", b"1")
         with monkeypatch.context() as broken:
             broken.setattr(DirectoryLogFiles, "sync", sync)
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(10.0):
                 with pytest.raises(errors.CommitUnknown):
                     await db.put(b"k", b"2")
                 with pytest.raises(told, match="the store failed"):
