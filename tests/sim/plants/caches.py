@@ -74,7 +74,7 @@ CACHES: Final[dict[str, Plant]] = {
     "snapshot passes the cache": Plant(
         "a snapshot is installed in the engine, and the cache is not told",
         _installed_behind_the_cache,
-        Seeds(SNAPSHOTS, 20),
+        Seeds(SNAPSHOTS, 60),
     ),
     "row comes in later": Plant(
         "a row that was read is cached in a later call: a write may have come between",
