@@ -227,6 +227,10 @@ def _limit_memory() -> None:
 
 
 def _memory_bytes() -> int:
-    """The most that this process has ever used."""
+    """The most that this process has ever used. Linux's getrusage begins with what its parent had used, which may be much."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

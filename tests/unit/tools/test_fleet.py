@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 
 import pytest
@@ -73,6 +75,18 @@ def test_a_worker_is_replaced_after_so_many_seeds() -> None:
     pids = [verdicts[seed].operations for seed in range(6)]
     assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4] == pids[5]
     assert os.getpid() not in pids
+
+
+def test_a_worker_has_not_grown_by_what_its_parent_uses() -> None:
+    """Else each would be replaced after every seed, wherever the parent is large."""
+    child = "from tools.simulation.fleet import _memory_bytes; print(_memory_bytes())"
+    parent = f"""
+import subprocess, sys
+large = b"x" * 300_000_000
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True)
+    assert 1_000_000 < int(done.stdout) < 200_000_000
 
 
 def test_workers_are_gone_when_the_run_is_given_up() -> None:
