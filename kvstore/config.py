@@ -300,7 +300,7 @@ class TxnSection(Section, frozen=True, kw_only=True):
     oracle_window_s: Annotated[
         float,
         Meta(
-            gt=0,
+            ge=0.1,  # more than a log round, or time would wait for the log
             le=60,
             description="How far ahead the timestamp oracle reserves, in one log entry; a new leader skips as much.",
         ),

@@ -173,6 +173,7 @@ def test_a_single_underscore_in_the_environment_is_noticed():
         ("node.listen", 7400, "Expected `str`"),
         ("node.join", ["a:1", 2], "Expected `str`"),
         ("network.queue_bytes", "1MiB", ">= 9437184"),
+        ("txn.oracle_window", "20ms", ">= 0.1"),
     ],
 )
 def test_a_value_that_is_malformed_or_out_of_its_limits_is_told_with_its_source(
