@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 CLIENT_PATH: Final = "/v1/stream"
 FLUSH_CHECK_S: Final = 0.5
+CLOCKS_APART_S_MAX: Final = 3600  # of who makes a cluster and its nodes
 
 log = logs.logger("kvstore.node")
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
@@ -208,12 +209,19 @@ class Node:
                 raise
 
     def _check_plan(self, request: InitRequest) -> None:
-        """Under another address than ours, the next start would refuse the directory (`_check_address`)."""
+        """Under another address than ours, the next start would refuse the directory (`_check_address`). And timestamps would
+        begin at a time that is far ahead, and stand there until it has come: nothing would grow old.
+        """
         planned = {node.node_id: node.address for node in request.nodes}[request.your_node_id]
         if planned != self.address:
             raise InvalidArgument(
                 f"this node is at {self.address}, not at {planned}: start it with --advertise {planned}, or give "
                 f"`kvctl init` {self.address}"
+            )
+        ahead_s = (request.created_ms - self.adapters.clock.wall_ms()) // 1000
+        if ahead_s > CLOCKS_APART_S_MAX:
+            raise InvalidArgument(
+                f"the clock of who sends this plan is {ahead_s} s ahead of this node's: correct one of them"
             )
 
     async def stop(self, drain: bool = True) -> None:

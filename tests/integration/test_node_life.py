@@ -103,6 +103,20 @@ async def test_a_plan_with_an_address_under_which_the_node_would_not_start_again
     await waiting.initialize(REQUEST)
 
 
+async def test_a_plan_from_a_clock_that_is_far_ahead_is_refused(waiting, tmp_path):
+    """Timestamps would begin there, and nothing would grow old before that time has come."""
+    now_ms = waiting.adapters.clock.wall_ms()
+    early, late = (
+        plan(mint_cluster_id(now_ms + minutes * 60_000, 1, [ADDRESS], []), [ADDRESS])[0]
+        for minutes in (50, 70)
+    )
+    with pytest.raises(InvalidArgument, match=r"is 4\d\d\d s ahead of this node's"):
+        await waiting.initialize(late)
+    assert (waiting.state, waiting.cluster_id) == ("waiting", "")
+    assert not (tmp_path / FILE_NAME).exists()
+    await waiting.initialize(early)
+
+
 @pytest.mark.parametrize("advertised", ["", "db1:7400"])
 async def test_a_node_starts_again_under_the_address_of_its_plan(tmp_path, advertised):
     config = NodeConfig()
