@@ -178,8 +178,8 @@ class Node:
     async def initialize(self, request: InitRequest) -> None:
         """Become a member of a new cluster. Again with the same request: nothing.
 
-        Raises: WrongCluster, InvalidArgument (a wrong plan, or another address than ours), NotReady, StorageError. It can be
-        tried again, unless the node failed.
+        Raises: WrongCluster, InvalidArgument (a wrong plan, another address than ours, or a clock far ahead), NotReady,
+        StorageError. It can be tried again, unless the node failed.
         """
         check(request)
         if self.cluster_id:
@@ -221,7 +221,8 @@ class Node:
         ahead_s = (request.created_ms - self.adapters.clock.wall_ms()) // 1000
         if ahead_s > CLOCKS_APART_S_MAX:
             raise InvalidArgument(
-                f"the clock of who sends this plan is {ahead_s} s ahead of this node's: correct one of them"
+                f"the clock of who sends this plan is {ahead_s} s ahead of this node's: correct one of them, and run "
+                "`kvctl init` again"
             )
 
     async def stop(self, drain: bool = True) -> None:

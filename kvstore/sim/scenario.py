@@ -266,7 +266,7 @@ class _Scenario:
 
     async def _supervise(self, frozen: Frozen | None = None) -> None:
         """A disk that failed just before peace ends its node a little later: boot it again, as an init system would.
-        A disk that stalled just before lets its node go on when it is done: who is to stand still is stopped again."""
+        Whose process is to stand still is stopped again after that."""
         while True:
             await asyncio.sleep(0.5)
             for name in self._cluster.servers:

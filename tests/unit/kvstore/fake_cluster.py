@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from kvstore.adapters.system import SystemClock
 from kvstore.client import Database
 from kvstore.link import Hello
 from kvstore.ports import Clock
 from kvstore.ranges import META_END, META_KEY
 from kvstore.sim import loop as sim
 from kvstore.streams import Stream, accept
+from kvstore.sync import Client
 from tests.unit.kvstore.fake_pipes import OnPipe, Pipe, QueueNetwork
 from txn import atomics, stamps
 from txn.messages import (
@@ -517,3 +519,15 @@ def simulate(
         return result
 
     return sim.run(main, 1, time_limit_s=600.0)
+
+
+def blocking(cluster: FakeCluster) -> Client:
+    """Its blocking client, in real time."""
+
+    async def make() -> Database:
+        await cluster.start()
+        database = cluster.database(clock=SystemClock())
+        await database.start()
+        return database
+
+    return Client.over(make)

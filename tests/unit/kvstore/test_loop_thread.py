@@ -6,17 +6,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
-from kvstore.adapters.system import SystemClock
-from kvstore.client import Database
 from kvstore.errors import ClientClosed, InvalidArgument, KVError
 from kvstore.loop_thread import LoopThread
 from kvstore.sync import Client
-from tests.unit.kvstore.fake_cluster import FakeCluster
+from tests.unit.kvstore.fake_cluster import FakeCluster, blocking
 from txn.messages import Prepare
 
 Interrupt = Callable[[str], None]
@@ -48,14 +46,24 @@ def cluster() -> FakeCluster:
 
 @pytest.fixture
 def db(cluster: FakeCluster) -> Iterator[Client]:
-    async def make() -> Database:
-        await cluster.start()
-        database = cluster.database(clock=SystemClock())
-        await database.start()
-        return database
-
-    with Client.over(make) as client:
+    with blocking(cluster) as client:
         yield client
+
+
+def called_elsewhere(
+    thread: LoopThread, work: Coroutine[Any, Any, None], told: list[ClientClosed]
+) -> threading.Thread:
+    """A thread that waits for the work; `told` gets what it is told when the client is closed."""
+
+    def call() -> None:
+        try:
+            thread.call(work)
+        except ClientClosed as error:
+            told.append(error)
+
+    other = threading.Thread(target=call, daemon=True)
+    other.start()
+    return other
 
 
 # --- the thread -----------------------------------------------------------------------------------
@@ -88,14 +96,7 @@ def test_what_close_cancels_comes_to_its_end_and_its_caller_learns_that_it_may_h
             await asyncio.sleep(0)
             ended.append("ended")
 
-    def call() -> None:
-        try:
-            thread.call(work())
-        except ClientClosed as error:
-            told.append(error)
-
-    other = threading.Thread(target=call, daemon=True)
-    other.start()
+    other = called_elsewhere(thread, work(), told)
     assert waiting.wait(10.0)
     thread.close()
     assert ended == ["ended"]
@@ -118,14 +119,7 @@ def test_what_does_not_end_when_it_is_cancelled_is_left_after_a_while(
             except asyncio.CancelledError:
                 continue
 
-    def call() -> None:
-        try:
-            thread.call(work())
-        except ClientClosed as error:
-            told.append(error)
-
-    other = threading.Thread(target=call, daemon=True)
-    other.start()
+    other = called_elsewhere(thread, work(), told)
     assert waiting.wait(10.0)
     thread.close()
     other.join(10.0)

@@ -34,7 +34,7 @@ from kvstore.loop_thread import LoopThread
 from kvstore.ranges import RangeCache
 from kvstore.sync import BlockingTransaction, Client
 from kvstore.transactions import Committed
-from tests.unit.kvstore.fake_cluster import FakeCluster
+from tests.unit.kvstore.fake_cluster import FakeCluster, blocking
 from txn.messages import Changed, Changes, Prepare
 from txn.types import FenceReason
 
@@ -48,13 +48,7 @@ def cluster() -> FakeCluster:
 
 @pytest.fixture
 def db(cluster: FakeCluster) -> Iterator[Client]:
-    async def make() -> Database:
-        await cluster.start()
-        database = cluster.database(clock=SystemClock())
-        await database.start()
-        return database
-
-    with Client.over(make) as client:
+    with blocking(cluster) as client:
         yield client
 
 
