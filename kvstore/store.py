@@ -543,11 +543,14 @@ class Store:
         return Failure(request_id, "not_leader", "", {"leader_node": leader})
 
     def leader_node(self, replica: Replica) -> int:
-        """Where the leader of a range is, as far as this node knows; 0: unknown."""
+        """Where the leader of a range is, as far as this node knows; 0: unknown, or a caretaker (replication, B5)."""
         try:
-            leader = self._host.raft(replica.range_id).leader
+            raft = self._host.raft(replica.range_id)
         except KeyError:
             return 0
+        if raft.is_leader and not raft.electable:
+            return 0
+        leader = raft.leader
         for replica_id, node in replica.membership.nodes:
             if replica_id == leader:
                 return node

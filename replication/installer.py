@@ -10,7 +10,7 @@ state contains are skipped when they come (Replica.take_committed). If the sende
 the snapshot all the same: the rows are in, and the log must reach as far as they do.
 
 A replica whose installation was cut short has no state (`stateless`): it goes on voting with its log, applies and
-serves nothing, does not campaign, and asks the leader for a snapshot until one is installed.
+serves nothing, leads only to hand its log over (replica.py, B5), and asks the leader for a snapshot until one is installed.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Installer:
                 continue
             any_left = True
             raft = replica.raft
-            if raft.leader and not transfers.receiving(replica.group):
+            if raft.leader not in {0, replica.id} and not transfers.receiving(replica.group):
                 node = replica.node_of(raft.leader)
                 if node is not None:
                     reached("snapshot_asked_for")

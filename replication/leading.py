@@ -41,6 +41,7 @@ class Leader:
         self.over = False
         self.reads = ReadQueue(config.pending_reads_max)
         self.transfer_to = 0
+        self._offered_to = 0  # the last replica that a caretaker asked to take over
         self.uncommitted_bytes = sum(
             len(entry.data) for entry in log.slice(state.commit_index + 1, log.last_index)
         )
@@ -372,6 +373,20 @@ class Leader:
         self._transfer_until = state.now + state.config.election_timeout_s
         self._try_transfer(peer)
 
+    def _hand_over(self) -> None:
+        """A caretaker asks who has the whole log to lead, one after the other: some may have no state either."""
+        state = self._state
+        whole = [
+            voter
+            for voter in state.history.current.voters
+            if voter in self.peers and self.peers[voter].match == state.log.last_index
+        ]
+        next_ones = [voter for voter in whole if voter > self._offered_to] or whole
+        if next_ones:
+            reached("caretaker_handed_over")
+            self._offered_to = min(next_ones)
+            self.transfer(self._offered_to)
+
     def _try_transfer(self, peer: Progress) -> None:
         state = self._state
         if peer.match == state.log.last_index:
@@ -421,6 +436,8 @@ class Leader:
                 self._probe_after_snapshot(peer)
         if self.transfer_to:
             self._try_transfer(self.peers[self.transfer_to])
+        elif not state.electable:
+            self._hand_over()
         else:
             self.leave_joint_if_due()
 

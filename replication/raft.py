@@ -55,6 +55,7 @@ __all__ = ["Outgoing", "RaftConfig", "RaftNode", "ReadState", "Ready", "Role", "
 
 Handler = Callable[["RaftNode", Any], None]
 NOTHING_TO_ACKNOWLEDGE: Final = -1
+CARETAKER_PATIENCE: Final = 3.0  # election timeouts that a caretaker waits beyond all others
 
 
 class RaftNode(ReplicaState):
@@ -95,7 +96,6 @@ class RaftNode(ReplicaState):
                 history.append(entry.index, decode_membership(entry.data))
         super().__init__(group, replica, config, log, history, measures or Measures())
         self.now = now
-        self.electable = True  # the host's word: false while its storage makes no progress
         self._rng = rng
         self._vote_not_before = vote_not_before
 
@@ -196,19 +196,19 @@ class RaftNode(ReplicaState):
         if self._leading is not None:
             self._leading.tick()
             self._end_if_over()
-        elif self._may_campaign() and now >= self._election_at:
+        elif self._may_campaign() and now >= self._campaign_at():
             self._pre_campaign()
 
     def deadline(self) -> float | None:
         """When `tick` has something to do; None: never, as things stand."""
         if self._leading is not None:
             return self._leading.deadline()
-        return self._election_at if self._may_campaign() else None
+        return self._campaign_at() if self._may_campaign() else None
 
     def campaign(self, now: float) -> None:
         """Skip the wait for the election timer. Without effect while a leader is in touch, or no vote may be given."""
         self.now = max(self.now, now)
-        if self._leading is not None or not self._may_campaign() or self._hears_leader():
+        if self._leading is not None or not self._may_take_over() or self._hears_leader():
             return
         if now >= self._vote_not_before or self.sole_voter:
             self._pre_campaign()
@@ -420,7 +420,17 @@ class RaftNode(ReplicaState):
         return self.config.election_timeout_s * (1.0 + self._rng.random())
 
     def _may_campaign(self) -> bool:
-        return self._may_be_needed() and self.electable and self._installing is None
+        able = self.electable or (self.caretaker and not self.sole_voter)
+        return able and self._installing is None and self._may_be_needed()
+
+    def _may_take_over(self) -> bool:
+        return self.electable and self._may_campaign()
+
+    def _campaign_at(self) -> float:
+        """Whoever would lead for the sake of its log alone lets everybody else try first."""
+        if self.electable:
+            return self._election_at
+        return self._election_at + CARETAKER_PATIENCE * self.config.election_timeout_s
 
     def _may_be_needed(self) -> bool:
         """A voter; or one that is leaving, until that is committed: nobody else may have the entry (thesis 4.2.2)."""
@@ -700,7 +710,7 @@ class RaftNode(ReplicaState):
 
     def _on_timeout_now(self, message: TimeoutNow) -> None:
         """The leader asks this replica to take over; it has given up its lease for the rest of its term."""
-        if self.leader in {0, message.sender} and self._may_campaign():
+        if self.leader in {0, message.sender} and self._may_take_over():
             reached("timeout_now")
             self._heard_at = NEVER
             self._campaign(transfer=True)

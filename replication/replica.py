@@ -3,10 +3,13 @@
 Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
 
 - B1 `applied` is what the machine has; the core is told no other, and entries follow it without a gap.
-- B2 while `held`, the machine's state is being replaced: nothing is applied, no read is answered, no vote is asked for.
+- B2 while `held`, the machine's state is being replaced: nothing is applied, no read is answered, no vote is asked for,
+  but for B5.
 - B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
 - B4 while `held` the log cannot be cut, and all of it waits to be applied: beyond a bound it takes no more entries. They
   count as lost on the way: nothing was promised, and the leader sends them again with each beat.
+- B5 without a state, the log is as good as ever, and it may be the only one that has what is committed. So when nobody else
+  can be elected, the core leads as a caretaker and hands over to whoever has taken its log. The machine does not hear of it.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Replica:
         "queue",
         "raft",
         "reads",
+        "receiving",
         "routes",
         "stateless",
         "stuck",
@@ -60,6 +64,7 @@ class Replica:
         self.reads: deque[tuple[int, int]] = deque()  # (index, context), index not falling
         self.routes = Routes()
         self.held = False
+        self.receiving = False  # a snapshot; if it gets lost, so is the state
         self.stateless = False  # an installation was cut short: the replica asks for a snapshot
         self.stuck = False  # the node's disk is
         self.unreadable = False  # a read of the state failed: it leads nothing until one succeeds
@@ -127,6 +132,7 @@ class Replica:
     def tell_leadership(self, machine: Machine, leads: bool) -> None:
         """The core began or ended to lead."""
         term = self.raft.term
+        leads = leads and not self.held  # B5
         if self.led_term and (not leads or self.led_term != term):
             ended, self.led_term = self.led_term, 0
             self.proposed.clear()
@@ -148,6 +154,7 @@ class Replica:
 
     def _may_lead(self) -> None:
         self.raft.electable = not (self.held or self.unreadable or self.stuck)
+        self.raft.caretaker = self.stateless and not (self.receiving or self.stuck)
 
     # ------------------------------------------------------------ state from a snapshot
 
@@ -165,19 +172,21 @@ class Replica:
 
     def hold(self) -> None:
         """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
-        self.held = True
+        self.held = self.receiving = True
         self._may_lead()
+        self.raft.step_down(self.raft.now)  # a caretaker, or one that has not heard of a later term
 
     def lose_state(self) -> None:
-        """The machine's state is gone: apply nothing, lead nothing; the log and the vote are as good as ever."""
+        """The machine's state is gone: apply nothing, serve nothing; the log and the vote are as good as ever."""
         reached("state_lost")
-        self.hold()
-        self.stateless = True
+        self.held = self.stateless = True
+        self.receiving = False
+        self._may_lead()
         self.raft.step_down(self.raft.now)
 
     def has_state(self, machine: Machine, index: int) -> None:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
-        self.held = self.stateless = self.unreadable = False
+        self.held = self.receiving = self.stateless = self.unreadable = False
         self._may_lead()
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:

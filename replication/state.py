@@ -38,6 +38,10 @@ class ReplicaState:
         ] = []  # True: held until all that is handed out is durable
         self.read_states: list[ReadState] = []
         self.reads_failed: list[int] = []
+        # The host's word. electable: it may lead. caretaker: though it may not, its log is as good as any; if nobody
+        # else can be elected, it leads for the sake of the log alone, and hands over to whoever has it.
+        self.electable = True
+        self.caretaker = False
         self.voter = False
         self.sole_voter = False
         self.derive_membership()

@@ -135,6 +135,7 @@ EXPECTED: Final[tuple[str, ...]] = (  # by 150 seeds of the default size
 )
 RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "append_while_installing",
+    "caretaker_handed_over",
     "chance:conflict_not_waited_for",
     "contested_key_not_locked",
     "closed_by_an_earlier_leader",

@@ -342,6 +342,52 @@ def test_a_leader_that_loses_its_state_steps_down():
     assert world.leader() is not leader
 
 
+def test_a_log_whose_replica_has_no_state_is_handed_to_one_that_has():
+    """Seed 845: with the third away, who had a state lacked an entry, and who had the entry did not campaign."""
+    world = World(nodes=3)
+    leader = led(world)
+    behind, stateless = (world.nodes[1 + (leader.number + n) % 3] for n in (0, 1))
+    world.propose(b"seen by all")
+    world.advance(0.5)
+    world.isolate(behind.number)
+    world.propose(b"not there")
+    world.advance(0.5)
+    stateless.host._replicas[1].lose_state()
+    leader.crash()
+    world.heal()
+    world.advance(20.0)
+    assert world.leader() is behind
+    assert behind.values(1) == [b"seen by all", b"not there"]
+    assert stateless.values(1) == behind.values(1)  # it got a snapshot at last
+
+
+def test_a_caretaker_asks_each_that_has_the_log_and_leads_only_until_one_can():
+    world = World(nodes=3)
+    leader = led(world)
+    others = [node for node in world.nodes.values() if node is not leader]
+    for node in others:
+        node.host._replicas[1].lose_state()
+    deliver = world.deliver
+
+    def without_snapshots() -> None:
+        if world.frames[0][2]:
+            world.frames.popleft()
+        else:
+            deliver()
+
+    world.deliver = without_snapshots  # type: ignore[method-assign]
+    world.isolate(leader.number)
+    world.advance(20.0)
+    assert any(node.host.raft(1).is_leader for node in others)
+    told = [each for node in others for each in node.machine.log]
+    assert ("leadership", 1) not in {
+        each[:2] for each in told
+    }  # no machine is told to lead without a state
+    world.heal()
+    world.advance(10.0)
+    assert world.leader() is leader
+
+
 def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_own():
     """It led on, and each of its streams cost the follower its state anew."""
     world = World(nodes=3)
