@@ -510,7 +510,12 @@ class Node:
             self._on_fatal(error)
             return
         self.flushes += 1
-        self.host.flushed(noted)
+        for range_id, replica_id in self.host.flushed(noted):
+            log.warning(
+                "too much was written since a replica's snapshot began: it needs another one",
+                range=range_id,
+                replica=replica_id,
+            )
 
     # -- what operators see
 

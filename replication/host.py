@@ -114,7 +114,7 @@ class Host:
         self._timer_at = 0.0
         dropped = ("inbox_full", "unknown", "malformed", "no_route")
         names = ("turns", "messages_in", "stalls", *(f"messages_dropped_{why}" for why in dropped))
-        self.counters = dict.fromkeys(names, 0)
+        self.counters = dict.fromkeys((*names, "snapshots_outrun"), 0)
 
     # ------------------------------------------------------------ groups
 
@@ -226,19 +226,19 @@ class Host:
         replica = self._replicas.get(group)
         return replica is not None and replica.raft.lease_valid(self._clock.monotonic())
 
-    def flushed(self, indices: Mapping[int, int]) -> None:
-        """The engine has flushed these applied indices: logs may be cut there.
-
-        The log file is. In memory a leader keeps what a live follower still needs, while that is at most
-        `log_tail_bytes_max`, and what follows a snapshot in flight (pitfall 10).
+    def flushed(self, indices: Mapping[int, int]) -> list[tuple[int, int]]:
+        """The engine has flushed these applied indices: logs may be cut there (`Replica.cut`).
+        Returns: (group, replica) of followers whose snapshot is outrun.
         """
+        outrun: list[tuple[int, int]] = []
         for group, index in indices.items():
             replica = self._replicas.get(group)
             if replica is not None and not replica.held:
                 index = min(index, replica.raft.applied_index)
                 self._lane.compact(group, index)
-                floor = self._transfers.floor(group)
-                replica.cut(index, floor, self.limits.log_tail_bytes_max)
+                outrun += ((group, other) for other in replica.cut(index, self.limits))
+        self.counters["snapshots_outrun"] += len(outrun)
+        return outrun
 
     def _served(self, group: int) -> Replica:
         replica = self._replicas.get(group)

@@ -129,10 +129,14 @@ class Installer:
             reached("snapshot_overtaken_by_commit")
             durable()
 
+    def sends(self, group: int, other: int, index: int) -> None:
+        self._replicas[group].snapshot_begins(other, index)
+
     def sent(self, group: int, other: int, ok: bool) -> None:
         replica = self._replicas.get(group)
         if replica is not None:
             replica.raft.snapshot_status(other, ok, self._now())
+            replica.snapshot_ends(other, ok)
             self._host.touch(group)
 
     def unreadable(self, group: int) -> None:

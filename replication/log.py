@@ -99,6 +99,17 @@ class RaftLog:
             size += entry_bytes
         return entries, size
 
+    def lowest_within(self, bytes_max: int) -> int:
+        """The lowest index behind which at most `bytes_max` are held; 0 if that is so of the whole log."""
+        if self.bytes <= bytes_max:
+            return 0
+        index, behind_bytes = self.start_index, self.bytes
+        for entry in self._entries:
+            index, behind_bytes = entry.index, behind_bytes - len(entry.data)
+            if behind_bytes <= bytes_max:
+                break
+        return index
+
     def append(self, entry: Entry) -> None:
         """Append the next entry."""
         assert entry.index == self.last_index + 1, f"{entry.index} after {self.last_index}"

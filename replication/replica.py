@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from replication.measures import Measures
 from replication.messages import AppendRequest, Message
@@ -34,6 +34,13 @@ LIVE_PROBES: Final = (
 )
 
 
+class Helped(NamedTuple):
+    """A follower that gets a snapshot, or got one and has not caught up yet."""
+
+    after: int  # the log above this is needed for it
+    since: float | None  # monotonic seconds of its last progress; None: the stream goes on
+
+
 class Replica:
     """See the module."""
 
@@ -41,6 +48,7 @@ class Replica:
         "applied",
         "group",
         "held",
+        "helped",
         "id",
         "install",
         "led_term",
@@ -72,6 +80,7 @@ class Replica:
         self.proposed: deque[tuple[int, float]] = (
             deque()
         )  # (index, when), of the term that is led; raft bounds what is uncommitted
+        self.helped: dict[int, Helped] = {}  # followers, by replica
         self.led_term = 0  # the term whose leadership the machine was told; 0: none
 
     def node_of(self, replica: int) -> int | None:
@@ -203,27 +212,64 @@ class Replica:
         log = self.raft.log
         return log.slice(self.log_start + 1, log.handed_index)
 
-    def cut(self, index: int, floor: int | None, tail_bytes_max: int) -> None:
-        """The engine has flushed up to `index`, and the log file is cut there. In memory a leader keeps what a live
-        follower still needs, while that is not too much, and what follows `floor`, a snapshot in flight.
+    def snapshot_begins(self, other: int, index: int) -> None:
+        """A stream of the state at `index` begins to leave for a follower."""
+        self.helped[other] = Helped(index, None)
+
+    def snapshot_ends(self, other: int, ok: bool) -> None:
+        """It ended. A follower that has it now needs what was written since: its word of that may still be on its way."""
+        helped = self.helped.pop(other, None)
+        if helped is None:
+            return  # it was outrun, or never began
+        peer = self.raft.status()["peers"].get(other)
+        if ok or (peer is not None and peer["match"] >= helped.after):
+            self.helped[other] = Helped(helped.after, self.raft.now)
+
+    def cut(self, index: int, limits: HostLimits) -> list[int]:
+        """The engine has flushed up to `index`, and the log file is cut there. Returns followers whose snapshot is outrun.
+
+        In memory a leader keeps what a live follower lacks, while that is at most `log_tail_bytes_max`; and what one
+        lacks that is helped by a snapshot, while that is at most `catch_up_bytes_max`.
         """
         self.log_start = max(self.log_start, index)
-        if chance("log_tail_dropped"):
-            tail_bytes_max = 0
-        upto = min(index, self._needed_after(tail_bytes_max))
-        if floor is not None:
-            upto = min(upto, floor)
-        if upto >= self.raft.first_index:
-            self.raft.compact(upto)
-
-    def _needed_after(self, tail_bytes_max: int) -> int:
         raft = self.raft
-        if not raft.is_leader or raft.log_bytes > tail_bytes_max:
-            return raft.applied_index
-        peers = [peer for peer in raft.status()["peers"].values() if peer["state"] != "snapshot"]
-        newest = max((peer["acked_probe"] for peer in peers), default=0)
-        live = [peer["match"] for peer in peers if peer["acked_probe"] + LIVE_PROBES >= newest]
-        return min(live, default=raft.applied_index)
+        peers: dict[int, dict[str, Any]] = raft.status()["peers"]  # none if it does not lead
+        tail_bytes_max = 0 if chance("log_tail_dropped") else limits.log_tail_bytes_max
+        tail = raft.log.lowest_within(tail_bytes_max)
+        self._forget_helped(peers, tail)
+        furthest = raft.log.lowest_within(limits.catch_up_bytes_max)
+        outrun = [other for other, h in self.helped.items() if h.after < min(index, furthest)]
+        for other in outrun:
+            reached("snapshot_outrun")
+            del self.helped[other]
+        needed = [helped.after for helped in self.helped.values()]
+        upto = min([index, *needed, *_needed_by_live(peers, tail)])
+        if upto >= raft.first_index:
+            raft.compact(upto)
+        return outrun
+
+    def _forget_helped(self, peers: dict[int, dict[str, Any]], tail: int) -> None:
+        """Note progress. Who lacks no more than others may, or makes none for `snapshot_patience_s`, is as any other."""
+        now, patience_s = self.raft.now, self.raft.config.snapshot_patience_s
+        for other, (after, since) in list(self.helped.items()):
+            match = peers[other]["match"] if other in peers else 0
+            if since is not None and (
+                match >= max(after, tail) or (match <= after and now >= since + patience_s)
+            ):
+                del self.helped[other]
+            elif match > after:
+                self.helped[other] = Helped(match, None if since is None else now)
+
+
+def _needed_by_live(peers: dict[int, dict[str, Any]], tail: int) -> list[int]:
+    """Above what each live follower needs the log, where that is `tail` or higher."""
+    taking = [peer for peer in peers.values() if peer["state"] != "snapshot"]
+    newest = max((peer["acked_probe"] for peer in taking), default=0)
+    return [
+        peer["match"]
+        for peer in taking
+        if peer["match"] >= tail and peer["acked_probe"] + LIVE_PROBES >= newest
+    ]
 
 
 class Applier:

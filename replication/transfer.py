@@ -64,8 +64,11 @@ class Owner(Protocol):
     def arrived(self, group: int, offer: Offer, done: Callable[[], None]) -> None:
         """The state is durable in the engine. Do the log's part, then call `done`."""
 
+    def sends(self, group: int, replica: int, index: int) -> None:
+        """A stream to that replica begins; the state in it stands at `index`."""
+
     def sent(self, group: int, replica: int, ok: bool) -> None:
-        """A stream to that replica ended."""
+        """It ended, or could not begin."""
 
     def unreadable(self, group: int) -> None:
         """The group's state here could not be read: another replica has to lead, and send its own."""
@@ -159,15 +162,6 @@ class Transfers:
         """This node's replica has lost its state: ask the leader for a snapshot."""
         self._peers.send_snapshot_chunk(node, encode(Wanted(group, leader, own)))
 
-    def floor(self, group: int) -> int | None:
-        """The lowest index of a snapshot of the group in flight: the log above it is still needed."""
-        indices = [
-            sending.source.meta.index
-            for sending in self._sending.values()
-            if sending.sender.group == group
-        ]
-        return min(indices, default=None)
-
     def receiving(self, group: int) -> bool:
         return group in self._receiving
 
@@ -251,6 +245,7 @@ class Transfers:
             )
             self._next_id += 1
             self._sending[node] = _Sending(sender, source)
+            self._owner.sends(group, replica, source.meta.index)
 
     def _pump(self, now: float) -> bool:
         """Send some chunks, round robin over the nodes. Returns whether there is more to send at once."""

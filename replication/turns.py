@@ -35,6 +35,7 @@ class HostLimits:
     apply_bytes_max: int = MIB  # of commands, in one phase; one entry at least
     apply_entries_max: int = 2_000
     log_tail_bytes_max: int = 16 * MIB  # of a group's log in memory, kept for followers that lag
+    catch_up_bytes_max: int = 256 * MIB  # for one that gets a snapshot, until it caught up
     held_log_bytes_max: int = 64 * MIB  # of a group's log while its state is being replaced
     carried_bytes_max: int = 1 << 30  # written again in one batch, so that old segments may go
     idle_mark_s: float = 1.0  # after the last write: record how far the log is durable

@@ -178,6 +178,7 @@ UNREACHED: Final[
     "participant_forgot",
     "poll_given_up",
     "peer_takes_nothing",
+    "snapshot_outrun",
     "timestamp_too_old",
     "watch_cut_anew",
     "watch_left_without_a_word",

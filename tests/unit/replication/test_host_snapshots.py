@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
+from replication.codec import decode_messages
+from replication.messages import AppendRequest
+from replication.ready import RaftConfig
 from replication.snapshot import Chunk, End, Wanted, decode
 from replication.turns import HostLimits
 from tests.unit.replication.host_driver import Node, World, led, restarted
@@ -267,6 +271,106 @@ def test_the_log_behind_a_snapshot_in_flight_is_kept():
     world.settle()
     leader.host.flushed(leader.machine.flush())
     assert leader.host.raft(1).first_index == opened_at + 1
+
+
+class SlowLink:
+    """To one node only so many chunks and appends arrive with each `tick`, of 0.1 s; all else at once."""
+
+    def __init__(self, world: World, to: int, *, chunks: int, appends: int) -> None:
+        self._world, self._deliver = world, world.deliver
+        self._to, self._chunks, self._appends = to, chunks, appends
+        self._waiting: tuple[deque[tuple[int, int, bool, bytes]], ...] = (deque(), deque())
+        world.deliver = self.deliver  # type: ignore[method-assign]
+
+    def deliver(self) -> None:
+        _, to, snapshot, payload = frame = self._world.frames[0]
+        if to == self._to and snapshot and isinstance(decode(payload), Chunk):
+            self._waiting[0].append(frame)
+        elif to == self._to and not snapshot and self._appends_in(payload):
+            self._waiting[1].append(frame)
+        else:
+            self._deliver()
+            return
+        self._world.frames.popleft()
+
+    def tick(self) -> None:
+        for waiting, count in zip(self._waiting, (self._chunks, self._appends), strict=True):
+            for _ in range(min(count, len(waiting))):
+                self._world.frames.appendleft(waiting.popleft())
+                self._deliver()
+        self._world.advance(0.1)
+
+    @staticmethod
+    def _appends_in(payload: bytes) -> bool:
+        return any(isinstance(m, AppendRequest) and m.entries for m in decode_messages(payload))
+
+
+def write_steadily(world: World, link: SlowLink, leader: Node, ticks: int) -> int:
+    """20 kB/s, flushed each 64 kB and at the end. Returns the most that the leader's log had in memory, in bytes."""
+    peak_bytes = 0
+    for tick in range(1, ticks + 1):
+        world.propose(bytes(2_000))
+        link.tick()
+        peak_bytes = max(peak_bytes, leader.host.raft(1).log_bytes)
+        if tick % 32 == 0 or tick == ticks:
+            leader.host.flushed(leader.machine.flush())
+    return peak_bytes
+
+
+def lag(leader: Node, other: Node) -> int:
+    raft = leader.host.raft(1)
+    match: int = raft.status()["peers"][other.number]["match"]
+    return raft.last_index - match
+
+
+SMALL_APPENDS = RaftConfig(append_bytes_max=2_500, inflight_bytes_max=2_500)
+
+
+def test_one_snapshot_is_enough_for_a_follower_that_is_faster_than_the_writes():
+    """What was written while it came was cut as soon as it was there, so another one was sent, and so on."""
+    world = World(nodes=3, limits=HostLimits(log_tail_bytes_max=50_000), config=SMALL_APPENDS)
+    leader, slow = behind(world, values=450)
+    link = SlowLink(world, slow.number, chunks=1, appends=3)
+    world.heal()
+    peak_bytes = write_steadily(world, link, leader, 310)
+    assert leader.host.stats()["snapshots_sent"] == 1
+    assert lag(leader, slow) <= 1  # what is on its way
+    assert peak_bytes < 450_000
+    assert write_steadily(world, link, leader, 100) <= 64_000 + 50_000  # as for any follower
+    assert leader.host.stats()["snapshots_sent"] == 1
+    assert leader.host.stats()["snapshots_outrun"] == 0
+
+
+def test_the_log_for_a_snapshot_that_writes_outrun_is_bounded():
+    """The stream goes on, since its state is better than none; what follows it is gone, which is told."""
+    world = World(
+        nodes=3,
+        limits=HostLimits(log_tail_bytes_max=50_000, catch_up_bytes_max=100_000),
+        config=SMALL_APPENDS,
+    )
+    leader, slow = behind(world, values=450)
+    link = SlowLink(world, slow.number, chunks=1, appends=3)
+    world.heal()
+    assert write_steadily(world, link, leader, 150) <= 64_000 + 100_000
+    assert leader.host.stats()["snapshots_outrun"] == 1
+    assert slow.host.stats()["snapshots_lost"] == 0
+    for _ in range(500):
+        link.tick()
+    assert lag(leader, slow) == 0
+    assert slow.values(1) == leader.values(1)
+    assert leader.host.stats()["snapshots_sent"] == 2
+
+
+def test_the_log_for_a_follower_that_stands_still_after_its_snapshot_is_given_up():
+    world = World(nodes=3, limits=HostLimits(log_tail_bytes_max=50_000), config=SMALL_APPENDS)
+    leader, slow = behind(world)
+    link = SlowLink(world, slow.number, chunks=1, appends=0)
+    world.heal()
+    write_steadily(world, link, leader, 80)
+    raft, index = leader.host.raft(1), slow.machine.states[1].installed[0]
+    assert raft.first_index == index + 1 > 1
+    write_steadily(world, link, leader, 100)
+    assert raft.first_index > index + 1
 
 
 def test_the_log_of_a_replica_that_waits_for_its_state_is_bounded():

@@ -77,6 +77,12 @@ def test_compaction_and_reset_move_the_start():
     assert (log.first_index, log.last_index, log.durable_index, log.bytes) == (10, 9, 9, 0)
 
 
+def test_what_lies_within_a_bound_of_bytes_is_counted_from_the_end():
+    log = log_of(1, 1, 1, start=(10, 1))
+    assert [log.lowest_within(bytes_max) for bytes_max in (0, 9, 10, 29, 30)] == [13, 13, 12, 11, 0]
+    assert log_of(start=(10, 1)).lowest_within(0) == 0
+
+
 def test_a_slice_keeps_its_limits_and_is_never_empty():
     log = log_of(1, 1, 1, 1)
     each = 10 + ENTRY_OVERHEAD_BYTES
