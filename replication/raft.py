@@ -81,7 +81,8 @@ class RaftNode(ReplicaState):
 
         `membership` is that in effect at `log_start` (index, term); CONFIG entries among `entries` come on top.
         `applied` is the index up to which the state machine has applied. Before `vote_not_before` no vote is granted
-        (its old self may have promised a lease), but for a group of one voter, which campaigns at the first tick.
+        (its old self may have promised a lease), but for a group of one voter, which campaigns at the first tick if that
+        membership is known to be committed.
         Raises LogMismatch if log and state machine contradict each other (pitfall 19).
         """
         log = RaftLog(*log_start, entries)
@@ -124,7 +125,7 @@ class RaftNode(ReplicaState):
         self._ack_probe = 0
         self._wait_s = self._draw_wait()
         self._election_at = max(now, vote_not_before - config.election_timeout_s) + self._wait_s
-        if self.sole_voter:
+        if self._promised_nobody():
             self._election_at = now
 
     # ------------------------------------------------------------------ what the host may know
@@ -210,7 +211,7 @@ class RaftNode(ReplicaState):
         self.now = max(self.now, now)
         if self._leading is not None or not self._may_take_over() or self._hears_leader():
             return
-        if now >= self._vote_not_before or self.sole_voter:
+        if now >= self._vote_not_before or self._promised_nobody():
             self._pre_campaign()
 
     def step_down(self, now: float) -> None:
@@ -438,6 +439,10 @@ class RaftNode(ReplicaState):
             self.history.current_index > self.commit_index
             and is_voter(self.history.at(self.commit_index), self.replica)
         )
+
+    def _promised_nobody(self) -> bool:
+        """A sole voter has no leader to promise a lease to; until that is committed, the one that leaves leads by it."""
+        return self.sole_voter and self.membership_index <= self.commit_index
 
     def _hears_leader(self) -> bool:
         """Whether a leader may hold a lease that counts on this replica's refusal to vote."""

@@ -323,6 +323,29 @@ def test_a_group_of_one_campaigns_at_once_even_after_a_restart():
     assert replica.raft.commit_index == 1
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_who_becomes_the_sole_voter_by_an_uncommitted_entry_waits_after_a_restart(joint):
+    """The leader that leaves still counts on its answers, and does not know that it has the entry."""
+    cluster = cluster_of(2)
+    leader = cluster.elect(2)
+    cluster.run(0.3)
+    target = enter_joint(leader.membership, [1], [], ()) if joint else plain([1])
+    leader.propose_membership(leader.term, target, cluster.now)
+    while leader.membership != plain([1]):  # joint is left once it is committed
+        cluster.deliver()
+    cluster.blocked[1, 2] = None
+    cluster.settle()
+    assert cluster.raft(1).membership == plain([1])
+    cluster.crash(1)
+    cluster.restart(1)
+    cluster.raft(1).campaign(cluster.now)
+    assert leader.lease_valid(cluster.now)
+    while not cluster.raft(1).is_leader:
+        cluster.run(0.01)
+        assert not (cluster.raft(1).is_leader and leader.lease_valid(cluster.now))
+    assert cluster.now < 0.3 + 3 * TIMEOUT_S
+
+
 def test_a_replica_whose_storage_stalls_does_not_campaign():
     replica = Replica()
     replica.raft.electable = False

@@ -282,6 +282,21 @@ def test_a_restarted_voter_does_not_vote_for_the_longest_lease_but_a_lone_one_le
     assert alone.nodes[1].host.raft(1).is_leader
 
 
+def test_a_lone_voter_by_an_entry_of_its_log_leads_at_once_if_that_is_committed():
+    alone = World(nodes=1)
+    alone.settle()
+    alone.advance(0.1)
+    host = alone.nodes[1].host
+    index = host.propose_membership(1, host.raft(1).term, host.raft(1).membership)
+    alone.settle()
+    alone.propose(b"the commit index is written with what follows")
+    alone.settle()
+    host = restarted(alone)
+    assert host.raft(1).membership_index == index
+    alone.advance(0.001)
+    assert host.raft(1).is_leader
+
+
 def test_a_voter_of_which_the_log_has_nothing_yet_does_not_vote_at_once_when_it_is_back():
     """It may have heard a leader before its first batch was durable, and that one counts on it."""
     world = World(nodes=3)
