@@ -181,7 +181,7 @@ _COUNTERS: Final[Mapping[str, frozenset[str]]] = {  # figures that only grow; ot
             "messages_dropped_malformed", "messages_dropped_no_route", "synced_bytes", "segments_created",
             "segments_deleted", "syncs", "sync_mode_switches", "snapshots_sent", "snapshots_failed",
             "snapshots_installed", "snapshots_refused", "snapshots_lost", "snapshots_outrun",
-            "snapshot_frames_bad", "entries_applied",
+            "snapshot_frames_bad", "snapshot_answers_dropped", "entries_applied",
         }
     ),
     "peers": frozenset({"messages_sent", "frames_sent", "frames_dropped"}),

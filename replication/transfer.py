@@ -39,7 +39,7 @@ SLICE_S: Final = 0.001
 SLICE_CHUNKS: Final = 2  # also where the clock stands still within a turn
 RETRY_S: Final = 0.01  # after a node's queue was full
 UNSAID_MAX: Final = (
-    256  # answers that found a queue full; the oldest go, and their streams time out
+    256  # answers to a node whose queue was full; the oldest go, and their streams time out
 )
 
 
@@ -118,7 +118,7 @@ class Transfers:
         self._receiving: dict[int, _Receiving] = {}  # by group
         self._throttle = Throttle(limits.rate_bytes_s, limits.burst_bytes)
         self._inbox: deque[tuple[int, bytes]] = deque()
-        self._unsaid: deque[tuple[int, bytes]] = deque(maxlen=UNSAID_MAX)
+        self._unsaid: dict[int, deque[tuple[float, bytes]]] = {}  # by node: until when, what
         self._say_at = 0.0
         self.trials = Trials(machine, owner.readable)
         self.counters = {
@@ -128,6 +128,7 @@ class Transfers:
             "snapshots_refused": 0,
             "snapshots_lost": 0,
             "snapshot_frames_bad": 0,
+            "snapshot_answers_dropped": 0,
         }
 
     # ------------------------------------------------------------ asked by the host
@@ -411,17 +412,29 @@ class Transfers:
                 self._lose(receiving, "no progress")
 
     def _say(self, node: int, frame: Frame) -> None:
-        """An answer: kept and said again if the node's queue is full."""
-        payload = encode(frame)
-        if self._unsaid or not self._peers.send_snapshot_chunk(node, payload):
-            self._unsaid.append((node, payload))
+        """An answer: kept and said again if the node's queue is full, while the other side may still wait for it."""
+        payload, waiting = encode(frame), self._unsaid.get(node)
+        if waiting is None:
+            if self._peers.send_snapshot_chunk(node, payload):
+                return
+            waiting = self._unsaid[node] = deque()
+        if len(waiting) == UNSAID_MAX:
+            self.counters["snapshot_answers_dropped"] += 1
+            waiting.popleft()
+        waiting.append((self._clock.monotonic() + self._limits.timeout_s, payload))
 
     def _say_again(self, now: float) -> None:
-        """Each once more; those that still find no room wait."""
+        """To each node what it has room for now; what nobody waits for any more is dropped."""
         if now < self._say_at:
             return
-        for _ in range(len(self._unsaid)):
-            node, payload = self._unsaid.popleft()
-            if not self._peers.send_snapshot_chunk(node, payload):
-                self._unsaid.append((node, payload))
+        for node, waiting in list(self._unsaid.items()):
+            while waiting:
+                until, payload = waiting[0]
+                if now >= until:
+                    self.counters["snapshot_answers_dropped"] += 1
+                elif not self._peers.send_snapshot_chunk(node, payload):
+                    break
+                waiting.popleft()
+            else:
+                del self._unsaid[node]
         self._say_at = now + RETRY_S

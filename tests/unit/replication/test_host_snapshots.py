@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 from replication.codec import decode_messages
 from replication.messages import AppendRequest
@@ -260,6 +262,53 @@ def test_a_full_queue_delays_a_stream_and_does_not_break_it():
     slow.peers.full = False
     world.advance(1.0)
     assert slow.values(1) == leader.values(1)
+
+
+def refuse_for_the_dead(world: World) -> None:
+    """A frame for a node that is down finds no connection."""
+
+    def refusing(send: Callable[[int, bytes], bool]) -> Callable[[int, bytes], bool]:
+        return lambda to, payload: world.nodes[to].up and send(to, payload)
+
+    for node in world.nodes.values():
+        peers: Any = node.peers
+        peers.send_snapshot_chunk = refusing(peers.send_snapshot_chunk)
+
+
+def test_an_answer_to_a_dead_node_is_given_up_with_its_stream():
+    """It was tried a hundred times a second until the node returned."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    refuse_for_the_dead(world)
+    stream_until(world, 4)
+    leader.crash()
+    world.advance(60.0)
+    assert slow.host.stats()["snapshot_answers_dropped"] == 1
+    turns = slow.host.counters["turns"]
+    world.advance(10.0)
+    assert slow.host.counters["turns"] - turns < 200  # heartbeats
+
+
+def test_an_answer_to_a_dead_node_holds_up_no_other():
+    """They waited in one line, so that a stream went on each 10 ms only."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    refuse_for_the_dead(world)
+    stream_until(world, 4)
+    leader.crash()
+    third = world.leader()
+    deliver, times = world.deliver, list[float]()
+
+    def watch() -> None:
+        if {third.number, slow.number} == {*world.frames[0][:2]} and world.frames[0][2]:
+            times.append(world.clock.now)
+        deliver()
+
+    world.deliver = watch  # type: ignore[method-assign]
+    world.advance(12.0)
+    assert slow.values(1) == third.values(1)
+    assert slow.host._transfers._unsaid
+    assert times[-1] == times[1]  # but for what asks for it
 
 
 def test_the_log_behind_a_snapshot_in_flight_is_kept():
