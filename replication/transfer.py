@@ -335,6 +335,9 @@ class Transfers:
         ):
             self._say(node, End(chunk.group, chunk.snapshot, False, "no such stream"))
             return
+        if receiving.finishing:  # all rows are in, and the machine is told so
+            self.counters["snapshot_frames_bad"] += 1
+            return
         receiver = receiving.receiver
         try:
             data = receiver.receive(chunk, now)

@@ -473,6 +473,38 @@ def test_a_damaged_chunk_is_noticed_and_the_sender_is_told():
     assert slow.values(1) == leader.values(1)
 
 
+def test_a_chunk_after_the_end_does_not_cost_a_state_that_is_being_flushed():
+    """It counted as a broken stream, though all rows were in."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    flushes: list[tuple[Callable[[], None], Callable[[], None]]] = []
+    slow.host.run_blocking = lambda work, then: flushes.append((work, then))  # type: ignore[method-assign]
+    deliver, doubled = world.deliver, list[tuple[int, int, bool, bytes]]()
+
+    def double_the_last() -> None:
+        frame = world.frames[0]
+        chunk = decode(frame[3]) if frame[2] else None
+        if isinstance(chunk, Chunk) and chunk.last and not doubled:
+            doubled.append(frame)
+            world.frames.insert(1, frame)
+        deliver()
+
+    world.deliver = double_the_last  # type: ignore[method-assign]
+    world.heal()
+    world.advance(0.5)
+    assert doubled
+    assert not slow.fatal
+    [(work, then)] = flushes
+    work()
+    slow.host._run(lambda _now: then())
+    world.advance(0.5)
+    assert slow.values(1) == leader.values(1)
+    figures = slow.host.stats()
+    assert (figures["snapshots_installed"], figures["snapshots_lost"]) == (1, 0)
+    assert figures["snapshot_frames_bad"] == 1
+    assert leader.host.stats()["snapshots_sent"] == 1
+
+
 def test_a_replica_whose_state_is_being_replaced_does_not_campaign():
     """It did, its stream broke off, and it led without a state for ever."""
     world = World(nodes=3)
