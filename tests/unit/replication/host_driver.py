@@ -345,3 +345,15 @@ def append(index: int, data: bytes = b"x", *, to: int = 1, group: int = 1) -> Ap
     """From a leader, replica 2, of term 5, whose log has nothing before."""
     entries = [Entry(index, 5, EntryKind.COMMAND, data)]
     return AppendRequest(group, to, 2, 5, index - 1, 5 if index > 1 else 0, entries, 0, 1)
+
+
+def behind(world: World, *, values: int = 40) -> tuple[Node, Node]:
+    """A leader whose log is cut, and a follower that is cut off and needs what was cut."""
+    leader = led(world)
+    slow = world.nodes[1 + leader.number % 3]
+    world.isolate(slow.number)
+    for number in range(values):
+        world.propose(b"%d" % number)
+    world.advance(10.0)
+    leader.host.flushed(leader.machine.flush())
+    return leader, slow

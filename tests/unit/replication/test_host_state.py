@@ -1,0 +1,138 @@
+"""A replica whose state is lost, being replaced, or cannot be read: it serves and leads nothing, and its log is not lost."""
+
+from __future__ import annotations
+
+from tests.unit.replication.host_driver import World, behind, led, restarted
+
+
+def test_a_replica_without_state_leads_nothing():
+    world = World(nodes=1)
+    node = world.nodes[1]
+    node.machine.states[1].installing = True
+    node.machine.durable[1] = node.machine.states[1].copy()
+    host = restarted(world)
+    world.advance(5.0)
+    assert not host.raft(1).is_leader
+
+
+def test_a_replica_whose_state_is_being_replaced_does_not_campaign():
+    """It did, its stream broke off, and it led without a state for ever."""
+    world = World(nodes=3)
+    leader = led(world)
+    other = world.nodes[1 + leader.number % 3]
+    other.host._installer.begins(1)
+    leader.host.transfer_leadership(1, other.number)
+    world.advance(0.5)
+    assert world.leader() is leader
+    leader.crash()
+    world.advance(5.0)
+    assert world.leader() is not other
+
+
+def test_a_leader_that_loses_its_state_steps_down():
+    world = World(nodes=3)
+    leader = led(world)
+    leader.host._replicas[1].lose_state()
+    world.advance(5.0)
+    assert world.leader() is not leader
+
+
+def test_a_log_whose_replica_has_no_state_is_handed_to_one_that_has():
+    """Seed 845: with the third away, who had a state lacked an entry, and who had the entry did not campaign."""
+    world = World(nodes=3)
+    leader = led(world)
+    behind, stateless = (world.nodes[1 + (leader.number + n) % 3] for n in (0, 1))
+    world.propose(b"seen by all")
+    world.advance(0.5)
+    world.isolate(behind.number)
+    world.propose(b"not there")
+    world.advance(0.5)
+    stateless.host._replicas[1].lose_state()
+    leader.crash()
+    world.heal()
+    world.advance(20.0)
+    assert world.leader() is behind
+    assert behind.values(1) == [b"seen by all", b"not there"]
+    assert stateless.values(1) == behind.values(1)  # it got a snapshot at last
+
+
+def test_a_caretaker_asks_each_that_has_the_log_and_leads_only_until_one_can():
+    world = World(nodes=3)
+    leader = led(world)
+    others = [node for node in world.nodes.values() if node is not leader]
+    for node in others:
+        node.host._replicas[1].lose_state()
+    deliver = world.deliver
+
+    def without_snapshots() -> None:
+        if world.frames[0][2]:
+            world.frames.popleft()
+        else:
+            deliver()
+
+    world.deliver = without_snapshots  # type: ignore[method-assign]
+    world.isolate(leader.number)
+    world.advance(20.0)
+    assert any(node.host.raft(1).is_leader for node in others)
+    told = [each for node in others for each in node.machine.log]
+    assert ("leadership", 1) not in {
+        each[:2] for each in told
+    }  # no machine is told to lead without a state
+    world.heal()
+    world.advance(10.0)
+    assert world.leader() is leader
+
+
+def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_own():
+    """It led on, and each of its streams cost the follower its state anew."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    opened = leader.machine.snapshot_open
+
+    def unreadable(group):
+        source = opened(group)
+        chunks = iter([source.chunk()])
+        source.chunk = lambda: next(chunks)  # type: ignore[method-assign]  # then StopIteration: a broken read like any other
+        return source
+
+    leader.machine.snapshot_open = unreadable  # type: ignore[method-assign]
+    world.heal()
+    world.advance(120.0)  # some trials of its own, all in vain
+    assert world.leader() is not leader
+    assert not slow.machine.states[1].installing
+    assert slow.values(1) == world.leader().values(1)
+    assert slow.host.stats()["snapshots_lost"] <= 1
+    leader.host.campaign(1)
+    world.advance(1.0)
+    assert world.leader() is not leader
+
+
+def test_a_replica_that_can_read_its_state_again_leads_again():
+    """Seed 91128: a disk failed for a second, the others had no state, and the range had no leader ever after."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    (other,) = set(world.nodes) - {leader.number, slow.number}
+    world.heal()
+    world.nodes[other].crash()
+    opened = leader.machine.snapshot_open
+    broken_until = world.clock.now + 12.0
+
+    def failing(group):
+        source = opened(group)
+        chunk = source.chunk
+
+        def read() -> bytes | None:
+            if world.clock.now < broken_until:
+                raise OSError("the disk does not answer")
+            return chunk()
+
+        source.chunk = read  # type: ignore[method-assign]
+        return source
+
+    leader.machine.snapshot_open = failing  # type: ignore[method-assign]
+    world.advance(11.0)
+    assert not leader.host.raft(1).is_leader
+    world.advance(30.0)
+    assert leader.host.raft(1).is_leader
+    assert slow.values(1) == leader.values(1)
+    assert slow.host.stats()["snapshots_lost"] <= 1
