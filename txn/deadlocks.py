@@ -5,8 +5,9 @@ next report, so nothing has to be taken back, and a detector that is lost learns
 
 DD1 a cycle is confirmed: all its waits existed at one instant. A leader has one report under way at a time, so what it
 reports after an answer existed after that answer. An edge known since `first` and reported again by a report that was made
-after `before` existed from the one to the other; those edges are taken that were known by the earliest `before` of all.
-Waiters in such a cycle wait for ever, so it is no matter that time has passed.
+after `before` existed from the one to the other; a search takes those edges for which its instant lies between the two. A
+range's first report confirms nothing, and has no part in the choice of an instant. Waiters in such a cycle wait for ever, so
+it is no matter that time has passed.
 DD2 the victim is the youngest, by (age, id), of those who are not committing: the same whoever looks. A Prepare is nobody's
 victim: it waits for a bounded time.
 DD3 a cycle lives CYCLE_S at most while the meta range can be reached; otherwise the waiters' own timeouts end it.
@@ -35,6 +36,7 @@ EDGES_MAX: Final = 1_000  # of one report
 
 
 _Wait = tuple[int, LockEdge]  # range and what it reported
+_NEVER: Final = float("-inf")
 
 
 class _Seen(NamedTuple):
@@ -43,31 +45,33 @@ class _Seen(NamedTuple):
 
 
 class _Source:
-    """The last report of one range."""
+    """The last report of one range in one term; waits are numbered anew in each."""
 
-    __slots__ = ("before", "edges", "number", "received", "term")
+    __slots__ = ("before", "edges", "number", "received", "term", "verdicts")
 
     def __init__(self, term: int) -> None:
         self.term = term
         self.number = 0
         self.edges: dict[int, _Seen] = {}
-        self.before = self.received = float("-inf")
+        self.verdicts: dict[int, list[bytes]] = {}  # wait -> cycle; told with the next report
+        self.before = self.received = _NEVER
 
 
 class Detector:
     def __init__(self) -> None:
         self._sources: dict[int, _Source] = {}  # by range
-        self._verdicts: dict[tuple[int, int], list[bytes]] = {}  # (range, wait) -> cycle
         self.cycles = 0
-        self._search_at = float("-inf")
+        self._search_at = _NEVER
 
     def report(self, waits: LockWaits, now: float) -> list[Victim]:
         """All long waits of a range; returns those of them that have to give way."""
         source = self._sources.get(waits.source)
         if source is not None and (waits.term, waits.number) <= (source.term, source.number):
             return []  # of a leader that was deposed, or overtaken by a later one
-        if source is None or (waits.term, waits.after) != (source.term, source.number):
-            source = _Source(waits.term)  # what was known does not show when this was made
+        if source is None or waits.term != source.term:
+            source = _Source(waits.term)
+        elif waits.after != source.number:  # what was known does not show when this was made
+            source.edges, source.received = {}, _NEVER
         known = source.edges
         source.edges = {
             edge.number: _Seen(edge, known[edge.number].first if edge.number in known else now)
@@ -82,30 +86,33 @@ class Detector:
         }
         if now >= self._search_at:
             self._search_at = now + SEARCH_S
-            self._search()
+            self._search(now)
+        verdicts, source.verdicts = source.verdicts, {}  # of a wait that is over: nobody's
         victims = [
-            Victim(number, self._verdicts.pop((waits.source, number)))
-            for number in source.edges
-            if (waits.source, number) in self._verdicts
+            Victim(number, verdicts[number]) for number in source.edges if number in verdicts
         ]
         for victim in victims:
             del source.edges[victim.number]
-        self._verdicts = {
-            (range_id, number): cycle
-            for (range_id, number), cycle in self._verdicts.items()
-            if range_id in self._sources and number in self._sources[range_id].edges
-        }
         return victims
 
-    def _search(self) -> None:
-        """Every cycle among the edges that existed at one instant (DD1) gets its victim."""
-        if not self._sources:
-            return
-        instant = min(source.before for source in self._sources.values())
+    def _search(self, now: float) -> None:
+        """Every cycle among the edges that existed at one instant (DD1) gets its victim.
+
+        The instant is the latest that all ranges confirm. One whose reports take long lags behind: the instant of the others
+        is searched too, so that it delays no cycle but those through itself.
+        """
+        befores = [each.before for each in self._sources.values() if each.before > _NEVER]
+        recent = [before for before in befores if before >= now - STALE_S]
+        for instant in dict.fromkeys(min(each) for each in (befores, recent) if each):
+            self._search_at_instant(instant)
+
+    def _search_at_instant(self, instant: float) -> None:
         waits: dict[bytes, list[_Wait]] = {}  # waiter -> its waits
         for range_id, source in self._sources.items():
+            if source.before < instant:
+                continue
             for seen in source.edges.values():
-                if seen.first <= instant and (range_id, seen.edge.number) not in self._verdicts:
+                if seen.first <= instant and seen.edge.number not in source.verdicts:
                     waits.setdefault(seen.edge.waiter, []).append((range_id, seen.edge))
         starts, done = list(reversed(waits)), dict[bytes, None]()
         while cycle := _cycle_in(waits, starts, done):
@@ -116,7 +123,7 @@ class Detector:
                 self.cycles += 1
                 ids = [edge.waiter for _, edge in cycle]
                 at = ids.index(victim[1].waiter)
-                self._verdicts[victim[0], victim[1].number] = ids[at:] + ids[:at]
+                self._sources[victim[0]].verdicts[victim[1].number] = ids[at:] + ids[:at]
             waits[victim[1].waiter].remove(victim)
 
 

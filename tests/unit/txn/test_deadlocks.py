@@ -4,6 +4,8 @@ one that existed at one instant is, and its victim is the youngest that is not c
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from txn import deadlocks
 from txn.deadlocks import CYCLE_S, DETECTOR_KEY, REPORT_S, STALE_S, Detector, _cycle_in
@@ -59,6 +61,74 @@ def test_a_cycle_through_three_ranges_is_found_within_its_bound():
     assert now < CYCLE_S
 
 
+def pair(detector: Detector) -> tuple[Source, Source]:
+    """Two ranges through which a cycle goes: 11 waits for 10 in the second, and 10 for 11 in the first."""
+    one, two = Source(detector, 1), Source(detector, 2)
+    one.edges, two.edges = [edge(7, 10, 11)], [edge(7, 11, 10)]
+    return one, two
+
+
+def test_waits_in_ranges_that_report_once_do_not_hide_a_cycle_of_others():
+    """Each 0.1 s somebody waits in a range where nobody did before, and no more when that would report again."""
+    detector = Detector()
+    one, two = pair(detector)
+    told: dict[int, list[bytes]] = {}
+    step, now = 0, 0.0
+    while not told and now < 10 * CYCLE_S:
+        if step % 2 == 0:
+            brief = Source(detector, 100 + step)
+            brief.edges = [edge(1, 1_000 + step, 2_000 + step)]
+            brief.report(now)
+        told = one.report(now + 0.01) | two.report(now + 0.02)
+        step, now = step + 1, now + REPORT_S
+    assert told == {7: [name(11), name(10)]}
+    assert now < CYCLE_S
+
+
+def test_a_range_whose_reports_take_long_does_not_hide_a_cycle_of_others():
+    """What it confirms is nearly two of its reports old."""
+    detector = Detector()
+    slow = Source(detector, 9)
+    slow.edges = [edge(1, 20, 21)]
+    one, two = pair(detector)
+    told: dict[int, list[bytes]] = {}
+    began, now, step = 1.0, 0.0, 0
+    while not told and now < began + 10 * CYCLE_S:
+        if step % 4 == 0:
+            slow.report(now - 0.01)
+        if now >= began:
+            told = one.report(now) | two.report(now + 0.01)
+        step, now = step + 1, now + REPORT_S * 0.99
+    assert told == {7: [name(11), name(10)]}
+    assert now - began < 0.6 * CYCLE_S
+
+
+def test_a_cycle_is_found_though_each_of_its_reports_takes_long():
+    detector = Detector()
+    one, two = pair(detector)
+    told: dict[int, list[bytes]] = {}
+    now = 0.0
+    while not told and now < 10 * CYCLE_S:
+        told = one.report(now) | two.report(now + 0.4 * STALE_S)
+        now += 0.9 * STALE_S
+    assert told == {7: [name(11), name(10)]}
+    assert now < 2 * CYCLE_S
+
+
+def test_a_verdict_ends_with_its_leaders_term():
+    """Waits are numbered anew in each term: the number may be an innocent's."""
+    detector = Detector()
+    one, two = pair(detector)
+    for now in (0.0, REPORT_S):
+        assert one.report(now) == two.report(now + 0.02) == {}
+    assert one.report(2 * REPORT_S) == {}
+    assert detector.cycles == 1, "the other range has a victim, and has not heard of it"
+    next_leader = Source(detector, 2, term=2)
+    next_leader.edges = [edge(7, 90, 91)]
+    for now in (0.11, 0.16, 0.21):
+        assert next_leader.report(now) == {}
+
+
 def test_waits_that_never_were_at_one_time_are_no_cycle():
     """10 waits for 11 and is served; only then 11 waits for 10's other lock. A report of each is not enough."""
     detector = Detector()
@@ -72,6 +142,66 @@ def test_waits_that_never_were_at_one_time_are_no_cycle():
     assert one.report(3 * REPORT_S) == {}
     assert two.report(4 * REPORT_S) == {}
     assert detector.cycles == 0
+
+
+class Lived(NamedTuple):
+    """A wait, in the truth."""
+
+    range_id: int
+    edge: LockEdge
+    since: float
+    until: float
+
+
+def reports_of(
+    range_id: int, waits: list[Lived], rng: random.Random
+) -> Iterator[tuple[float, LockWaits]]:
+    """When they arrive, and what. Some take long, some answers are lost, and what was given up may arrive all the same."""
+    made, after = 0.0, 0
+    for number in range(1, 50):
+        edges = [
+            each.edge
+            for each in waits
+            if each.range_id == range_id and each.since <= made < each.until
+        ]
+        arrives = made + rng.choice((0.001, 0.02, 0.02, 0.09))
+        answered = rng.random() < 0.9
+        if not answered:
+            arrives += rng.choice((0.0, 0.25))
+        yield arrives, LockWaits(0, 0, 0, DETECTOR_KEY, range_id, 1, number, after, edges)
+        if answered:
+            made, after = max(made + REPORT_S, arrives + rng.choice((0.001, 0.05))), number
+        else:
+            made += 0.2
+
+
+def test_whatever_is_called_a_cycle_was_one_at_some_instant():
+    rng = random.Random(7)
+    called = 0
+    for _ in range(100):
+        waits = []
+        for number in range(60):
+            since = rng.random() * 2.5
+            until = since + rng.choice((0.1, 0.2, 0.4, 0.8))
+            one = edge(number, *rng.sample(range(6), 2), age=1)
+            waits.append(Lived(rng.randrange(4), one, since, until))
+        arrivals = [each for range_id in range(4) for each in reports_of(range_id, waits, rng)]
+        detector = Detector()
+        for now, report in sorted(arrivals, key=lambda each: each[0]):
+            for victim in detector.report(report, now):
+                called += 1
+                cycle = victim.cycle
+                steps = set(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+                assert any(
+                    steps
+                    <= {
+                        (each.edge.waiter, each.edge.blockers[0])
+                        for each in waits
+                        if each.since <= instant.since < each.until
+                    }
+                    for instant in waits
+                )
+    assert called > 300
 
 
 def test_a_report_that_says_not_when_it_was_made_confirms_nothing():
@@ -128,9 +258,9 @@ def test_two_cycles_have_two_victims_and_one_may_break_two():
 def test_many_ranges_share_a_search_and_each_hears_of_its_victim(monkeypatch):
     searches, search = [], Detector._search
 
-    def counted(self: Detector) -> None:
+    def counted(self: Detector, now: float) -> None:
         searches.append(self)
-        search(self)
+        search(self, now)
 
     monkeypatch.setattr(Detector, "_search", counted)
     detector = Detector()
