@@ -70,7 +70,9 @@ class Locking:
         self.table = LockTable(owner.limits.locks_max, owner.limits.lock_lease_s)
         self.detector = Detector()
         self._report_at: float | None = None
-        self._reports = self._answered = 0
+        self._reports = 0
+        self._answered = 0  # the last report that the detector has certainly received
+        self._reporting = False  # one is under way
 
     # -- life and time
 
@@ -352,7 +354,7 @@ class Locking:
             self._report_at = None
             return
         self._report_at = now + REPORT_S
-        if self._answered < self._reports:
+        if self._reporting:
             return
         edges = [
             LockEdge(
@@ -366,16 +368,17 @@ class Locking:
         ]
         if not edges:
             return
-        after, self._reports = self._answered, self._reports + 1
+        self._reporting, self._reports = True, self._reports + 1
         number = self._reports
         row = self.ev.state.row
         report = LockWaits(
-            0, 0, 0, DETECTOR_KEY, row.range_id, self.ev.term, number, after, edges
+            0, 0, 0, DETECTOR_KEY, row.range_id, self.ev.term, number, self._answered, edges
         )  # fmt: skip
 
         def on_reply(reply: Reply) -> None:
-            self._answered = number
-            if isinstance(reply, Victims):
+            self._reporting = False
+            if isinstance(reply, Victims):  # a failed one may still arrive, after the next was made
+                self._answered = number
                 for victim in reply.victims:
                     self._give_way(victim.number, victim.cycle)
 

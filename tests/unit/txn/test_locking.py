@@ -536,6 +536,22 @@ def test_long_waits_are_reported_to_the_detector_one_report_at_a_time():
     assert [call[1].after for call in place.calls] == [1]
 
 
+def test_a_report_that_was_not_answered_is_followed_by_one_that_does_not_name_it():
+    """It may come after the next one was made: then it says nothing about when that was."""
+    place = Range()
+    lock(place, 1)
+    lock(place, 2)
+    place.pass_time(WAITED_S)
+    place.answer(Victims(0, []))
+    said = []
+    for reply in (Failure(0, "timeout"), Failure(0, "unavailable"), Victims(0, []), Victims(0, [])):
+        place.pass_time(REPORT_S)
+        ((_, report, _),) = place.calls
+        said.append((report.number, report.after))
+        place.answer(reply)
+    assert said == [(2, 1), (3, 1), (4, 1), (5, 4)]
+
+
 def test_who_has_to_give_way_is_told_the_cycle_and_the_next_in_the_queue_goes_on():
     place = Range()
     lock(place, 1, shared=True)
