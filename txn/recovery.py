@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
+from txn.asking import PartQuestions, Questions
 from txn.commands import AbortUnstaged, Decide, FencePart, OutboxDone, PreparePart
 from txn.latches import Pending, Waiter
 from txn.messages import (
@@ -77,10 +78,9 @@ class Recovery:
         self._looking: dict[
             Waiter, None
         ] = {}  # readers' questions that are asked on to participants
-        self._questions: dict[
-            tuple[bytes, bytes, QueryMode], None
-        ] = {}  # of orphans and blocked writers, on their way
-        self._fences: dict[tuple[bytes, bytes], None] = {}  # the anchor's: (txn_id, locus)
+        self._orphans = PartQuestions(self, QueryMode.ORPHAN)
+        self._blocked = PartQuestions(self, QueryMode.BLOCKED)
+        self._fences = Questions(self._send_fence)
         self._done: OutboxDone | None = None  # not proposed yet while `_done_in` is the evaluator's
         self._done_in: list[Pending] | None = None
 
@@ -143,7 +143,8 @@ class Recovery:
             _, txn_id, locus = self._orphan_due.popleft()
             part = state.part(txn_id, locus)
             if part is not None:
-                self._ask_orphan(part)
+                if part.resolving is None:
+                    self._orphans.ask(txn_id, locus, silent=part.unheard)
                 self._orphan_due.append((now + limits.orphan_timer_s, txn_id, locus))
         for queue in (self._outbox_due, self._outbox_again):
             while queue and queue[0][0] <= now and len(self._outbox_out) < OUTBOX_IN_FLIGHT_MAX:
@@ -225,7 +226,7 @@ class Recovery:
             waiter = Waiter(request, origin, now)
             self._outcome_waiting.setdefault(request.txn_id, []).append(waiter)
             ev.at(now + ev.limits.read_wait_s, lambda _: self._outcome_unknown(waiter))
-            self._recover(request.txn_id, staged)
+            self._recover(request.txn_id, staged, first=True)
             return
         if self._reply_known(request, origin):
             return
@@ -340,36 +341,40 @@ class Recovery:
 
     # -- the anchor: recovery of a staged transaction
 
-    def _recover(self, txn_id: bytes, staged: Staged) -> None:
+    def _recover(self, txn_id: bytes, staged: Staged, *, first: bool = False) -> None:
         """Ask every participant, with a Fence: what is not prepared yet never will be (R1, R2)."""
         if txn_id in self._deciding:
             return
         known = self._recovering.setdefault(txn_id, {})
         missing = [
-            participant
+            participant.locus
             for participant in staged.participants
             if known.get(participant.locus, (0, 0))[0] != PartStatus.PREPARED
         ]
         if not missing:  # the decision was proposed before, and refused by Raft
             self._conclude(txn_id, staged, known)
-        for participant in missing:
-            if (txn_id, participant.locus) in self._fences:
-                continue  # it waits there; another would wait beside it
-            self._fences[txn_id, participant.locus] = None
-            request = Fence(0, 0, 0, txn_id, participant.locus, staged.anchor_key)
-            self.call(participant.locus, request, self._on_fence_reply(txn_id, participant.locus))
+        for locus in missing:
+            self._fences.ask(txn_id, locus, silent=locus in known, first=first)
 
-    def _on_fence_reply(self, txn_id: bytes, locus: bytes) -> Callable[[Reply], None]:
+    def _send_fence(self, txn_id: bytes, locus: bytes) -> bool:
+        staged = self.ev.state.staged.get(txn_id)
+        if staged is None or txn_id in self._deciding:
+            return False
+
         def on_reply(reply: Reply) -> None:
-            del self._fences[txn_id, locus]
+            self._fences.answered(txn_id, locus)
             staged = self.ev.state.staged.get(txn_id)
-            if staged is None or txn_id in self._deciding or not isinstance(reply, PartReply):
+            if staged is None or txn_id in self._deciding:
                 return
             known = self._recovering.setdefault(txn_id, {})
-            known[locus] = (reply.status, reply.ts)
-            self._conclude(txn_id, staged, known)
+            if isinstance(reply, PartReply):
+                known[locus] = (reply.status, reply.ts)
+                self._conclude(txn_id, staged, known)
+            else:
+                known.setdefault(locus, (PartStatus.ABSENT, 0))  # decides nothing: it was asked
 
-        return on_reply
+        self.call(locus, Fence(0, 0, 0, txn_id, locus, staged.anchor_key), on_reply)
+        return True
 
     def _conclude(self, txn_id: bytes, staged: Staged, known: dict[bytes, tuple[int, int]]) -> None:
         commit_ts = 0
@@ -483,33 +488,12 @@ class Recovery:
             return True
         return False
 
-    def _ask_orphan(self, part: Part) -> None:
-        if part.resolving is None and self._ask_outcome(part, QueryMode.ORPHAN):
-            reached("orphan_asks")
-
     def blocked_by(self, part: Part) -> None:
         """A writer gave up waiting for this part: ask the anchor; only asking, never fencing."""
-        if part.resolving is not None or part.row.anchor_key == part.locus:
-            return
-        if self._ask_outcome(part, QueryMode.BLOCKED):
-            reached("blocked_writer_asks")
+        if part.resolving is None and part.row.anchor_key != part.locus:
+            self._blocked.ask(part.txn_id, part.locus, silent=part.unheard)
 
-    def _ask_outcome(self, part: Part, mode: QueryMode) -> bool:
-        """Ask the anchor, once at a time: a question may wait there for long, and another would wait beside it."""
-        question = part.txn_id, part.locus, mode
-        if question in self._questions:
-            return False
-        self._questions[question] = None
-
-        def on_reply(reply: Reply) -> None:
-            del self._questions[question]
-            self._on_outcome(part, reply)
-
-        request = QueryTxn(0, 0, 0, part.txn_id, part.row.anchor_key, mode)
-        self.call(part.row.anchor_key, request, on_reply)
-        return True
-
-    def _on_outcome(self, part: Part, reply: Reply) -> bool:
+    def on_outcome(self, part: Part, reply: Reply) -> bool:
         """Resolve the part if the outcome is known. Whether it is.
 
         EXPIRED, of a part that is still undecided, means aborted: its anchor has no record and will have none, and it does
@@ -553,7 +537,7 @@ class Recovery:
         if isinstance(reply, TxnReply) and reply.status == TxnStatus.INVISIBLE:
             reached("reader_told_invisible")
             part.invisible_to = max(part.invisible_to, asked)
-        elif not self._on_outcome(part, reply) or self._stands(part):
+        elif not self.on_outcome(part, reply) or self._stands(part):
             reached("reader_rests")
             self.rest(waiters)  # no answer, or none that can be used now
             return

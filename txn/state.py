@@ -85,7 +85,7 @@ class OutboxRow(msgspec.Struct, array_like=True, frozen=True):
 class Part:
     """An undecided part, in memory."""
 
-    __slots__ = ("invisible_to", "locus", "resolving", "row", "suffix", "txn_id")
+    __slots__ = ("invisible_to", "locus", "resolving", "row", "suffix", "txn_id", "unheard")
 
     def __init__(self, locus: bytes, txn_id: bytes, row: PreparedRow) -> None:
         self.locus = locus
@@ -95,10 +95,11 @@ class Part:
         # Volatile, of this leader's term:
         self.invisible_to = 0  # the anchor promised: it commits above this timestamp, or not at all
         self.resolving: Any = None  # the latch of its Resolve, once that is proposed
+        self.unheard = False  # the last question about it was not answered
 
     def forget_volatile(self) -> None:
         """A new term: what an earlier leader was promised or had proposed does not count."""
-        self.invisible_to, self.resolving = 0, None
+        self.invisible_to, self.resolving, self.unheard = 0, None, False
 
 
 class Staged(NamedTuple):

@@ -106,7 +106,7 @@ def _volatile_fence() -> Patches:
 def _abort_without_fence() -> Patches:
     """The anchor's timer aborts, instead of asking."""
 
-    def recover(self: Recovery, txn_id: bytes, staged: Staged) -> None:
+    def recover(self: Recovery, txn_id: bytes, staged: Staged, *, first: bool = False) -> None:
         if txn_id not in self._deciding:
             self._propose_decision(txn_id, staged.anchor_key, 0)
 
