@@ -281,7 +281,7 @@ def _lock_outlives_its_owner() -> Patches:
 
 def _deadlock_unseen() -> Patches:
     """The detector hears of waits, and never finds a cycle."""
-    return [(deadlocks, "_cycle_in", lambda _waits: [])]
+    return [(deadlocks, "_cycle_in", lambda *_: [])]
 
 
 def _validated_before_its_time() -> Patches:
