@@ -13,6 +13,7 @@ W1 an answer holds every version of the span in (since, upto], and whole commits
 W2 no version at or below an answer's `upto` appears later: it is a read's timestamp, with all that holds of those.
 W3 versions above gc_threshold are all stored. A poll from below it is refused, unless `Recent` shows that nothing is missing.
 W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX are kept.
+   One commit, or one moment, may concern all polls: LOOKS of them look in one turn, the others in the next ones.
 W5 a search ends with an answer to the poll it was made for, or with that poll elsewhere: never with a search for the same.
 """
 
@@ -32,7 +33,7 @@ from txn.latches import Waiter
 from txn.messages import Changed, Changes, Failure, Reply
 from txn.mvcc import decode_history, decode_latest, latest_ts
 from txn.recent import touches_sorted
-from txn.types import point_end
+from txn.types import TIMESTAMP_MAX, point_end
 
 if TYPE_CHECKING:
     from txn.evaluate import Evaluator
@@ -42,6 +43,8 @@ POLLS_MAX: Final = 10_000
 WAIT_S_MAX: Final = 30.0
 PAGE_ROWS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 << 10  # beyond both goes only what one commit holds
+LOOKS: Final = 500  # polls that look again in one turn
+LOOK_BYTES: Final = 4 << 10  # told to a poll, that count for one more
 LOOK_S: Final = 0.5  # between two looks for polls whose time is over
 SLICE_ROWS: Final = 512
 STEP_S: Final = 0.002  # between two slices of a search
@@ -76,13 +79,14 @@ class Polls:
 class Poll(Waiter):
     """A question in flight: one object for its life, which waits in one place at a time."""
 
-    __slots__ = ("first_hit", "listens", "until")
+    __slots__ = ("above", "listens", "until")
 
     def __init__(self, request: Changes, origin: Any, now: float, sequence: int) -> None:
         super().__init__(request, origin, now, sequence)
         self.until = now + min(request.wait_ms / 1000, WAIT_S_MAX)
         self.listens = False  # nothing above its `since` had been written when it began to
-        self.first_hit = 0  # the smallest version that was written in its span since then; 0: none
+        # Nothing in its span is in (`since`, `above`]: while it listens, what is written there is told to it.
+        self.above = request.since
 
     def until_s(self, wait_s: float) -> float:
         return max(self.until, self.since) + wait_s
@@ -195,6 +199,8 @@ class Feed:
         self._parked: dict[Poll, None] = {}  # nothing to tell them yet
         self._points: dict[bytes, dict[Poll, None]] = {}  # those that listen, by key
         self._spans: dict[Poll, None] = {}  # those that listen, of more than one key
+        self._looks_left = LOOKS
+        self._put_off: list[Poll] = []  # by this turn: they look in the next one
         self._look_at: float | None = None
         self._search: Search | None = None
         self._step_at = 0.0
@@ -240,9 +246,22 @@ class Feed:
         reached("poll_given_up")
         self._tell(poll, Changed(poll.request.id, poll.request.since, [], [], []))
 
-    def again(self, poll: Waiter, now: float) -> None:
+    def again_in_turn(self, poll: Poll, now: float) -> None:
+        """Look, unless others have taken what one turn has for it."""
+        if self._looks_left > 0 and not chance("poll_put_off"):
+            self._looks_left -= 1
+            self.again(poll, now)
+        else:
+            poll.done = False
+            self._put_off.append(poll)
+
+    def end_turn(self) -> list[Poll]:
+        """Who was put off. The next turn has looks for them."""
+        put_off, self._put_off, self._looks_left = self._put_off, [], LOOKS
+        return put_off
+
+    def again(self, poll: Poll, now: float) -> None:
         """Look, from the start."""
-        assert isinstance(poll, Poll)
         if poll not in self._open:
             return
         poll.done = False
@@ -254,7 +273,7 @@ class Feed:
             self._look(poll, now)
         elif not self._reaches_back(poll):
             self._ev.reader.ask_read_ts(poll)
-        elif newest := self._ev.state.recent.last(request.since, request.start, request.end):
+        elif newest := self._ev.state.recent.last(poll.above, request.start, request.end):
             poll.request = msgspec.structs.replace(request, at=newest)
             poll.sequence = self._ev.latches.sequence
             self._look(poll, now)
@@ -273,7 +292,7 @@ class Feed:
         if not state.has_span(request.start, request.end):
             return Failure(request.id, "epoch_mismatch")
         if request.since < row.gc_threshold:
-            first = state.recent.first(request.since, request.start, request.end)
+            first = state.recent.first(poll.above, request.start, request.end)
             if not self._reaches_back(poll) or 0 < first <= row.gc_threshold:
                 self.node.counters["compacted_total"] += 1
                 return Failure(request.id, "compacted", "", {"oldest": row.gc_threshold})
@@ -281,10 +300,7 @@ class Feed:
 
     def _reaches_back(self, poll: Poll) -> bool:
         """Whether `Recent` has every version of the poll's span that was applied above its `since`."""
-        low = self._ev.state.recent.low
-        if low <= poll.request.since:
-            return True
-        return poll.listens and not 0 < poll.first_hit <= low
+        return self._ev.state.recent.low <= poll.above
 
     def _tell(self, poll: Poll, reply: Reply, *, confirm: bool = False) -> None:
         """Answer, and forget."""
@@ -315,7 +331,7 @@ class Feed:
         request = poll.request
         self._parked[poll] = None
         if not poll.listens:
-            poll.listens = True
+            poll.listens, poll.above = True, TIMESTAMP_MAX
             if request.end == point_end(request.start):
                 self._points.setdefault(request.start, {})[poll] = None
             else:
@@ -358,8 +374,7 @@ class Feed:
 
     def _hit(self, poll: Poll, version: int) -> None:
         """Written in its span, above its `since`, in this turn."""
-        if not poll.first_hit or version < poll.first_hit:
-            poll.first_hit = version
+        poll.above = min(poll.above, version - 1)
         if poll in self._parked:
             del self._parked[poll]
             self._ev.runnable.append(poll)
@@ -392,7 +407,7 @@ class Feed:
             if ev.reader.undecided(part, at, poll):
                 return
         if self._reaches_back(poll):
-            recent = ev.state.recent.between(request.since, at, start, end)
+            recent = ev.state.recent.between(poll.above, at, start, end)
             self._page(poll, at, ((version, key) for version, keys in recent for key in keys))
             return
         for backlog in self._backlogs:
@@ -426,6 +441,7 @@ class Feed:
             keys.append(key)
             values.append(value)
             size += len(key) + 16 + (len(value) if value is not None else 0)
+        self._looks_left -= size // LOOK_BYTES
         self.node.counters["events_total"] += len(versions)
         self._tell(poll, Changed(request.id, upto, versions, keys, values), confirm=True)
 

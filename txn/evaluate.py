@@ -253,16 +253,18 @@ class Evaluator:
 
         One may set free another, a few times. Who is still here after PASSES_MAX goes on in the next turn: a mistake of ours
         costs time, and does not keep the node from all else for ever. Tests and simulations take it for the mistake it is.
+        Polls may be many, and go on in the next turn too (W4).
         """
         self.now = now
         for _ in range(PASSES_MAX):
             if not self.runnable:
-                return
+                break
             waiters, self.runnable = self.runnable, []
             for waiter in waiters:
                 if not waiter.done:
                     waiter.done = True
                     self._again(waiter, now)
+        self.runnable += self.feed.end_turn()
 
     def _again(self, waiter: Waiter, now: float) -> None:
         request = waiter.request
@@ -272,7 +274,7 @@ class Evaluator:
         elif kind is Read or kind is Scan:
             self.reader.again(waiter, now)
         elif kind is Changes:
-            self.feed.again(waiter, now)
+            self.feed.again_in_turn(waiter, now)  # type: ignore[arg-type]
         elif kind is Validate:
             self.validation.again(waiter, now)
         else:
@@ -345,7 +347,10 @@ class Evaluator:
             if not at:
                 waiter.request = msgspec.structs.replace(request, at=read_ts)
                 waiter.sequence = self.latches.sequence
-            self._again(waiter, now)
+            if isinstance(waiter, Poll):  # there may be thousands
+                self.runnable.append(waiter)
+            else:
+                self._again(waiter, now)
         closed = self.closing.promised  # applied or not, in an entry or in a message (F1)
         for number, pending in enumerate(pendings):
             if self.latches.txns.get(pending.txn_id) is not pending:

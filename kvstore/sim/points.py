@@ -140,6 +140,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "contested_key_not_locked",
     "closed_by_an_earlier_leader",
     "hold_ended",
+    "chance:poll_put_off",
     "chance:search_slice_small",
     "fast_guards_given_up",
     "fast_guards_met",

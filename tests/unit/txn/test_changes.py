@@ -8,7 +8,7 @@ import pytest
 from replication.probes import counting
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
 from txn import stamps
-from txn.changes import PAGE_ROWS_MAX, Polls
+from txn.changes import LOOKS, PAGE_ROWS_MAX, Polls
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
 from txn.messages import Changed, Changes, Failure, TxnReply
@@ -69,6 +69,100 @@ def test_a_turn_of_many_commits_looks_at_each_poll_once(monkeypatch):
     assert [key for _, key, _ in events(hot)] == [b"k050"]
     assert events(busy)[0][0] == min(each.reply.ts for each in asked)
     assert len(events(busy)) == 100
+
+
+class Visited(list):  # type: ignore[type-arg]
+    """Commits of `Recent`: how many were looked at, a search for a place among them included."""
+
+    count = 0
+
+    def __getitem__(self, place):
+        self.count += 1
+        return super().__getitem__(place)
+
+
+def visited(place: Range) -> Visited:
+    commits = place.state.recent._commits = Visited(place.state.recent._commits)
+    return commits
+
+
+def test_polls_to_which_nothing_happened_look_at_no_commits_when_their_time_is_over():
+    place = Range()
+    since = stored(place, b"a")
+    keys = [b"x%02d" % number for number in range(100)]
+    asked = [poll(place, since, key, point_end(key), wait_ms=1_000) for key in keys]
+    asked += [poll(place, since, key, b"y", wait_ms=1_000) for key in keys]
+    for number in range(2_000):
+        stored(place, b"k%04d" % number)
+    commits = visited(place)
+    place.pass_time(1.0)
+    place.settle()
+    assert {(len(events(each)), each.reply.upto) for each in asked} == {(0, place.clock)}
+    assert commits.count < 50 * len(asked)
+    assert nothing_left(place)
+
+
+def test_a_poll_that_is_woken_looks_from_its_first_commit_on():
+    place = Range()
+    since = stored(place, b"a")
+    keys = [b"x%02d" % number for number in range(100)]
+    asked = [poll(place, since, key, point_end(key)) for key in keys]
+    for number in range(2_000):
+        stored(place, b"k%04d" % number)
+    commits = visited(place)
+    version = settled(place, place.prepare(1, *map(put, keys))).reply.ts
+    assert [events(each) for each in asked] == [[(version, key, b"v")] for key in keys]
+    assert commits.count < 50 * len(asked)
+
+
+@pytest.mark.parametrize(("value", "in_a_turn"), [(b"v", LOOKS), (bytes(64 << 10), LOOKS // 16)])
+def test_polls_that_one_commit_wakes_are_answered_in_several_turns(value, in_a_turn):
+    place = Range()
+    polls = 3 * in_a_turn
+    since = stored(place, b"a")
+    asked = [poll(place, since, b"k", point_end(b"k")) for _ in range(polls)]
+    place.prepare(1, put(b"k", value))
+    place.stamp()
+    proposals = place.take()
+    answers = place.apply([each.command for each in proposals])
+    place.evaluator.applied(proposals, answers, place.now)
+    left, turns = polls, 0
+    while left:
+        place.evaluator.run_again(place.now)
+        answered = left - sum(each.open for each in asked)
+        assert 0 < answered <= in_a_turn
+        assert bool(place.evaluator.runnable) == (answered < left), "the store comes back at once"
+        left, turns = left - answered, turns + 1
+    assert turns <= 4
+    assert {events(each)[0][1:] for each in asked} == {(b"k", value)}
+    assert nothing_left(place)
+
+
+def test_polls_whose_time_is_over_at_once_are_answered_in_several_turns():
+    place = Range()
+    since = stored(place, b"a")
+    asked = [poll(place, since, b"k", b"l", wait_ms=1_000) for _ in range(2 * LOOKS)]
+    place.now += 1.0
+    place.evaluator.tick(place.now)
+    place.stamp()
+    assert all(each.open for each in asked), "timestamps are handed out to all, and they look later"
+    place.evaluator.run_again(place.now)
+    assert sum(each.open for each in asked) == LOOKS
+    place.evaluator.run_again(place.now)
+    assert {(len(events(each)), each.reply.upto) for each in asked} == {(0, place.clock)}
+
+
+def test_polls_that_are_put_off_when_the_term_ends_are_told():
+    place = Range()
+    since = stored(place, b"a")
+    asked = [poll(place, since, b"k", b"l", wait_ms=1_000) for _ in range(2 * LOOKS)]
+    place.now += 1.0
+    place.evaluator.tick(place.now)
+    place.stamp()
+    place.evaluator.run_again(place.now)
+    place.lead()
+    assert sum(isinstance(each.reply, Failure) for each in asked) == LOOKS
+    assert nothing_left(place)
 
 
 # --- what is told
@@ -368,6 +462,7 @@ def test_polls_that_search_at_once_wait_for_a_slice_and_not_for_each_other():
     place.lead()
     asked = [poll(place, 0, b"k%03d" % n, point_end(b"k%03d" % n)) for n in range(100)]
     place.stamp()
+    place.run_again()
     place.pass_time(0.0)
     assert sum(not each.open for each in asked) >= 50, "a search of one key is a small part of it"
     place.pass_time(0.002)
@@ -381,6 +476,7 @@ def test_what_one_search_found_serves_all_that_wait_for_it_and_no_others():
     behind, wide = written[9][0], poll(place, 0)
     same, later, narrow = poll(place, 0), poll(place, behind), poll(place, 0, b"k3", b"k4")
     place.stamp()
+    place.run_again()
     place.pass_time(0.0)
     assert place.evaluator.feed.node.counters["searches_total"] == 1
     assert events(wide) == events(same) == written
