@@ -12,7 +12,8 @@ the oldest of them (`Search`), and what was found serves the following polls too
 W1 an answer holds every version of the span in (since, upto], and whole commits only: pages end between versions.
 W2 no version at or below an answer's `upto` appears later: it is a read's timestamp, with all that holds of those.
 W3 versions above gc_threshold are all stored. A poll from below it is refused, unless `Recent` shows that nothing is missing.
-W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step; BACKLOGS_MAX are kept.
+W4 bounded: a poll is one object, of POLLS_MAX on a node; one search at a time, SLICE_ROWS in a step, fewer if they are large;
+   BACKLOGS_MAX are kept.
    One commit, or one moment, may concern all polls: LOOKS of them look in one turn, the others in the next ones.
 W5 a search ends with an answer to the poll it was made for, or with that poll elsewhere: never with a search for the same.
 """
@@ -44,9 +45,10 @@ WAIT_S_MAX: Final = 30.0
 PAGE_ROWS_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 256 << 10  # beyond both goes only what one commit holds
 LOOKS: Final = 500  # polls that look again in one turn
-LOOK_BYTES: Final = 4 << 10  # told to a poll, that count for one more
+LOOK_BYTES: Final = 4 << 10  # read for a poll, that count for one more
 LOOK_S: Final = 0.5  # between two looks for polls whose time is over
-SLICE_ROWS: Final = 512
+PAGE_READ_BYTES_MAX: Final = 1 << 20  # of rows, told or not; likewise
+SLICE_ROWS: Final = 512  # one of more than a KiB counts for more
 STEP_S: Final = 0.002  # between two slices of a search
 BACKLOG_ROWS_MAX: Final = 8_192  # above what one commit may write into a range
 BACKLOG_BYTES_MAX: Final = 5 << 20  # of keys; above what one commit may write
@@ -134,6 +136,8 @@ class Search:
         self.done = False
         self._rows, self._rows_max = rows, rows_max
         self._position, self._stop = keycode.family_span(keycode.LATEST, self.start, self.end)
+        self._walked = b""  # the row whose key's HISTORY was being walked when a slice was used up
+        self._walked_upto = 0
         self._heap: list[tuple[int, bytes]] = []  # (-version, key): the newest is on top
         self._bytes = 0
 
@@ -143,27 +147,32 @@ class Search:
         for row_key, data in self._rows.scan(self._position, self._stop):
             if looked >= slice_rows:
                 return looked
-            looked += 1
-            self._position = row_key + b"\x00"
+            again = row_key == self._walked
+            looked += 1 if again else _cost(data)
             newest = latest_ts(data)
             if newest > self.since:
                 looked += SEEK_COST
                 key = row_key[1:]
-                for version in self._older(key):
+                above = self._walked_upto if again else self.since
+                for version, cost in self._older(key, above):
                     if version > self.upto:
                         break
-                    looked += 1
+                    looked += cost
                     self._add(version, key)
+                    if looked >= slice_rows:
+                        self._walked, self._walked_upto = row_key, version
+                        return looked
                 if newest <= self.upto:
                     self._add(newest, key)
+            self._position = row_key + b"\x00"
         self.done = True
         return looked + SEEK_COST
 
-    def _older(self, key: bytes) -> Iterator[int]:
-        """The key's HISTORY versions in (since, upto], rising."""
-        low, high = keycode.history_row(key, self.upto), keycode.history_row(key, self.since)
-        for row_key, _ in self._rows.scan(low, high, reverse=True):
-            yield keycode.history_ts(row_key)
+    def _older(self, key: bytes, above: int) -> Iterator[tuple[int, int]]:
+        """The key's HISTORY versions in (above, upto], rising, and for how many rows each counts."""
+        low, high = keycode.history_row(key, self.upto), keycode.history_row(key, above)
+        for row_key, data in self._rows.scan(low, high, reverse=True):
+            yield keycode.history_ts(row_key), _cost(data)
 
     def _add(self, version: int, key: bytes) -> None:
         heap = self._heap
@@ -185,6 +194,11 @@ class Search:
     def backlog(self) -> Backlog:
         items = sorted((-minus, key) for minus, key in self._heap)
         return Backlog(self.start, self.end, self.since, self.upto, items)
+
+
+def _cost(data: bytes) -> int:
+    """For how many rows one counts."""
+    return 1 + (len(data) >> 10)
 
 
 class Feed:
@@ -430,30 +444,32 @@ class Feed:
         versions: list[int] = []
         keys: list[bytes] = []
         values: list[bytes | None] = []
-        size = 0
+        size = read = 0
         for version, key in items:
             if versions and version != versions[-1]:
-                if len(versions) >= rows_max or size >= bytes_max:
+                if len(versions) >= rows_max or size >= bytes_max or read >= PAGE_READ_BYTES_MAX:
                     upto = versions[-1]
                     break
-            value = self._value(key, version)
+            value, read_bytes = self._value(key, version)
+            read += read_bytes
             versions.append(version)
             keys.append(key)
             values.append(value)
             size += len(key) + 16 + (len(value) if value is not None else 0)
-        self._looks_left -= size // LOOK_BYTES
+        self._looks_left -= read // LOOK_BYTES
         self.node.counters["events_total"] += len(versions)
         self._tell(poll, Changed(request.id, upto, versions, keys, values), confirm=True)
 
-    def _value(self, key: bytes, version: int) -> bytes | None:
+    def _value(self, key: bytes, version: int) -> tuple[bytes | None, int]:
+        """And how many bytes of rows were read for it."""
         rows = self._ev.rows
-        data = rows.get(b"L" + key)
-        if data is not None and latest_ts(data) == version:
-            return decode_latest(data).value
+        latest = rows.get(b"L" + key)
+        if latest is not None and latest_ts(latest) == version:
+            return decode_latest(latest).value, len(latest)
         row_key = keycode.history_row(key, version)
         data = rows.get(row_key)
         assert data is not None, "W3: a version above gc_threshold is stored"
-        return decode_history(row_key, data).value
+        return decode_history(row_key, data).value, len(data) + len(latest or b"")
 
     # -- from further back
 

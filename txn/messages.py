@@ -41,7 +41,7 @@ class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
 
 
 class Scan(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
-    """Rows of [start, end) at `at` in order (or reversed), at most the limits; at least one row. -> ScanReply"""
+    """Rows of [start, end) at `at` in order (or reversed), at most the limits; the first row may be larger. -> ScanReply"""
 
     id: int
     range_id: int
@@ -328,7 +328,7 @@ class ReadReply(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
 class ScanReply(msgspec.Struct, array_like=True, frozen=True, tag=2, gc=False):
     """`done`: the span was read to its end (within the range: `covered_to` is where it ends or began, if reversed).
 
-    A page that is not done may be empty: it looked at so many keys without a value.
+    A page that is not done may be short, or empty: it read so many bytes, or so many keys without a value.
     """
 
     id: int

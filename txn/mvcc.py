@@ -7,11 +7,12 @@ LATEST row, a tombstone at least, until garbage collection: so a scan of LATEST 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from txn import keycode
 from txn.ports import Rows
 
+NO_LIMIT: Final = 1 << 62
 _VALUE, _TOMBSTONE = b"\x00", b"\x01"
 
 
@@ -76,24 +77,35 @@ def find_txn(rows: Rows, key: bytes, txn_id: bytes, latest: bytes | None, above:
 
 
 def scan_at(
-    rows: Rows, start: bytes, end: bytes, at: int, *, reverse: bool = False, hidden_max: int = 0
+    rows: Rows,
+    start: bytes,
+    end: bytes,
+    at: int,
+    *,
+    reverse: bool = False,
+    hidden_max: int = NO_LIMIT,
+    bytes_max: int = NO_LIMIT,
 ) -> Iterator[tuple[bytes, Version | None]]:
     """(key, version) of [start, end) at `at` in order; tombstones are left out. end b"": the end of all keys.
 
-    hidden_max: after so many keys that have no value at `at` it ends with the last of them, and None (0: it goes on).
+    It ends early, with the key that it looked at last and None, after hidden_max keys that have no value at `at`, or when the
+    rows that it read have bytes_max, be they returned or not.
     """
     low, high = keycode.family_span(keycode.LATEST, start, end)
-    hidden = 0
+    hidden = size = 0
     for found, row in rows.scan(low, high, reverse=reverse):
+        size += len(row)
         version: Version | None
         if int.from_bytes(row[:8], "big") <= at:
             version = decode_latest(row)
         else:
             version = older_at(rows, found[1:], at)
+            if version is not None and version.value is not None:
+                size += len(version.value)
         if version is not None and version.value is not None:
             yield found[1:], version
-            continue
-        hidden += 1
-        if hidden == hidden_max:
+        else:
+            hidden += 1
+        if size >= bytes_max or hidden >= hidden_max:
             yield found[1:], None
             return

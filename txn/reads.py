@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from txn.ports import Rows
     from txn.state import Part
 
-READ_BYTES_MAX = 4 << 20  # of values in one answer; at least one value
+READ_BYTES_MAX = 4 << 20  # of values that are read for one answer; at least one key's
 SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 SCAN_HIDDEN_MAX = 2_000  # keys without a value at its timestamp, that one page looks at
+SCAN_READ_BYTES_MAX = 1 << 20  # of rows that one page reads, whatever it tells of them; one at least
 
 
 class Reader:
@@ -152,6 +153,7 @@ def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
             version = decode_latest(row)
         else:
             version = older_at(rows, key, at)
+            size += len(row)
         if version is None or version.value is None:
             versions.append(0)
             values.append(None)
@@ -171,12 +173,15 @@ def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> S
     seen = b""  # the last key of a page that is not the last
     rows_max = max(1, min(request.rows_max, 2 if chance("page_small") else SCAN_ROWS_MAX))
     bytes_max = max(1, min(request.bytes_max, SCAN_BYTES_MAX))
-    found = scan_at(rows, start, end, at, reverse=request.reverse, hidden_max=SCAN_HIDDEN_MAX)
+    found = scan_at(
+        rows, start, end, at,
+        reverse=request.reverse, hidden_max=SCAN_HIDDEN_MAX, bytes_max=SCAN_READ_BYTES_MAX,
+    )  # fmt: skip
     for key, version in found:
         if len(keys) >= rows_max or (keys and size >= bytes_max):
             done, seen = False, keys[-1]
             break
-        if version is None:  # the node has others to serve: deleted rows may be millions
+        if version is None:  # the node has others to serve: deleted rows may be millions, values large
             done, seen = False, key
             break
         assert version.value is not None

@@ -25,7 +25,7 @@ from kvstore.errors import (
 )
 from kvstore.transactions import Transaction, decode_token
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, Scan
+from txn.messages import GetTimestamps, LockRead, Outcome, Prepare, Read, Scan, ScanReply
 from txn.types import FenceReason, Write, WriteKind
 
 
@@ -212,6 +212,26 @@ def test_a_limited_scan_guards_up_to_the_last_key_returned_and_a_reverse_one_fro
             await tx.scan(b"a", b"z", limit=100).to_list()  # it met the end: that is guarded too
             tx.put(b"k", b"v")
         assert guards(cluster) == [(b"a", b"z")]
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_of_short_and_empty_pages_keeps_its_limit_and_guards_all_that_it_looked_at(reverse):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        at = cluster.seed(a=b"1", c=b"2", e=b"3", g=b"4")
+        cluster.page_rows_max = 1
+
+        def empty(_node: int, request: Scan) -> ScanReply:
+            return ScanReply(request.id, at, [], [], [], False, b"f" if reverse else b"b")
+
+        cluster.fault(Scan, empty)
+        async with db.transaction() as tx:
+            rows = await tx.scan(b"a", b"g", limit=2, reverse=reverse).to_list()
+            tx.put(b"k", b"v")
+        wanted = [(b"e", b"3"), (b"c", b"2")] if reverse else [(b"c", b"2"), (b"e", b"3")]
+        assert rows == wanted
+        assert guards(cluster) == ([(b"c", b"g")] if reverse else [(b"a", b"e\x00")])
 
     simulate(test)
 

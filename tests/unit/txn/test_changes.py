@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 
 from replication.probes import counting
-from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
+from tests.unit.txn.txn_driver import Asked, Pulled, Range, put, settled, stored
 from txn import stamps
-from txn.changes import LOOKS, PAGE_ROWS_MAX, Polls
+from txn.changes import LOOKS, PAGE_READ_BYTES_MAX, PAGE_ROWS_MAX, SLICE_ROWS, Polls, Search
 from txn.commands import Collect, Garbage
 from txn.evaluate import Limits
 from txn.messages import Changed, Changes, Failure, TxnReply
@@ -508,6 +508,61 @@ def test_a_commit_below_what_recent_remembers_is_searched_for():
     settled(place, place.resolve(1, b"quiet", commit_ts))
     assert events(found(place, asked)) == [(commit_ts, b"quiet", b"late")]
     assert place.evaluator.feed.node.counters["searches_total"] == 1
+
+
+@pytest.mark.parametrize("keys", [1, 7, 40])
+def test_a_step_of_a_search_reads_few_bytes(keys):
+    """Of one key with many versions too: it goes on in the middle of them."""
+    place = Range()
+    written = [(stored(place, b"k%02d" % (n % keys), bytes(64 << 10)), b"k%02d" % (n % keys)) for n in range(40)]  # fmt: skip
+    search = Search(place.rows, Changes(0, 0, 0, 0, b"", b"", 1, 1, place.clock))
+    pulled, steps = Pulled(place.rows), 0
+    while not search.done:
+        assert search.step(SLICE_ROWS) > 0
+        assert pulled.taken() <= (SLICE_ROWS << 10) + 3 * (65 << 10)
+        steps += 1
+    assert search.backlog().items == written
+    assert steps >= 5
+
+
+def test_a_search_in_the_middle_of_a_key_goes_on_though_it_is_written_meanwhile():
+    place = Range()
+    written = [stored(place, b"k", b"%d" % number) for number in range(10)]
+    search = Search(place.rows, Changes(0, 0, 0, 0, b"", b"", 1, 1, place.clock))
+    while not search.done:
+        search.step(1)
+        stored(place, b"k", b"later")
+        stored(place, b"j", b"elsewhere")
+    assert search.backlog().items == [(version, b"k") for version in written]
+
+
+def test_a_search_in_the_middle_of_a_key_steps_over_a_large_newest_row():
+    place = Range()
+    written = [stored(place, b"k", b"%d" % number) for number in range(400)]
+    written.append(stored(place, b"k", bytes(1 << 20)))
+    search = Search(place.rows, Changes(0, 0, 0, 0, b"", b"", 1, 1, place.clock))
+    steps = 0
+    while not search.done:
+        search.step(SLICE_ROWS)
+        steps += 1
+    assert search.backlog().items == [(version, b"k") for version in written]
+    assert steps <= 3
+
+
+def test_a_page_reads_few_bytes_whatever_it_tells():
+    place = Range()
+    for number in range(40):
+        stored(place, b"k%02d" % number, b"%d" % number)
+    upto = place.clock
+    for number in range(40):
+        stored(place, b"k%02d" % number, bytes(64 << 10))
+    pulled, told, since = Pulled(place.rows), [], 0
+    while since < upto:
+        asked = settled(place, poll(place, since, at=upto))
+        assert pulled.taken() <= PAGE_READ_BYTES_MAX + (66 << 10)
+        told += [value for _, _, value in events(asked)]
+        since = asked.reply.upto
+    assert told == [b"%d" % number for number in range(40)]
 
 
 def test_a_backlog_that_nobody_uses_is_dropped():

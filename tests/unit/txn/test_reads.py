@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.txn.txn_driver import Asked, Range, put, settled, stored
+from tests.unit.txn.txn_driver import Asked, Pulled, Range, put, settled, stored
 from txn import reads
 from txn.messages import Failure, QueryMode, TxnReply
 from txn.types import TxnStatus, Write, WriteKind
@@ -133,6 +133,23 @@ def test_a_reader_above_every_known_timestamp_is_checked_before_it_asks():
     assert reader.reply.code == "invalid_argument"
 
 
+def test_a_read_of_many_keys_reads_few_bytes_and_answers_the_first_ones():
+    place = Range()
+    keys = [b"k%03d" % number for number in range(100)]
+    for key in keys:
+        stored(place, key)
+    at = place.clock
+    for key in keys:
+        stored(place, key, bytes(64 << 10))
+    pulled, left, answers = Pulled(place.rows), keys, 0
+    while left:
+        reply = place.read(*left, at=at).reply
+        assert reply.values == [b"old"] * len(reply.values) != []
+        assert pulled.taken() <= reads.READ_BYTES_MAX + (128 << 10)
+        left, answers = left[len(reply.values) :], answers + 1
+    assert answers == 2
+
+
 # -- scans
 
 
@@ -178,6 +195,34 @@ def test_a_page_looks_at_few_keys_without_a_value_and_the_next_goes_on(
         low, high = (low, reply.covered_to) if reverse else (reply.covered_to, high)
     assert keys == ([b"z", b"e", b"a"] if reverse else [b"a", b"e", b"z"])
     assert pages == 3
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("what", ["keys only", "too new", "older values"])
+def test_a_page_reads_few_bytes_whatever_it_tells_and_the_next_goes_on(what: str, reverse: bool):
+    place = Range()
+    large = bytes(64 << 10)
+    names = [b"k%02d" % number for number in range(40)]
+    for key in (b"a", *(names if what == "older values" else ()), b"z"):
+        stored(place, key)
+    at = place.clock
+    for key in names:
+        stored(place, key, large)
+    if what == "keys only":
+        at = place.clock
+    pulled = Pulled(place.rows)
+    low, high, keys, pages = b"", b"zz", [], 0
+    while True:
+        reply = place.scan(low, high, at, reverse=reverse, rows_max=1_000, keys_only=True).reply
+        assert pulled.taken() <= reads.SCAN_READ_BYTES_MAX + 3 * (len(large) + 25)
+        keys += reply.keys
+        pages += 1
+        if reply.done:
+            break
+        low, high = (low, reply.covered_to) if reverse else (reply.covered_to, high)
+    wanted = [b"a", *(names if what != "too new" else ()), b"z"]
+    assert keys == (wanted[::-1] if reverse else wanted)
+    assert pages >= 3
 
 
 def test_a_scan_asks_about_undecided_keys_within_what_it_covered_only():

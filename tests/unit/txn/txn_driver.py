@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tests.stateful.txn_ranges import MemoryRows
@@ -50,6 +51,32 @@ class Asked:
     @property
     def open(self) -> bool:
         return not self.replies
+
+
+class Pulled:
+    """Counts the bytes of rows that are read from a range's store from now on."""
+
+    def __init__(self, rows: MemoryRows) -> None:
+        self.bytes = 0
+        self._get, self._scan = rows.get, rows.scan
+        rows.get, rows.scan = self._counted_get, self._counted_scan  # type: ignore[method-assign]
+
+    def taken(self) -> int:
+        """Since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+    def _counted_get(self, key: bytes, /) -> bytes | None:
+        data = self._get(key)
+        self.bytes += len(data or b"")
+        return data
+
+    def _counted_scan(
+        self, start: bytes, end: bytes | None, *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        for key, data in self._scan(start, end, reverse=reverse):
+            self.bytes += len(data)
+            yield key, data
 
 
 class Range:
