@@ -52,7 +52,7 @@ def leaping(retention_s: float = 600.0) -> tuple[Holds, float]:
     return found, LEASE_S
 
 
-@pytest.mark.parametrize("idle_s", [301, 3600])
+@pytest.mark.parametrize("idle_s", [301, 3600, 7200, 1_000_000])
 def test_after_timestamps_have_leapt_nothing_is_collected_until_everybody_could_tell(idle_s):
     """Seed 944: a reader began, a stuck clock was set, and a sweep took what the reader had just begun to read."""
     found, now = leaping()
@@ -62,6 +62,48 @@ def test_after_timestamps_have_leapt_nothing_is_collected_until_everybody_could_
     found.hold(1, ISSUED, now + 1.5)
     assert found.floor(leapt, now + LEASE_S - 0.01) == 0
     assert found.floor(leapt, now + LEASE_S) == ISSUED
+
+
+def running(found: Holds, issued: int, now: float, seconds: float, rate: float = 1.0) -> int:
+    """Time passes, and the session 1 says each second what it holds; timestamps move by `rate`. Returns the last one."""
+    for _ in range(int(seconds)):
+        now += 1.0
+        issued += int(rate * 1000) << TIMESTAMP_SHIFT
+        found.hold(1, ISSUED, now)
+        found.floor(issued, now)
+    return issued
+
+
+def test_what_is_held_when_timestamps_leap_is_held_as_long_as_all_else_and_no_longer():
+    """Leaps are no time: however many there are, and however far."""
+    found, now = leaping()
+    issued = ISSUED
+    for leap_s in (7_200, 100, 86_400):
+        issued = running(found, issued + (leap_s * 1000 << TIMESTAMP_SHIFT), now, 1_000)
+        now += 1_000
+        assert found.floor(issued, now) == ISSUED
+    issued, now = running(found, issued, now, 590), now + 590
+    assert found.floor(issued, now) == ISSUED
+    issued, now = running(found, issued, now, 80), now + 80  # 1 h, and at most 1/64 of that
+    assert 0 <= found.floor(issued, now) - (ISSUED + 2 * HOUR) < HOUR // 32, "soon after it leapt"
+    found.hold(1, 0, now)
+    assert found.floor(issued, now + RECKON_S) == issued
+
+
+def test_idle_time_ends_no_hold_of_what_is_still_the_newest():
+    found, now = leaping()
+    assert running(found, ISSUED, now, 7_200, rate=0.0) == ISSUED
+    assert found.floor(ISSUED, now + 7_200) == ISSUED
+    issued = running(found, ISSUED + 2 * HOUR, now + 7_200, 3_500)
+    assert found.floor(issued, now + 7_200 + 3_500) == ISSUED
+
+
+def test_what_was_issued_when_is_remembered_in_few_places():
+    found, now = leaping()
+    running(found, ISSUED, now, 10_000)
+    assert len(found._passed) <= holds.PLACES + 2
+    found.start_term(now + 10_000)
+    assert len(found._passed) == 0
 
 
 def test_an_oracle_that_stood_still_ends_no_lease_before_everybody_could_tell_it():
