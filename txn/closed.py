@@ -65,11 +65,8 @@ class Closing:
 
 
 def safe_ts(state: RangeState, closed_ts: int) -> int:
-    """F3. The cost is one look at each undecided part."""
-    if not state.parts:
-        return closed_ts
-    oldest = min(part.row.min_ts for loci in state.parts.values() for part in loci.values())
-    return min(closed_ts, oldest - 1)
+    """F3."""
+    return min(closed_ts, state.oldest_min_ts() - 1) if state.parts else closed_ts
 
 
 class Heard:

@@ -23,9 +23,7 @@ READ_BYTES_MAX = 4 << 20  # of values that are read for one answer; at least one
 SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 SCAN_HIDDEN_MAX = 2_000  # keys without a value at its timestamp, that one page looks at
-SCAN_READ_BYTES_MAX = (
-    1 << 20
-)  # of rows that one page reads, whatever it tells of them; one at least
+SCAN_READ_BYTES_MAX = 1 << 20  # of rows that one page reads, told or not; one row at least
 
 
 class Reader:
@@ -183,9 +181,7 @@ def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> S
         if len(keys) >= rows_max or (keys and size >= bytes_max):
             done, seen = False, keys[-1]
             break
-        if (
-            version is None
-        ):  # the node has others to serve: deleted rows may be millions, values large
+        if version is None:  # the node has others to serve: deleted rows may be millions
             done, seen = False, key
             break
         assert version.value is not None

@@ -159,6 +159,7 @@ class RangeState:
         self.outbox: dict[tuple[bytes, bytes], Outbox] = {}  # (txn_id, locus) -> row
         self.oracle_hi = 0
         self._changes = 0  # parts that came or went
+        self._oldest, self._oldest_at = 0, -1  # the smallest min_ts, when so many had
         self._written, self._guarded = Ordered(), Ordered()
         self.decided = RecentlyDecided(row.decided_begin)
         self.recent = Recent()
@@ -251,6 +252,15 @@ class RangeState:
             self.row.decided_begin = begin_ts
 
     # -- look-ups
+
+    def oldest_min_ts(self) -> int:
+        """Of the undecided parts; there is one at least. They are walked once after one came or went, not for each reader."""
+        if self._oldest_at != self._changes:
+            self._oldest_at = self._changes
+            self._oldest = min(
+                part.row.min_ts for loci in self.parts.values() for part in loci.values()
+            )
+        return self._oldest
 
     def part(self, txn_id: bytes, locus: bytes) -> Part | None:
         loci = self.parts.get(txn_id)

@@ -3,11 +3,14 @@ replica is safe below everything undecided, where it stands (F3, F4, I14); what 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.unit.txn.txn_driver import Range, put, settled, stored
 from txn.closed import Closing, Heard, read_here, safe_ts
 from txn.messages import Failure, Read, ReadReply, Scan, ScanReply
+from txn.state import Part
 from txn.types import PartStatus
 
 LIMITS = (100, 1 << 20)
@@ -63,6 +66,37 @@ def test_a_leader_that_does_not_serve_yet_closes_nothing():
 
 
 # --- F3: safe timestamps
+
+
+class Walked(dict[bytes, dict[bytes, Part]]):
+    """A range's parts: how often all were looked at."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+
+def test_the_oldest_undecided_part_is_looked_for_once_until_one_comes_or_goes():
+    place = Range()
+    parts = place.state.parts = Walked()
+    first, second, third = (
+        settled(place, place.part(n, put(b"%d" % n))).reply.ts for n in (1, 2, 3)
+    )
+    parts.walks = 0
+    assert {safe_ts(place.state, closed) for closed in (900, first, 901)} == {first - 1}
+    assert safe_ts(place.state, first - 2) == first - 2
+    assert parts.walks == 1
+    settled(place, place.resolve(2, b"2", second))
+    assert safe_ts(place.state, 900) == first - 1
+    settled(place, place.resolve(1, b"1", first))
+    assert [safe_ts(place.state, 900) for _ in range(9)] == [third - 1] * 9
+    assert parts.walks == 3
+    place.lead()
+    assert safe_ts(place.state, 900) == third - 1, "the state is loaded anew"
+    settled(place, place.resolve(3, b"3", third))
+    assert safe_ts(place.state, 900) == 900
 
 
 def test_a_replica_is_safe_below_the_oldest_undecided_part_and_above_it_when_that_is_decided():
