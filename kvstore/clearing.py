@@ -1,7 +1,8 @@
 """Deleting a span of any size: pages, each a transaction of its own, so that nothing grows with the span.
 
 A page is looked at first, by its keys alone, and then deleted as a span: one entry for each range that it touches, whatever it
-holds by then. Nothing is remembered between pages but the place, so it may end, and be begun again, anywhere.
+holds by then. A page reads fewer bytes (txn/reads.py) than one transaction may delete (txn/values.py).
+Nothing is remembered between pages but the place, so it may end, and be begun again, anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kvstore.errors import TransactionTooLarge
 if TYPE_CHECKING:
     from kvstore.client import Database
 
-PAGE_ROWS: Final = 1_000  # deleted by one transaction
+PAGE_ROWS: Final = 1_000  # deleted by one transaction, at most
 
 
 async def clearing(db: Database, low: bytes, high: bytes) -> AsyncIterator[tuple[bytes, int]]:

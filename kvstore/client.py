@@ -280,7 +280,8 @@ class Database(DatabaseReads, AtomicCalls):
     ) -> int | None:
         """Delete [start, end) in one transaction; returns the version (None if the span is empty).
 
-        Raises: TransactionTooLarge if a range holds more rows of it than a transaction may have; nothing is done then.
+        Raises: TransactionTooLarge if a range holds more rows of it, or more bytes of values, than a transaction may delete
+        there; nothing is done then, and clear_range does it in pages.
         """
         buffer = WriteBuffer()
         buffer.clear(*limits.validate_range(start, end))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
+from kvstore import limits
 from kvstore.cutting import WriteSet, cut, single_part
 from kvstore.errors import (
     AuthenticationError,
@@ -253,7 +254,8 @@ def _error_of(refusal: PrepareReply) -> KVError:
         )
     if reason == FenceReason.TOO_LARGE:
         return TransactionTooLarge(
-            "a delete_range meets more rows, or values grow to more bytes, than a transaction may have in one range "
+            "in one range, a delete_range meets more rows, values grow to more bytes, or what is replaced and deleted holds "
+            f"more bytes ({limits.TXN_RANGE_MOVED_BYTES_MAX}) than a transaction may have: write fewer keys at once "
             "(clear_range deletes any number of rows)"
         )
     if reason in _BLAMELESS:

@@ -23,6 +23,7 @@ TXN_BYTES_MAX: Final = 8 * MIB  # keys and values written, over all ranges
 TXN_ROWS_MAX: Final = 20_000
 TXN_RANGE_BYTES_MAX: Final = 4 * MIB  # of one transaction in one range
 TXN_RANGE_ROWS_MAX: Final = 5_000
+TXN_RANGE_MOVED_BYTES_MAX: Final = 32 * MIB  # of old values that it replaces or deletes there
 TXN_PARTICIPANTS_MAX: Final = 128
 TXN_READ_SPANS_MAX: Final = 10_000  # beyond it, neighbouring spans are merged
 TXN_LOCKS_MAX: Final = 10_000  # keys that one transaction locks

@@ -24,7 +24,7 @@ from txn.latches import Pending
 from txn.messages import Reply, Request
 from txn.state import Answer, RangeRow, RangeState, encode_row
 
-BATCH_BYTES_MAX = 1 << 20  # of commands in one entry; one command at least
+BATCH_BYTES_MAX = 1 << 20  # of an entry's commands and what apply adds; one command at least
 
 log = logs.logger("kvstore.replica")
 
@@ -127,7 +127,7 @@ class Replica:
         size = 0
         for pending in pendings:
             assert pending.command is not None
-            cost = size_bytes(pending.command)
+            cost = size_bytes(pending.command) + pending.adds_bytes
             if commands and size + cost > BATCH_BYTES_MAX:
                 batches.append((Batch(closed_ts, version, commands), part))
                 commands, part, size = [], [], 0

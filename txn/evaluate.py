@@ -503,6 +503,8 @@ class Evaluator:
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
                 pending.seen = ((latest_key, latest),)
+                if latest is not None:
+                    pending.adds_bytes = len(latest)
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
                 if not self.silence.armed:
@@ -802,7 +804,7 @@ class Evaluator:
         """Resolve an undecided part; readers and writers of its keys wait for the latch from now on."""
         assert part.resolving is None
         pending = Pending(part.txn_id, request, origin)
-        pending.take(part)
+        pending.take(part, commit_ts, self.rows)
         pending.command = ResolvePart(
             part.txn_id, part.row.anchor_key, part.locus, commit_ts, hinted
         )

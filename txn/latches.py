@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any, Final
 from txn import stamps
 from txn.spans import Joined, Ordered, meeting
 from txn.types import point_end
+from txn.values import MOVED_BYTES_MAX
 
 if TYPE_CHECKING:
     from txn.commands import Command
+    from txn.ports import Rows
     from txn.state import Answer, Part
     from txn.types import Guard, Stamp
 
 NEVER: Final = float("inf")
+SEEN_BYTES_MAX: Final = 64 << 10  # that one command keeps in memory; beyond it apply reads again
 
 
 class Pending:
     """One evaluated command, from latching until it is applied or given up."""
 
     __slots__ = (
+        "adds_bytes",
         "asked_at",
         "asking",
         "command",
@@ -33,6 +37,7 @@ class Pending:
         "grown_bytes",
         "guards",
         "keys",
+        "looked_bytes",
         "looked_rows",
         "lost",
         "origin",
@@ -64,10 +69,12 @@ class Pending:
         self.stamp_spans: list[tuple[bytes, bytes]] = []  # where their keys may come to stand (V1)
         self.results: list[bytes] | None = None
         self.looked_rows = 0  # by all its delete_ranges
+        self.looked_bytes = 0  # of what these rows hold
         self.found_bytes = 0  # of keys that these met
         self.grown_bytes = 0  # of rows that are appended to
         # Rows read under the latch, which apply need not read again.
         self.seen: tuple[tuple[bytes, bytes | None], ...] = ()
+        self.adds_bytes = 0  # what apply writes beside what the entry holds: old values above all
         self.waiters: list[Waiter] = []
         self.sequence = 0
         self.asking = 0  # other ranges that have not answered yet; until then it is not proposed
@@ -77,13 +84,37 @@ class Pending:
         self.then: Callable[[Answer], None] | None = None  # instead of an answer to `origin`
         self.lost: Callable[[], None] | None = None  # it was not proposed after all
 
-    def take(self, part: Part) -> None:
+    def look(self, rows: Rows, bytes_max: int) -> bool:
+        """Read what its keys hold, which goes to HISTORY when it is applied. False: that is more than `bytes_max`."""
+        get, size = rows.get, 0
+        seen: list[tuple[bytes, bytes | None]] = []
+        for key in self.keys:
+            latest_key = b"L" + key
+            row = get(latest_key)
+            seen.append((latest_key, row))
+            if row is not None:
+                size += len(row)
+                if size > bytes_max:
+                    break
+        self.adds_bytes += size
+        if size <= SEEN_BYTES_MAX:
+            self.seen = tuple(seen)
+        return size <= bytes_max
+
+    def take(self, part: Part, commit_ts: int, rows: Rows) -> None:
         """It will end this part: what that writes is latched until it has."""
         row = part.row
         self.part = part
         self.keys = row.keys
         if row.stamps:
             self.stamp_spans = stamps.spans(row.stamps, row.min_ts - 1)
+        if commit_ts:
+            self.look(rows, MOVED_BYTES_MAX)
+            size = sum(map(len, row.keys)) + sum(len(value) for value in row.values if value)
+            self.adds_bytes += size + sum(len(each.key) + len(each.value) for each in row.stamps)
+        for each in row.participants:  # an outbox row
+            size = len(part.locus) + 2 * len(each.locus) + len(each.start) + len(each.end)
+            self.adds_bytes += size
 
 
 class Waiter:

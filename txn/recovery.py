@@ -311,7 +311,7 @@ class Recovery:
         pending = Pending(txn_id, request, origin)
         part = ev.state.part(txn_id, anchor_key)
         if part is not None:
-            pending.take(part)
+            pending.take(part, commit_ts, ev.rows)
             part.resolving = pending
         pending.command = Decide(txn_id, anchor_key, commit_ts)
         self._deciding[txn_id] = None

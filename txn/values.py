@@ -31,6 +31,8 @@ RANGE_LOOKED_MAX = 50_000  # by its delete_ranges, deleted rows included: it is 
 PART_BYTES_MAX = (
     7 << 20
 )  # of what its entry holds, but for participants: it goes to followers in one message
+MOVED_BYTES_MAX = 32 << 20  # of what its keys hold: each replica moves it to HISTORY in one write
+KEYS_UNSEEN_MAX = MOVED_BYTES_MAX // RANGE_BYTES_MAX - 1  # whatever so few hold, it is less
 GUARD_BYTES = 16  # of a guard in an entry, beside its bounds
 
 
@@ -79,7 +81,12 @@ def compute(request: Prepare, pending: Pending, rows: Rows) -> Answer | None:
     if len(pending.keys) > 1 or pending.guards:  # one value alone is small enough
         if _entry_bytes(pending, guards=not request.one_range) > PART_BYTES_MAX:
             return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, request.locus)
-    return None
+    if request.one_range:  # what is read here, apply need not read again
+        fits = pending.look(rows, MOVED_BYTES_MAX)
+    else:  # nobody else writes these keys before it ends, so it is as much then
+        fits = len(pending.keys) <= KEYS_UNSEEN_MAX or pending.look(rows, MOVED_BYTES_MAX)
+        pending.seen, pending.adds_bytes = (), 0  # a part moves nothing yet
+    return None if fits else Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, request.locus)
 
 
 def _entry_bytes(pending: Pending, *, guards: bool) -> int:
@@ -110,7 +117,12 @@ def _compute_write(
             if pending.looked_rows >= RANGE_LOOKED_MAX:
                 return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
             pending.looked_rows += 1
-            if row[24] or row_key[1:] in final:
+            if row[24]:
+                continue
+            pending.looked_bytes += len(row)
+            if pending.looked_bytes > MOVED_BYTES_MAX:
+                return Answer(PartStatus.FENCED, 0, FenceReason.TOO_LARGE, key)
+            if row_key[1:] in final:
                 continue
             final[row_key[1:]] = None
             pending.found_bytes += len(row_key)

@@ -56,6 +56,30 @@ async def test_transactions_scans_and_conditions_work(tmp_path):
         assert await db.scan(keys_only=True).to_list() == [(b"b", b"")]
 
 
+async def test_a_span_that_one_transaction_may_not_delete_is_cleared_in_pages_that_it_may(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("txn.values.MOVED_BYTES_MAX", 64 << 10)
+    monkeypatch.setattr("txn.reads.SCAN_READ_BYTES_MAX", 32 << 10)
+    async with kvstore.open(tmp_path) as db:
+        for first in range(0, 200, 50):
+            async with db.batch() as batch:
+                for number in range(first, first + 50):
+                    batch.put(b"k%03d" % number, bytes(1 << 10))
+        with pytest.raises(errors.TransactionTooLarge, match="write fewer keys at once"):
+            await db.delete_range(b"k", b"l")
+        with pytest.raises(errors.TransactionTooLarge):  # noqa: PT012 - the end of the block is what raises
+            async with db.batch() as batch:
+                for number in range(100):
+                    batch.put(b"k%03d" % number, b"")
+        assert await db.get(b"k000") == bytes(1 << 10)
+        pages: list[int] = []
+        monkeypatch.delattr(type(db), "delete")  # row by row is for pages that were refused
+        cleared = await db.clear_range(b"k", b"l", on_progress=lambda rows, _: pages.append(rows))
+        assert (cleared, pages) == (200, [*range(32, 200, 32), 200])
+        assert await db.scan(keys_only=True).to_list() == []
+
+
 async def test_of_two_transactions_that_read_and_write_the_same_key_one_gets_a_conflict(tmp_path):
     async with kvstore.open(tmp_path) as db:
         await db.put(b"k", b"0")

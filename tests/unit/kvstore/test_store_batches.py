@@ -216,12 +216,13 @@ EXAMPLES: dict[type, Command] = {  # each as long as it may be for its number of
 }  # fmt: skip
 
 
-def batches_of(commands: Sequence[Command]) -> list[Batch]:
+def batches_of(commands: Sequence[Command], adds_bytes: int = 0) -> list[Batch]:
     replica = store_of(RecordingEngine()).replicas[7]
     proposals = []
     for number, command in enumerate(commands):
         pending = Pending(make_txn_id(1, number), None, None)
         pending.command = command
+        pending.adds_bytes = adds_bytes
         proposals.append(pending)
     replica.evaluator = cast(
         "Any", SimpleNamespace(proposals=proposals, closing=SimpleNamespace(promised=0))
@@ -241,6 +242,15 @@ def test_entries_are_cut_by_all_that_they_hold_whatever_kind_of_command(kind):
     assert max(sizes) <= BATCH_BYTES_MAX
     if kind is not OracleBound:  # of which there is never more than one
         assert len(sizes) <= 4, "and they are not cut much smaller than they may be"
+
+
+def test_entries_are_cut_by_what_they_make_apply_write():
+    """Seven thousand deletes of 1 MiB each were one entry, and 7 GiB in one write of the engine."""
+    command = Commit(ID, b"k", 5, [b"k"], [None])
+    batches = batches_of([command] * 100, BATCH_BYTES_MAX // 10)
+    assert [len(batch.commands) for batch in batches] == [9] * 11 + [1]
+    batches = batches_of([command] * 3, 2 * BATCH_BYTES_MAX)
+    assert [len(batch.commands) for batch in batches] == [1] * 3, "one command at least"
 
 
 @pytest.mark.parametrize("length", [0, 1, 300, 70_000])

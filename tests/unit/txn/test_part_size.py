@@ -7,7 +7,10 @@ import pytest
 
 from kvstore import limits
 from tests.unit.txn.txn_driver import Range, put, settled, stored
-from txn.commands import Batch, encode_batch
+from txn.apply import Overlay, apply_batch
+from txn.commands import Batch, encode_batch, size_bytes
+from txn.latches import SEEN_BYTES_MAX
+from txn.reads import SCAN_PASSED_BYTES_MAX
 from txn.types import (
     TIMESTAMP_MAX,
     Expect,
@@ -18,7 +21,14 @@ from txn.types import (
     Write,
     WriteKind,
 )
-from txn.values import GUARD_BYTES, PART_BYTES_MAX, RANGE_BYTES_MAX, RANGE_ROWS_MAX
+from txn.values import (
+    GUARD_BYTES,
+    KEYS_UNSEEN_MAX,
+    MOVED_BYTES_MAX,
+    PART_BYTES_MAX,
+    RANGE_BYTES_MAX,
+    RANGE_ROWS_MAX,
+)
 
 LONG = bytes(4_000)
 
@@ -71,6 +81,14 @@ def test_the_limits_are_those_that_clients_check():
         limits.TXN_RANGE_BYTES_MAX,
         limits.TXN_RANGE_ROWS_MAX,
     )
+    assert MOVED_BYTES_MAX == limits.TXN_RANGE_MOVED_BYTES_MAX
+    assert limits.VALUE_BYTES_MAX * 31 < MOVED_BYTES_MAX, (
+        "transactions of large values are possible"
+    )
+    assert SCAN_PASSED_BYTES_MAX + 2 * RANGE_BYTES_MAX < MOVED_BYTES_MAX, (
+        "what a page names, one deletes"
+    )
+    assert (KEYS_UNSEEN_MAX + 1) * RANGE_BYTES_MAX <= MOVED_BYTES_MAX
 
 
 def test_a_delete_range_over_too_many_rows_is_refused_durably(monkeypatch):
@@ -154,3 +172,126 @@ def test_values_that_grow_count_with_what_is_found():
     operand = RANGE_BYTES_MAX.to_bytes(4, "big") + b"x"
     assert refused(place, clear(b"a", b"b"), Write(WriteKind.APPEND, b"n", operand))
     assert place.state.row.newest == 102, "nothing was written"
+
+
+PART = {"one_range": False, "anchor_key": b"zz"}
+
+
+def large(place: Range, count: int, value_bytes: int = limits.VALUE_BYTES_MAX) -> list[bytes]:
+    """Keys that each hold a value of so many bytes: the same one, so that a test needs no memory for them."""
+    stored(place, b"~", bytes(value_bytes))
+    keys = [b"k%04d" % number for number in range(count)]
+    place.rows.write({b"L" + key: place.rows.get(b"L~") for key in keys})
+    return keys
+
+
+def overwrite(keys: list[bytes]) -> list[Write]:
+    return [put(key, b"small") for key in keys]
+
+
+@pytest.mark.parametrize("fields", [{}, PART], ids=["of one range", "a part"])
+@pytest.mark.parametrize("kind", ["delete_range", "puts", "deletes"])
+def test_what_would_move_more_than_a_replica_writes_at_once_is_refused_durably(kind, fields):
+    """A small entry made each replica write gigabytes in one batch, and again at each replay."""
+    for count, too_large in ((31, False), (40, True)):
+        place = Range()
+        keys = large(place, count)
+        writes = {
+            "delete_range": [clear(b"k", b"l")],
+            "puts": overwrite(keys),
+            "deletes": [Write(WriteKind.DELETE, key) for key in keys],
+        }[kind]
+        assert refused(place, *writes, **fields) == too_large
+        assert (place.state.row.newest == 101) == (too_large or bool(fields)), "else it is written"
+        assert bool(place.state.parts) == (bool(fields) and not too_large)
+
+
+def test_one_key_of_the_largest_value_may_always_be_written():
+    for fields in ({}, PART):
+        for write in (put(b"k0000"), Write(WriteKind.DELETE, b"k0000"), clear(b"k", b"l")):
+            place = Range()
+            large(place, 1, RANGE_BYTES_MAX - 100)
+            assert not refused(place, write, **fields)
+
+
+def test_a_delete_range_looks_at_no_more_than_it_may_move():
+    place = Range()
+    large(place, 1_000)
+    looked: list[bytes] = []
+    scan = place.rows.scan
+
+    def counting(start: bytes, end: bytes | None, **how: bool):
+        for row in scan(start, end, **how):
+            looked.append(row[0])
+            yield row
+
+    place.rows.scan = counting  # type: ignore[method-assign]
+    assert refused(place, clear(b"k", b"l"))
+    assert len(looked) == 32
+
+
+def test_what_few_keys_hold_is_not_read_when_a_part_is_prepared():
+    place = Range()
+    keys = large(place, KEYS_UNSEEN_MAX)
+    got: list[bytes] = []
+    get = place.rows.get
+
+    def counting(key: bytes, /) -> bytes | None:
+        got.append(key)
+        return get(key)
+
+    place.rows.get = counting  # type: ignore[method-assign]
+    assert not refused(place, *overwrite(keys), **PART)
+    assert got == []
+
+
+@pytest.mark.parametrize("value_bytes", [10, SEEN_BYTES_MAX // 4], ids=["little", "much"])
+@pytest.mark.parametrize("fields", [{}, PART], ids=["of one range", "a part"])
+def test_what_was_read_to_be_counted_apply_does_not_read_again_if_it_is_little(value_bytes, fields):
+    place = Range()
+    keys = large(place, 9, value_bytes)
+    asked = place.prepare(1, *overwrite(keys), **fields)
+    if fields:
+        place.settle()
+        place.resolve(1, keys[0], asked.reply.ts)
+    else:
+        place.stamp()
+    (pending,) = place.take()
+    assert place.rows.get(b"L" + keys[0]) is not None
+    expected = tuple((b"L" + key, place.rows.get(b"L" + key)) for key in keys)
+    assert pending.seen == (expected if value_bytes == 10 else ())
+    assert pending.adds_bytes >= 9 * value_bytes
+    place.commit([pending])
+    assert place.read(keys[0], at=place.clock).reply.values == [b"small"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["one put", "the hot path", "puts", "part", "anchor's part", "aborted"]
+)
+def test_what_a_command_makes_apply_write_is_counted_with_it(kind):
+    """Its entry is cut by that: thousands of commands fit into one, and each may write a hundred times what it holds."""
+    place = Range()
+    keys = large(place, 5, 50_000 if kind != "anchor's part" else 10)
+    anchor = keys[0]
+    others = tuple(b"z%d" % number + LONG for number in range(20))
+    if kind == "one put":
+        place.prepare(1, put(anchor))
+    elif kind == "the hot path":
+        place.prepare(1, put(anchor), begin_ts=place.clock)
+    elif kind == "puts":
+        place.prepare(1, *overwrite(keys))
+    else:
+        writes = [put(key, bytes(20_000 if kind == "part" else 10)) for key in keys]
+        if kind == "anchor's part":
+            asked = settled(place, place.anchor(1, *writes, others=others))
+            place.finalize(1, anchor, asked.reply.ts)
+        else:
+            asked = settled(place, place.part(1, *writes))
+            place.resolve(1, anchor, asked.reply.ts if kind == "part" else 0)
+    place.stamp()
+    (pending,) = place.take()
+    assert pending.command is not None
+    overlay = Overlay(place.rows)
+    apply_batch(place.state, overlay, Batch(0, 1, [pending.command]))
+    counted = size_bytes(pending.command) + pending.adds_bytes
+    assert overlay.bytes // 2 <= counted <= overlay.bytes + 1_000
