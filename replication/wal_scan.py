@@ -13,7 +13,7 @@ been replaced by records that are lost.
 
 What the disk does not give at all is damage like any other before the cut. Behind it stands what may be torn, or may
 be the last durable batches: a block that is not given could be either, so then recovery fails, unless nothing was
-ever written there.
+ever written there. Segments are read more than once, and a disk may fail any of the times: each counts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, Grou
     headers: list[BatchHeader] = []
     sizes = {}
     number = 0
-    failures: dict[int, LogUnreadable] = {}
+    failures: list[tuple[int, LogUnreadable]] = []
     for segment in segments:
         data = _read(files, segment, failures)
         sizes[segment] = len(data)
@@ -77,8 +77,8 @@ def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, Grou
     if segments and segments[0] > 1:  # older segments were deleted: a head was durable
         synced = max(synced, position(segments[0], BLOCK_BYTES))
     replay = _Replay()
-    cut = _judge(files, segments, headers, synced, replay)
-    for segment, failure in failures.items():
+    cut = _judge(files, segments, headers, synced, replay, failures)
+    for segment, failure in failures:
         if position(segment, failure.holes[-1]) >= cut and not _unused(failure.data, segment, cut):
             raise failure
     replay.finish_doubts()
@@ -86,18 +86,17 @@ def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, Grou
     recovery = Recovery(
         (cut >> 32, cut & _OFFSET_MASK), sizes, number, replay.batches, damage=replay.damage
     )
-    recovery.unreadable = [(at, hole) for at, failed in failures.items() for hole in failed.holes]
+    recovery.unreadable = sorted({(at, hole) for at, failed in failures for hole in failed.holes})
     recovery.unsure = [header for header in headers if synced <= header.start < cut]
     return recovery, logs, {group: log.state for group, log in replay.groups.items()}
 
 
-def _read(files: LogFiles, segment: int, failures: dict[int, LogUnreadable] | None = None) -> bytes:
-    """A segment, with ones where the disk does not give it."""
+def _read(files: LogFiles, segment: int, failures: list[tuple[int, LogUnreadable]]) -> bytes:
+    """A segment, with ones where the disk does not give it; then that is added to `failures`."""
     try:
         return files.read(segment)
     except LogUnreadable as failure:
-        if failures is not None:
-            failures[segment] = failure
+        failures.append((segment, failure))
         return failure.data
 
 
@@ -111,13 +110,17 @@ def make_durable(files: LogFiles, recovery: Recovery) -> None:
     """Write the kept batches that no sync is known of again, and sync them.
 
     After a process crash they may be in the page cache alone, and after a failed sync the cache may hold as clean
-    what the disk does not have.
+    what the disk does not have. Raises: LogUnreadable: the disk gave them before, and does not now; LogWriteFailed.
     """
     for segment in dict.fromkeys(header.segment for header in recovery.unsure):
-        data = _read(files, segment)
+        failures: list[tuple[int, LogUnreadable]] = []
+        data = _read(files, segment, failures)
         for header in recovery.unsure:
             if header.segment == segment:
                 end = header.offset + aligned(header.length)
+                for _, failure in failures:
+                    if any(header.offset <= hole < end for hole in failure.holes):
+                        raise failure
                 files.write(segment, header.offset, data[header.offset : end])
         files.sync(segment)
 
@@ -128,7 +131,7 @@ def cut_tail(files: LogFiles, recovery: Recovery) -> None:
     for segment in sorted(recovery.sizes, reverse=True):
         if segment < cut_segment:
             break
-        data = _read(files, segment)
+        data = _read(files, segment, [])  # what is behind the cut goes, whatever it is
         used = _used(data)
         if segment > cut_segment or not cut_offset:
             recovery.torn_bytes += used
@@ -167,7 +170,12 @@ def _headers(data: bytes, segment: int, number: int) -> Iterator[BatchHeader]:
 
 
 def _judge(
-    files: LogFiles, segments: list[int], headers: list[BatchHeader], synced: int, replay: _Replay
+    files: LogFiles,
+    segments: list[int],
+    headers: list[BatchHeader],
+    synced: int,
+    replay: _Replay,
+    failures: list[tuple[int, LogUnreadable]],
 ) -> int:
     """Replay the batches in order; return the position of the cut."""
     expected = position(segments[0], 0) if segments else position(0, 0)
@@ -184,7 +192,7 @@ def _judge(
             if header.start > synced and not next_segment:
                 return synced
         if header.segment != loaded:
-            data, loaded = _read(files, header.segment), header.segment
+            data, loaded = _read(files, header.segment, failures), header.segment
         records = decode_records(data, header)
         if header.start >= synced and any(
             record is None or record.body is None for record in records

@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Final
 
-from replication.errors import LogDiskFull, LogWriteFailed
+from replication.errors import LogDiskFull, LogUnreadable, LogWriteFailed
 from replication.wal_format import BLOCK_BYTES, BatchHeader, aligned, decode_batch_header
 
 SECTOR_BYTES: Final = 512  # most disks write it whole or not at all
@@ -71,12 +71,26 @@ class SimDisk:
         return sorted(self._segments)
 
     def read(self, segment: int) -> bytes:
-        """The whole file, unsynced writes included. Raises: OSError."""
+        """The whole file, unsynced writes included. Raises: LogUnreadable, OSError."""
         if segment not in self._segments:
             raise FileNotFoundError(f"segment {segment}")
         if self._countdown("_fail_reads_after"):
-            raise OSError(errno.EIO, f"read segment {segment}: {INJECTED}")
+            raise self._unreadable(segment)
         return bytes(self._segments[segment].current)
+
+    def _unreadable(self, segment: int) -> OSError:
+        """EIO, for the first block of the last batch: nobody can tell that from a torn write. Where the batch begins a segment,
+        and in older ones, for the whole file: one block would be damage to what the log can prove, and that is `rot`.
+        """
+        data = bytes(self._segments[segment].current)
+        blocks = range(0, len(data), BLOCK_BYTES)
+        last = max((at for at in blocks if decode_batch_header(data, segment, at)), default=0)
+        if not last or segment != max(self._segments):
+            return OSError(errno.EIO, f"read segment {segment}: {INJECTED}")
+        given = data[:last] + b"\xff" * BLOCK_BYTES + data[last + BLOCK_BYTES :]
+        error = LogUnreadable(segment, given, [last])
+        error.strerror = f"{error.strerror}, {INJECTED}"
+        return error
 
     def create(self, segment: int, size_bytes: int) -> None:
         """A new segment full of zeros; durable. Raises: LogDiskFull, LogWriteFailed."""

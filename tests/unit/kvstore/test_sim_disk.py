@@ -10,7 +10,7 @@ import random
 import pytest
 
 from kvstore.sim.disk import SECTOR_BYTES, SimDisk
-from replication.errors import LogDiskFull
+from replication.errors import LogDiskFull, LogUnreadable
 from replication.turns import refusal_of
 from replication.types import Entry, HardState
 from replication.wal import Wal
@@ -139,6 +139,27 @@ def test_a_read_fails_once_also_at_the_next_process() -> None:
     with pytest.raises(OSError, match="injected"):
         disk.read(1)
     disk.read(1)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_read_that_fails_for_the_last_batch_fails_the_recovery_as_a_real_disk_does(after) -> None:
+    disk, _ = written(batches=3)
+    whole = recovered(disk.fork())
+    disk.fail_read(after)
+    with pytest.raises(LogUnreadable, match="1 places, .* injected"):
+        recovered(disk)
+    assert recovered(disk) == whole
+
+
+def test_a_read_of_what_the_log_can_prove_fails_as_a_whole() -> None:
+    disk, wal = written(batches=3)
+    wal.rotate()
+    write(disk, wal)
+    for segment in (1, 2):  # an older one, and one that has its first batch alone
+        disk.fail_read()
+        with pytest.raises(OSError, match="injected") as told:
+            disk.read(segment)
+        assert not isinstance(told.value, LogUnreadable)
 
 
 def test_a_full_disk_makes_no_segment_until_it_is_emptied() -> None:
