@@ -2,7 +2,7 @@
 
 `Node(directory, listen, advertise, config, adapters)` knows no clock, socket or file of its own: `production_adapters` gives
 it the real ones, the simulator others. An empty directory waits for `initialize` (kvctl init); `node.toml` is written last,
-so that a cluster is joined wholly or not at all.
+so that a cluster is joined wholly or not at all: where it is, rows and a log have been, and a start without them is refused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from kvstore.connections import Connections
 from kvstore.errors import (
     ConfigError,
     DataDirectoryError,
+    DiskFull,
     InvalidArgument,
     KVError,
     NodeStopped,
     NotReady,
+    StorageError,
     WrongCluster,
 )
 from kvstore.leadership import Leadership
@@ -41,7 +43,7 @@ from kvstore.status import node_locks, node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
 from replication.codec import decode_membership, decode_messages
-from replication.errors import FrameError, LogMismatch
+from replication.errors import FrameError, LogDiskFull, LogMismatch, LogWriteFailed
 from replication.host import Host
 from replication.ports import LogFiles
 from replication.probes import chance
@@ -201,12 +203,28 @@ class Node:
             if self.state != "waiting":
                 raise NodeStopped("the node was stopped before it was initialized")
             found = identities.identity_of(request)
-            self._files.write_file(identities.FILE_NAME, identities.encode_identity(found))
+            files, wal = self._begin_log()
             try:
-                await self._open(found)
+                self._files.write_file(identities.FILE_NAME, identities.encode_identity(found))
+            except BaseException:
+                files.close()
+                raise
+            self._log = files
+            try:
+                await self._open(found, wal)
             except Exception as error:
                 self._on_fatal(error)  # a member that is half open: only a new start helps
                 raise
+
+    def _begin_log(self) -> tuple[LogFiles, Wal]:
+        """A new one; of a member without any, nobody could tell whether it had one. Raises: DiskFull, StorageError, OSError."""
+        files = self.adapters.open_log()
+        try:
+            return files, Wal.begin(files, segment_bytes=self.config.log.segment_bytes)
+        except LogWriteFailed as error:
+            files.close()
+            kind = DiskFull if isinstance(error, LogDiskFull) else StorageError
+            raise kind(f"the log cannot be begun: {error}") from error
 
     def _check_plan(self, request: InitRequest) -> None:
         """Under another address than ours, the next start would refuse the directory (`_check_address`). And timestamps would
@@ -258,16 +276,25 @@ class Node:
             finally:
                 await self.adapters.close()
 
-    async def _open(self, found: identities.Identity) -> None:
-        """Recover log and engine, build the rest, begin to turn."""
+    def _recover_log(self) -> tuple[Wal, dict[int, GroupLog]]:
+        """A member's: it was begun before node.toml was there. Raises: LogMismatch: it is gone; as Wal.recover."""
+        files = self._log = self.adapters.open_log()
+        segment_bytes = self.config.log.segment_bytes
+        wal, recovered = Wal.recover(files, segment_bytes=segment_bytes, begun=True)
+        if (told := wal.recovery) is not None and told.unreadable:
+            log.warning("the disk does not give parts of the log", places=told.unreadable)
+        return wal, recovered
+
+    async def _open(self, found: identities.Identity, wal: Wal | None = None) -> None:
+        """Recover log and engine, build the rest, begin to turn. `wal`: of a new member, begun in `_log`."""
         born, self.state = self.state == "waiting", "starting"
         config, adapters = self.config, self.adapters
         self.cluster_id, self.node_id = found.cluster_id, found.node_id
         engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
-        files = self._log = adapters.open_log()
-        wal, recovered = Wal.recover(files, segment_bytes=config.log.segment_bytes)
-        if (told := wal.recovery) is not None and told.unreadable:
-            log.warning("the disk does not give parts of the log", places=told.unreadable)
+        recovered: dict[int, GroupLog] = {}
+        if wal is None:
+            wal, recovered = self._recover_log()
+        assert self._log is not None
         store = self.store = Store(
             node=found.node_id,
             cluster=found.cluster_id,
@@ -295,7 +322,7 @@ class Node:
         host = self.host = Host(
             node=found.node_id,
             wal=wal,
-            files=files,
+            files=self._log,
             machine=store,
             peers=peers,
             clock=adapters.clock,

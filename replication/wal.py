@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
+from replication.errors import LogMismatch
 from replication.ports import LogFiles
 from replication.probes import chance, reached
 from replication.types import Entry, HardState
@@ -92,20 +93,32 @@ class Wal:
         self.recovery: Recovery | None = None
 
     @classmethod
+    def begin(cls, files: LogFiles, *, segment_bytes: int = SEGMENT_BYTES) -> Wal:
+        """Where there is none: a log that holds nothing, durable when this returns. Raises: LogDiskFull, LogWriteFailed."""
+        wal = cls(segment_bytes=segment_bytes)
+        wal._write(files, wal._take(1))
+        return wal
+
+    @classmethod
     def recover(
         cls,
         files: LogFiles,
         *,
         segment_bytes: int = SEGMENT_BYTES,
         segments_max: int = SEGMENTS_MAX,
+        begun: bool = False,
     ) -> tuple[Wal, dict[int, GroupLog]]:
         """Read the log, cut its torn tail for good, and go on after it.
 
         What is returned is durable: the tail beyond the last known sync is written and synced again. `wal.recovery`
         tells what was cut and what is damaged; a group that is not in the result is suspect if there is damage.
-        Raises: LogFormatError, or OSError if what may be durable cannot be read (nothing was changed); LogWriteFailed.
+        begun: a batch of it was durable, which is known from elsewhere (`begin`).
+        Raises: LogMismatch (it was begun, and there is none), LogFormatError, or OSError if what may be durable cannot be
+        read (nothing was changed); LogWriteFailed.
         """
         recovery, logs, groups = scan(files)
+        if begun and not recovery.number:
+            raise LogMismatch("this is a member of a cluster, but nothing of the log is left")
         wal = cls(segment_bytes=segment_bytes, segments_max=segments_max)
         wal.recovery = recovery
         wal._groups = groups
@@ -332,12 +345,16 @@ class Wal:
         self._segment, self._offset = recovery.cut
         self._durable = position(*recovery.cut)
         batch = self._take(max(recovery.sizes) + 1)
+        self._write(files, batch)
+        cut_tail(files, recovery)
+        self._sizes = recovery.sizes | {batch.segment: batch.create_bytes}
+
+    def _write(self, files: LogFiles, batch: WalBatch) -> None:
+        """The first batch of a segment, at once."""
         files.create(batch.segment, batch.create_bytes)
         files.write(batch.segment, batch.offset, batch.data)
         files.sync(batch.segment)
         self.synced(batch.number)
-        cut_tail(files, recovery)
-        self._sizes = recovery.sizes | {batch.segment: batch.create_bytes}
 
     def _state(self, group: int) -> GroupState:
         state = self._groups.get(group)

@@ -24,6 +24,8 @@ from kvstore.identity import FILE_NAME
 from kvstore.metrics import NodeMetrics
 from kvstore.ports import FramePipe, Network
 from kvstore.status import VERSION
+from replication.errors import LogFormatError
+from replication.wal_scan import scan
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -75,8 +77,8 @@ class ProductionAdapters:
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
         self._locked_by = os.getpid()
-        if not (self._directory / FILE_NAME).exists() and any(self._directory.glob("wal/*.log")):
-            # the log is begun after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
+        if not (self._directory / FILE_NAME).exists() and _holds_records(self._directory / "wal"):
+            # records come after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
             self._unlock()
             raise DataDirectoryError(
                 f"{directory} holds a log but no {FILE_NAME}: put that file back, or name another --dir"
@@ -139,6 +141,22 @@ def _tables_open_max() -> int:
     """Half of the files that connections leave (`connections_max`): the log, and whatever else there is, have the rest."""
     most = connections_max()
     return -1 if most == sys.maxsize else most // 6
+
+
+def _holds_records(wal: Path) -> bool:
+    """Whether the log in it has records of any range, or may have had; one that was only begun has none, and one segment."""
+    if not any(wal.glob("*.log")):
+        return False
+    files = DirectoryLogFiles(wal, spare=False)
+    try:
+        if files.segments() != [1]:
+            return True
+        recovery, found, _ = scan(files)
+        return bool(found or recovery.damage)
+    except (OSError, LogFormatError):
+        return True
+    finally:
+        files.close()
 
 
 def _empty(directory: Path) -> None:

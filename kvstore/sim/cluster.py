@@ -33,6 +33,7 @@ from kvstore.sim.network import SimNetwork
 from kvstore.sim.process import Killed, Process, ProcessDied, outside
 from kvstore.sim.trace import Trace
 from replication.errors import LogDiskFull, LogWriteFailed
+from replication.wal import Wal
 
 PORT: Final = 7400
 SPLITS: Final = (b"h", b"p")
@@ -45,8 +46,8 @@ class SimNode(Node):
 
     on_open: Callable[[SimNode], None]
 
-    async def _open(self, found: Identity) -> None:
-        await super()._open(found)
+    async def _open(self, found: Identity, wal: Wal | None = None) -> None:
+        await super()._open(found, wal)
         self.on_open(self)
 
 

@@ -3,6 +3,7 @@ with a typed error and left as it is; a range whose vote may be forgotten is not
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import resource
@@ -15,10 +16,12 @@ import pytest
 
 import kvstore
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
+from kvstore.adapters.wal_files import DirectoryLogFiles
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
 from kvstore.node import Node
+from replication.wal import Wal
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_BYTES = 4096
@@ -42,6 +45,12 @@ async def refusal(directory) -> KVError:
         found.append((type(caught.value), str(caught.value)))
     assert found[0] == found[1]
     return caught.value
+
+
+async def ended(program: str) -> int:
+    """A process of its own that runs it; what it exits with."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, cwd=ROOT)
+    return await process.wait()
 
 
 async def test_without_its_identity_a_directory_is_not_taken_for_an_empty_one(data):
@@ -131,6 +140,78 @@ async def test_with_rows_of_nothing_a_node_does_not_start_either(data):
 async def test_without_its_log_a_node_does_not_start(data):
     shutil.rmtree(data / "wal")
     assert isinstance(await refusal(data), CorruptionError)
+
+
+async def test_without_its_log_a_node_does_not_start_though_nothing_of_it_was_flushed_to_the_rows(
+    tmp_path,
+):
+    """The rows are as they were made, as after a crash before the log's beginning: but something was acknowledged."""
+    path = tmp_path / "data"
+    program = (
+        "import asyncio, os, kvstore\n"
+        "async def run():\n"
+        f"    db = await kvstore.open({str(path)!r})\n"
+        "    await db.put(b'a', b'1')\n"
+        "    os._exit(9)\n"
+        "asyncio.run(run())\n"
+    )
+    assert await ended(program) == 9
+    (path / "wal").rename(tmp_path / "kept")
+    error = await refusal(path)
+    assert isinstance(error, CorruptionError)
+    assert "nothing of the log is left" in str(error)
+    (path / "wal").rmdir()
+    (tmp_path / "kept").rename(path / "wal")
+    async with kvstore.open(path) as db:
+        assert await db.get(b"a") == b"1"
+
+
+async def test_a_log_that_is_all_rotten_is_none(data):
+    (segment,) = sorted((data / "wal").glob("*.log"))
+    image = b"\xff" * segment.stat().st_size
+    segment.write_bytes(image)
+    assert isinstance(await refusal(data), CorruptionError)
+    assert segment.read_bytes() == image, "it is evidence"
+
+
+@pytest.mark.parametrize("torn", [False, True])
+async def test_a_log_that_an_unfinished_initialisation_began_is_no_obstacle(tmp_path, torn):
+    (tmp_path / "wal").mkdir()
+    files = DirectoryLogFiles(tmp_path / "wal")
+    Wal.begin(files)
+    if torn:
+        files.write(1, 0, bytes(512))
+    files.close()
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+    async with kvstore.open(tmp_path) as db:
+        assert await db.get(b"a") == b"1"
+
+
+@pytest.mark.parametrize("step", ["engine flushed", "log begun", "node.toml written"])
+async def test_a_directory_is_whole_wherever_its_first_opening_ends(tmp_path, step):
+    owner, name = {
+        "engine flushed": ("kvstore.adapters.rocks_engine.RocksEngine", "flush"),
+        "log begun": ("replication.wal.Wal", "begin"),
+        "node.toml written": ("kvstore.adapters.wal_files.DirectoryFiles", "write_file"),
+    }[step]
+    module, _, kind = owner.rpartition(".")
+    program = (
+        "import os, kvstore\n"
+        f"from {module} import {kind}\n"
+        f"real = {kind}.{name}\n"
+        "def last(*args, **options):\n"
+        "    real(*args, **options)\n"
+        "    os._exit(9)\n"
+        f"{kind}.{name} = last\n"
+        f"with kvstore.Client.open({str(tmp_path / 'data')!r}): pass\n"
+    )
+    assert await ended(program) == 9
+    assert (tmp_path / "data" / "node.toml").exists() == (step == "node.toml written")
+    async with kvstore.open(tmp_path / "data") as db:
+        await db.put(b"a", b"1")
+    async with kvstore.open(tmp_path / "data") as db:
+        assert await db.get(b"a") == b"1"
 
 
 async def test_a_newer_format_is_a_version_mismatch(data):

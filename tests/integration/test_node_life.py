@@ -4,18 +4,21 @@ is overtaken by a stop opens nothing; and a stop releases everything, whatever f
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 
 import pytest
 
 import kvstore
+from kvstore.adapters import wal_files
 from kvstore.adapters.local_network import LocalNetwork
 from kvstore.adapters.rocks_engine import RocksEngine
-from kvstore.adapters.wal_files import DirectoryLogFiles
+from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
-from kvstore.errors import DiskFull, InvalidArgument, NodeStopped, NotReady
+from kvstore.errors import DiskFull, InvalidArgument, NodeStopped, NotReady, StorageError
 from kvstore.identity import FILE_NAME
 from kvstore.node import Node
 
@@ -90,6 +93,31 @@ async def test_an_initialisation_that_found_the_disk_full_can_be_repeated(
     assert waiting.state == "ready"
 
 
+@pytest.mark.parametrize("step", ["create", "write", "sync", "write_file"])
+@pytest.mark.parametrize(("errno_", "told"), [(errno.ENOSPC, DiskFull), (errno.EIO, StorageError)])
+async def test_an_initialisation_whose_log_could_not_be_begun_can_be_repeated(
+    waiting, monkeypatch, tmp_path, step, errno_, told
+):
+    owner, name = {
+        "create": (wal_files, "_reserve"),
+        "write": (os, "pwrite"),
+        "sync": (wal_files, "_sync_data"),
+        "write_file": (DirectoryFiles, "write_file"),
+    }[step]
+    with monkeypatch.context() as broken:
+
+        def failing(*_args):
+            raise OSError(errno_, "broken")
+
+        broken.setattr(owner, name, failing)
+        with pytest.raises(OSError if step == "write_file" else told):
+            await waiting.initialize(REQUEST)
+    assert (waiting.state, waiting.cluster_id) == ("waiting", "")
+    assert not (tmp_path / FILE_NAME).exists()
+    await waiting.initialize(REQUEST)
+    assert waiting.state == "ready"
+
+
 async def test_a_plan_with_an_address_under_which_the_node_would_not_start_again_is_refused(
     waiting, tmp_path
 ):
@@ -150,7 +178,7 @@ async def test_a_name_that_is_listened_at_is_the_nodes_address_and_port_0_become
 
 
 async def test_a_member_that_could_not_be_opened_has_failed_and_says_so(waiting, monkeypatch):
-    fail_once(monkeypatch, waiting.adapters, "open_log")
+    fail_once(monkeypatch, waiting, "_add_replicas")
     with pytest.raises(DiskFull):
         await waiting.initialize(REQUEST)
     assert not waiting.live()

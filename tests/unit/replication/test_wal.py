@@ -5,13 +5,14 @@ Recovery of torn and damaged logs: test_wal_recovery.py. Random histories: tests
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
 from crc32c import crc32c
 
 from kvstore.sim.disk import SimDisk
-from replication.errors import LogFormatError
+from replication.errors import LogFormatError, LogMismatch
 from replication.types import EntryKind, HardState
 from replication.wal import GroupLog, Wal
 from replication.wal_format import BLOCK_BYTES
@@ -37,6 +38,43 @@ def test_a_fresh_log_begins_with_segment_one():
         0,
         SEGMENT_BYTES,
     )
+
+
+def test_a_log_that_was_begun_is_there_whatever_happens_and_goes_on():
+    disk = SimDisk()
+    wal = Wal.begin(disk, segment_bytes=4 * BLOCK_BYTES)
+    assert wal.segments == disk.segments() == [1]
+    wal.append(1, [entry(1)])
+    batch = wal.take()
+    assert batch is not None
+    assert (batch.number, batch.segment, batch.offset) == (2, 1, BLOCK_BYTES)
+    disk.write(batch.segment, batch.offset, batch.data)
+    found = []
+    for seed in range(20):
+        again = disk.fork().crash(random.Random(seed))
+        for _ in range(2):
+            wal, logs = Wal.recover(again, segment_bytes=4 * BLOCK_BYTES, begun=True)
+            assert wal.segments == [1]
+            assert wal.recovery is not None
+            assert not wal.recovery.damage
+        found.append([one.index for log in logs.values() for one in log.entries])
+    assert {tuple(each) for each in found} == {(), (1,)}
+
+
+@pytest.mark.parametrize("damage", ["lost", "rotten", "blank"])
+def test_where_a_log_was_begun_none_is_no_new_beginning_and_what_is_left_of_it_stays(damage):
+    disk = SimDisk()
+    Wal.begin(disk, segment_bytes=4 * BLOCK_BYTES)
+    if damage == "lost":
+        disk.lose(1)
+    else:
+        disk.write(1, 0, (b"\xff" if damage == "rotten" else b"\0") * BLOCK_BYTES)
+        disk.sync(1)
+    before = [disk.read(segment) for segment in disk.segments()]
+    for _ in range(2):
+        with pytest.raises(LogMismatch, match="nothing of the log is left"):
+            Wal.recover(disk, segment_bytes=4 * BLOCK_BYTES, begun=True)
+    assert [disk.read(segment) for segment in disk.segments()] == before
 
 
 def test_batches_stand_one_behind_the_other_at_block_boundaries():
