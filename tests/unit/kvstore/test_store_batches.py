@@ -141,7 +141,12 @@ def node_of(store: Store, flush: Any) -> tuple[Any, list[dict[int, int]]]:
     )
     node: Any = Node("d", "a:1", "", NodeConfig(), cast("Any", adapters))
     node.store, node.engine = store, SimpleNamespace(flush=flush)
-    node.host = SimpleNamespace(stats=lambda: {"synced_bytes": 0.0}, flushed=cuts.append)
+
+    def flushed(noted: dict[int, int]) -> list[tuple[int, int]]:
+        cuts.append(noted)
+        return []
+
+    node.host = SimpleNamespace(stats=lambda: {"synced_bytes": 0.0}, flushed=flushed)
     return node, cuts
 
 

@@ -10,7 +10,7 @@ from tests.unit.txn.txn_driver import Range, put, settled, stored
 from txn.apply import Overlay, apply_batch
 from txn.commands import Batch, encode_batch, size_bytes
 from txn.latches import SEEN_BYTES_MAX
-from txn.reads import SCAN_PASSED_BYTES_MAX
+from txn.reads import SCAN_READ_BYTES_MAX
 from txn.types import (
     TIMESTAMP_MAX,
     Expect,
@@ -85,7 +85,7 @@ def test_the_limits_are_those_that_clients_check():
     assert limits.VALUE_BYTES_MAX * 31 < MOVED_BYTES_MAX, (
         "transactions of large values are possible"
     )
-    assert SCAN_PASSED_BYTES_MAX + 2 * RANGE_BYTES_MAX < MOVED_BYTES_MAX, (
+    assert SCAN_READ_BYTES_MAX + 2 * RANGE_BYTES_MAX < MOVED_BYTES_MAX, (
         "what a page names, one deletes"
     )
     assert (KEYS_UNSEEN_MAX + 1) * RANGE_BYTES_MAX <= MOVED_BYTES_MAX
