@@ -101,11 +101,12 @@ class TransactionLocks:
         self._keeper.add(self)
         reply = await self._wait(key, shared, until)
         locked = Locked(reply.values[0], reply.versions[0], reply.at, not shared)
+        known = self.found.get(key)  # another task may have locked it meanwhile
         if known is not None:
             if (known.value, known.version) != (locked.value, locked.version):
                 reached("upgraded_lock_was_lost")
                 raise Conflict(key, b"", locked.version)
-            locked = locked._replace(at=known.at)
+            locked = locked._replace(at=known.at, exclusive=known.exclusive or locked.exclusive)
         self.found[key] = locked
         self._asked.pop(key, None)
         return locked
