@@ -36,7 +36,7 @@ class _Call(Generic[T]):
         self.work = work
         self.undo = undo
         self.result: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self.task: asyncio.Task[T]
+        self.task: asyncio.Task[T] | None = None
         self.interrupted = False
 
 
@@ -66,7 +66,8 @@ class LoopThread:
         work: Coroutine[Any, Any, T],
         undo: Callable[[T], Coroutine[Any, Any, object]] | None = None,
     ) -> T:
-        """Run it there and wait. An interrupt (Ctrl-C) cancels it; if it has succeeded all the same, its result goes to `undo`.
+        """Run it there and wait. An interrupt (Ctrl-C) cancels it, and is raised when that has ended, END_TIMEOUT_S later at
+        most. If it has succeeded all the same, its result goes to `undo`.
 
         Raises: ClientClosed, with maybe_committed if it had begun; what `work` raises.
         """
@@ -77,13 +78,12 @@ class LoopThread:
             work.close()
             raise InvalidArgument("the client's own thread cannot wait for itself")
         call = _Call(work, undo)
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise ClientClosed
-            self._calls[call] = None
-            self._loop.call_soon_threadsafe(self._begin, call)
         try:
+            with self._lock:
+                if self._closed:
+                    raise ClientClosed
+                self._calls[call] = None
+                self._loop.call_soon_threadsafe(self._begin, call)
             return call.result.result()
         except concurrent.futures.CancelledError:
             raise ClientClosed(
@@ -93,11 +93,19 @@ class LoopThread:
         except (
             BaseException
         ):  # an interrupt; or what the work raised, and then there is nothing to do
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._interrupt, call)
+            self._give_up(call)
             raise
         finally:
             self._calls.pop(call, None)
+
+    def _give_up(self, call: _Call[Any]) -> None:
+        """Cancel it, and wait for its end: the next call is not to find it under way."""
+        if call not in self._calls:
+            call.work.close()
+            return
+        with suppress(RuntimeError, TimeoutError, concurrent.futures.CancelledError):
+            self._loop.call_soon_threadsafe(self._interrupt, call)  # a RuntimeError: it has ended
+            call.result.exception(END_TIMEOUT_S)
 
     def close(self) -> None:
         """What other threads still wait for is cancelled, and ends with ClientClosed or as it may. Within JOIN_TIMEOUT_S."""
@@ -121,16 +129,16 @@ class LoopThread:
     # --- on the loop ------------------------------------------------------------------------------
 
     def _begin(self, call: _Call[Any]) -> None:
-        call.task = self._loop.create_task(call.work)
-        self._note(call.task, cancelled_at_end=True)
-        call.task.add_done_callback(lambda _: self._ended(call))
+        call.task = task = self._loop.create_task(call.work)
+        self._note(task, cancelled_at_end=True)
+        task.add_done_callback(lambda _: self._ended(call, task))
 
     def _note(self, task: asyncio.Task[Any], *, cancelled_at_end: bool) -> None:
         self._tasks[task] = cancelled_at_end
         task.add_done_callback(self._tasks.pop)
 
-    def _ended(self, call: _Call[Any]) -> None:
-        task, result = call.task, call.result
+    def _ended(self, call: _Call[Any], task: asyncio.Task[Any]) -> None:
+        result = call.result
         with suppress(concurrent.futures.InvalidStateError):  # `close` has not waited for it
             if task.cancelled():
                 result.cancel()
@@ -138,18 +146,21 @@ class LoopThread:
                 result.set_exception(error)
             else:
                 result.set_result(task.result())
-        self._undo(call)
+        self._undo(call, task)
 
     def _interrupt(self, call: _Call[Any]) -> None:
         call.interrupted = True
-        if call.task.done():
-            self._undo(call)
-        else:  # not in this turn: what has never begun would not do what it does at its end
-            self._loop.call_soon(_cancel, call.task)
-
-    def _undo(self, call: _Call[Any]) -> None:
-        """Of a call that came to a result which nobody has seen."""
         task = call.task
+        if task is None:  # it was to be handed over just then
+            call.work.close()
+            call.result.cancel()
+        elif task.done():
+            self._undo(call, task)
+        else:  # not in this turn: what has never begun would not do what it does at its end
+            self._loop.call_soon(_cancel, task)
+
+    def _undo(self, call: _Call[Any], task: asyncio.Task[Any]) -> None:
+        """Of a call that came to a result which nobody has seen."""
         if call.interrupted and call.undo and not task.cancelled() and task.exception() is None:
             undoing = self._loop.create_task(call.undo(task.result()))
             self._note(undoing, cancelled_at_end=False)

@@ -146,6 +146,52 @@ def test_a_call_that_is_interrupted_at_once_has_begun_and_does_what_it_does_at_i
     assert ended == ["ended"]
 
 
+def test_an_interrupted_caller_waits_for_the_end_and_only_so_long(interrupt: Interrupt):
+    thread, ends = LoopThread("t"), asyncio.Event()
+    told: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await ends.wait()
+            told.append("ended")
+
+    async def end() -> None:
+        ends.set()
+
+    interrupt("before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvstore.loop_thread.END_TIMEOUT_S", 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            thread.call(work())
+    assert not told
+    thread.call(end())
+    thread.close()
+    assert told == ["ended"]
+
+
+def test_an_interrupt_as_a_call_is_handed_over_leaves_nothing_of_it():
+    class Interrupted(dict[Any, None]):
+        def __setitem__(self, call: Any, value: None) -> None:
+            super().__setitem__(call, value)
+            raise KeyboardInterrupt
+
+    thread = LoopThread("t")
+    begun: list[str] = []
+
+    async def work() -> None:
+        begun.append("begun")
+
+    thread._calls, calls = Interrupted(), thread._calls
+    with pytest.raises(KeyboardInterrupt):
+        thread.call(work())
+    assert not thread._calls
+    thread._calls = calls
+    thread.close()
+    assert not begun
+
+
 # --- the client -----------------------------------------------------------------------------------
 
 

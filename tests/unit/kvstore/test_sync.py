@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from kvstore.loop_thread import LoopThread
 from kvstore.ranges import RangeCache
 from kvstore.sync import BlockingTransaction, Client
 from kvstore.transactions import Committed
+from kvstore.watches import Watch
 from tests.unit.kvstore.fake_cluster import FakeCluster, blocking
 from txn.messages import Changed, Changes, Prepare
 from txn.types import FenceReason
@@ -257,6 +259,36 @@ def test_an_interrupt_as_the_events_come_loses_none_of_a_watch(
         assert watch.version == began
         assert [(event.key, event.version) for event in watch.pull()] == [(b"k", began + 1)]
         assert watch.version == began + 1
+
+
+def test_after_an_interrupt_the_next_call_finds_nothing_of_the_one_before(
+    db: Client, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+):
+    """A watch has one consumer at a time. The signal is a real one, and comes as the call waits."""
+
+    def on_alarm(_number: int, _frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if due.is_set():
+            due.clear()
+            raise KeyboardInterrupt
+
+    async def interrupted(watch: Watch, rows_max: int = 0) -> None:
+        due.set()
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.05)  # again: one before the wait wakes nobody
+        await fill(watch, rows_max)
+
+    due, fill = threading.Event(), Watch.fill
+    cluster.ignore(Changes, times=10_000)
+    monkeypatch.setattr(Watch, "fill", interrupted)
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        with db.watch(key=b"k") as watch:
+            for _ in range(10):
+                with pytest.raises(KeyboardInterrupt):
+                    watch.pull()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_watch_that_another_thread_opens_as_the_client_closes_is_in_nobodys_way(db: Client):
