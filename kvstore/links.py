@@ -28,6 +28,7 @@ from txn.messages import (
     Failure,
     GetDirectory,
     GetTimestamps,
+    LockRead,
     Outcome,
     Read,
     Reply,
@@ -91,6 +92,7 @@ class Call(msgspec.Struct, eq=False):
     range_id: int = 0
     version: int = 0
     link: ClientLink | None = None
+    opened_at: float = float("-inf")
     request: Request | None = None
     size_bytes: int = 0
     tries: int = 0  # that came to nothing
@@ -115,11 +117,12 @@ class Call(msgspec.Struct, eq=False):
 
     @property
     def is_stale(self) -> bool:
-        """The timestamp of its answer may be as old as the reader allowed, or as the transaction that it asks about."""
+        """The timestamp of its answer may be as old as the reader allowed, as the transaction that it asks about, or as what a
+        leader that gives a lock has last heard of."""
         request = self.request
         if isinstance(request, Read | Scan):
             return request.stale is not None
-        return isinstance(request, Outcome)
+        return isinstance(request, Outcome | LockRead)
 
     def refused(self, failure: Failure) -> None:
         """A node said no, for now. Of a range that is led by nobody it knows: that is what its caller should learn."""

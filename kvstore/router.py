@@ -207,10 +207,10 @@ class Router:
         future = None if silent or on_reply is not None else self._new_future()
         route = self._find(key)
         if route is None or (end and not route.covers(key, end)):
-            return Call(number, key, end, deadline, expires, future, on_reply)
+            return Call(number, key, end, deadline, expires, future, on_reply, opened_at=now)
         link = self._leaders.get(route.leader)
         return Call(
-            number, key, end, deadline, expires, future, on_reply, route.range_id, route.version, link
+            number, key, end, deadline, expires, future, on_reply, route.range_id, route.version, link, now
         )  # fmt: skip
 
     def submit(self, call: Call, request: Request, size_bytes: int) -> None:
@@ -436,7 +436,6 @@ class Router:
         except (msgspec.DecodeError, IndexError, RecursionError) as error:
             raise FrameError(f"answers do not decode: {error}") from error  # ends the stream
         pop = link.pending.pop
-        now = self.monotonic()
         for reply in replies:
             call = pop(reply.id, None)
             if call is None:
@@ -455,11 +454,11 @@ class Router:
                 ts = 0
                 if isinstance(reply, Directory):
                     self._on_directory(reply)
-            newest = self.seen_ts
-            if ts > newest or (ts == newest and self.seen_at < now and call.asks_for_now):
+            newest, asked_at = self.seen_ts, call.opened_at
+            if ts > newest or (ts == newest and self.seen_at < asked_at and call.asks_for_now):
                 self.seen_ts = ts
-                if not call.is_stale:
-                    self.seen_at = now
+                if self.seen_at < asked_at and not call.is_stale:
+                    self.seen_at = asked_at  # not now: it may be that of an early try
             self._calls -= 1
             future = call.future
             if future is not None:

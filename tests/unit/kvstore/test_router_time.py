@@ -16,6 +16,8 @@ from kvstore.streams import Stream
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     GetTimestamps,
+    KeepLocks,
+    LockRead,
     Prepare,
     Read,
     ReadReply,
@@ -93,6 +95,46 @@ def test_a_stale_read_does_not_make_its_timestamp_new(step: int):
             cluster.seed(other=b"v")  # others have gone on
         await db.put(b"k", b"w")
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > old
+
+    simulate(test)
+
+
+def test_a_late_answer_does_not_make_its_timestamp_new():
+    """A write that is repeated after an outage is answered with the timestamp of its first try."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"1")
+        cluster.drop_replies(Prepare)
+        late = asyncio.ensure_future(db.put(b"k", b"2", timeout=3_600.0))
+        await cluster.settled()
+        version = cluster.ts
+        cluster.ignore(Prepare, times=10_000)
+        await asyncio.sleep(400.0)
+        cluster.faults.clear()
+        while cluster.ts < version + 100:
+            cluster.seed(other=b"v")  # others have gone on
+        assert await late == version
+        await db.put(b"k", b"3")
+        assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > version
+
+    simulate(test)
+
+
+def test_a_locks_answer_does_not_make_its_timestamp_new():
+    """A leader where nobody writes reads under a lock at what it last heard of, and that may be long ago."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(KeepLocks, times=1_000)
+        async with db.transaction() as tx:
+            await tx.get_for_update(b"k")
+            await asyncio.sleep(60.0)
+            heard = cluster.ts + 1
+            while cluster.ts < heard + 100:
+                cluster.seed(other=b"v")
+            cluster.fault(LockRead, lambda _, asked: ReadReply(asked.id, heard, [0], [None]))
+            await tx.get_for_update(b"l")
+            await db.put(b"m", b"v")
+            assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > heard
 
     simulate(test)
 
