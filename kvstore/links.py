@@ -141,6 +141,15 @@ class Call(msgspec.Struct, eq=False):
         if not isinstance(self.failure, NoQuorum):
             self.failure = error
 
+    def unanswered(self) -> None:
+        """A try got no answer in time. So it was taken, as far as anybody knows, and an overload before that is over."""
+        self.silences += 1
+        if isinstance(self.failure, Throttled):
+            told = self.failure.message
+            self.failure = DeadlineExceeded(
+                f"the call's time ran out without an answer; before: {told}"
+            )
+
     def overdue(self) -> KVError:
         """What its caller is told when the time has run out: what a server said is worth more than that."""
         failure = self.failure

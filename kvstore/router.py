@@ -586,7 +586,7 @@ class Router:
         for call in overdue:
             if call.link is None or call.link.pending.pop(call.id, None) is None:
                 continue  # whoever was told of another one has forgotten it
-            call.silences += 1
+            call.unanswered()
             if now >= call.deadline:
                 self._finish(call, call.overdue())
             else:
