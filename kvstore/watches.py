@@ -247,6 +247,7 @@ class Watch:
         self._pulling = True
         try:
             await self.start()
+            self._news.clear()
             while not self._take(rows_max):
                 if self._closed:
                     raise ClientClosed("the watch is closed")
@@ -254,9 +255,9 @@ class Watch:
                     raise self._failure
                 if self._stale:
                     await self._recut()
-                self._news.clear()
                 self._ask()
                 await self._news.wait()
+                self._news.clear()  # before anything is looked at: what comes later sets it again
         finally:
             self._pulling = False
 
@@ -302,7 +303,10 @@ class Watch:
 
     def _ask(self) -> None:
         """Send the polls that are wanted; a leg that has to rest is asked when that is over."""
-        if self._closed or self._failure is not None or self._stale:
+        if self._closed or self._failure is not None:
+            return
+        if self._stale:  # its ranges could not be learned just now, or are others again
+            self._rest_for(PAUSE_S)
             return
         router = self._router
         now = router.monotonic()
@@ -320,9 +324,13 @@ class Watch:
                 leg.call = None
             if now >= leg.not_before:
                 self._poll(leg, at, now)
-            if leg.call is None and not self._news.is_set() and self._rest is None:
-                rest_s = max(0.0, leg.not_before - now) + PAUSE_S / 10
-                self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
+            if leg.call is None:
+                self._rest_for(max(0.0, leg.not_before - now) + PAUSE_S / 10)
+
+    def _rest_for(self, rest_s: float) -> None:
+        """Wake the consumer after so long, unless something else will."""
+        if not self._news.is_set() and self._rest is None:
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._rested)
 
     def _rested(self) -> None:
         """Whatever the clock says now: a timer may come a hair early, and there is no other."""
@@ -409,16 +417,18 @@ class Watch:
         return pieces
 
     async def _recut(self) -> None:
-        """Ranges were split: a leg for each piece, which goes on where the old one was."""
+        """Ranges were split: a leg for each piece, which goes on where the old one was. What mends is tried again later, unless
+        the watch has a timeout of its own."""
         self._stale = False
-        until = self._router.monotonic() + self._client_timeout_s
+        until = self._router.monotonic() + (self._timeout_s or self._client_timeout_s)
         for leg in list(self._legs):
             try:
                 pieces = await self._cut(leg.start, leg.end, until)
             except KVError as error:
-                if not error.retryable and not isinstance(error, TimeoutError):
-                    raise
                 self._stale = True
+                mends = error.retryable or isinstance(error, TimeoutError)
+                if not mends or self._timeout_s is not None:
+                    raise
                 return
             if len(pieces) == 1:
                 continue

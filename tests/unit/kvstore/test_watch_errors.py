@@ -7,11 +7,19 @@ import asyncio
 import pytest
 
 from kvstore.client import Database
-from kvstore.errors import DeadlineExceeded, KVError, Throttled
+from kvstore.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    EpochMismatch,
+    KVError,
+    Throttled,
+    Unavailable,
+)
 from kvstore.watches import EventType
 from tests.unit.kvstore.fake_cluster import FakeCluster
 from tests.unit.kvstore.fake_cluster import simulate as simulate_cluster
-from txn.messages import Changed, Changes
+from tests.unit.kvstore.test_watches import FakeRouter, simulate, watch_of
+from txn.messages import Changed, Changes, RangeInfo
 
 
 def test_an_overload_that_is_over_ends_no_watch():
@@ -51,3 +59,90 @@ def test_one_whose_time_is_over_tells_the_last_that_it_heard(silent: bool, error
             await pulling
 
     simulate_cluster(test)
+
+
+# --- ranges that are not known just then
+
+
+class Directory:
+    """In place of the router's `find_out`: it is away for a while."""
+
+    def __init__(self, router: FakeRouter) -> None:
+        self.asked = 0
+        self.away = True
+        self._router = router
+        router.find_out = self.find_out  # type: ignore[method-assign]
+
+    async def find_out(self, _until: float) -> None:
+        self.asked += 1
+        await asyncio.sleep(0.001)
+        if self.away:
+            raise Unavailable
+        self._router.split(b"m", version=3)
+
+
+def half_known(router: FakeRouter) -> None:
+    """A split of which one half is heard of first: what was known of the rest is gone."""
+    router.ranges.update([RangeInfo(201, b"", b"m", 2, 1, [(1, 1)], 1)])
+    router.fail(EpochMismatch(1))
+
+
+def test_a_watch_whose_new_ranges_cannot_be_learned_at_once_goes_on_when_they_are():
+    async def test() -> None:
+        router = FakeRouter()
+        watch = watch_of(router, prefix=b"")
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(0.01)
+        directory = Directory(router)
+        half_known(router)
+        await asyncio.sleep(1.0)
+        assert 10 <= directory.asked <= 30
+        directory.away = False
+        version = router.write(a=b"1", z=b"2")
+        await asyncio.sleep(0.1)
+        assert len(router.open_calls) == 2
+        router.answer_all()
+        assert [(event.key, event.version) for event in await pulling] == [
+            (b"a", version),
+            (b"z", version),
+        ]
+
+    simulate(test())
+
+
+def test_one_with_a_timeout_raises_when_its_new_ranges_are_not_to_be_learned():
+    async def test() -> None:
+        router = FakeRouter()
+        watch = watch_of(router, prefix=b"", timeout=2.0)
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(0.01)
+        directory = Directory(router)
+        half_known(router)
+        with pytest.raises(Unavailable):
+            await pulling
+        directory.away = False
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(0.1)
+        router.write(a=b"1")
+        router.answer_all()
+        assert [event.key for event in await pulling] == [b"a"]
+
+    simulate(test())
+
+
+def test_one_that_is_closed_while_its_new_ranges_are_learned_ends():
+    async def test() -> None:
+        router = FakeRouter()
+        watch = watch_of(router, prefix=b"")
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(0.01)
+        directory = Directory(router)
+        directory.away = False
+        half_known(router)
+        await asyncio.sleep(0.0005)
+        assert directory.asked == 1
+        await watch.close()
+        with pytest.raises(ClientClosed):
+            await pulling
+
+    simulate(test())
