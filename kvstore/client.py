@@ -112,6 +112,7 @@ class Database(DatabaseReads, AtomicCalls):
         self._link_limits = link_limits
         self._cluster = cluster
         self._on_close = on_close
+        self._closing = asyncio.Lock()
         router = Router(self._dial, addresses, clock, rng, try_timeout_s=try_timeout_s)
         super().__init__(router, clock, timeout_s, rng.getrandbits(63) | 1)
         self._committer = Committer(self._router, rng)
@@ -141,19 +142,22 @@ class Database(DatabaseReads, AtomicCalls):
         self._started = True
 
     async def close(self) -> None:
-        """End it, within a bounded time: commits that were cancelled come to their end first. May be called again."""
-        if self._closed:
-            return
+        """End it, within a bounded time: commits that were cancelled come to their end first. May be called again: that waits
+        for the first one. One that is cancelled does not wait for commits, and ends everything else."""
         self._closed = True
-        try:
-            self._views.close()
-            await self._watches.close()
-            self._committer.keeper.close()
-            await self._committer.drain(CLOSE_TIMEOUT_S)
-            await self._router.close(CLOSE_TIMEOUT_S)
-        finally:
-            if self._on_close is not None:
-                await self._on_close()
+        async with self._closing:
+            try:
+                self._views.close()
+                await self._watches.close()
+                self._committer.keeper.close()
+                await self._committer.drain(CLOSE_TIMEOUT_S)
+            finally:
+                try:
+                    await self._router.close(CLOSE_TIMEOUT_S)
+                finally:
+                    if self._on_close is not None:
+                        await self._on_close()
+                        self._on_close = None
 
     async def __aenter__(self) -> Self:
         try:

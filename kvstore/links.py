@@ -181,11 +181,6 @@ class Parked:
                 return call
         return None
 
-    def take_all(self) -> list[Call]:
-        calls = [call for _when, _sequence, call in self._heap if call.parked]
-        self._heap.clear()
-        return calls
-
     def soonest(self) -> float:
         return self._heap[0][0] if self._heap else float("inf")
 

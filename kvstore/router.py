@@ -160,17 +160,17 @@ class Router:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        left = self._parked.take_all()
         channels: list[Channel] = []
         for link in self.links:
-            left.extend(link.pending.values())
-            link.pending.clear()
             if link.channel is not None:
                 channels.append(link.channel)
                 link.channel.on_close = lambda _error: None
                 link.channel = None
-        for call in left:
+        while (call := self._parked.take(float("inf"))) is not None:
             self._finish(call, ClientClosed())
+        for link in self.links:
+            while link.pending:  # one by one: who is told of one may forget others
+                self._finish(link.pending.pop(next(iter(link.pending))), ClientClosed())
         await asyncio.gather(
             *(channel.close(timeout_s) for channel in channels), return_exceptions=True
         )

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from kvstore import limits
 from kvstore.client import Database
 from kvstore.errors import (
-    ClientClosed,
     InvalidArgument,
     KVError,
     OutcomeExpired,
@@ -427,48 +426,6 @@ def test_a_split_through_a_batch_ends_the_attempt_and_begins_another():
     simulate(test)
 
 
-def test_a_cancelled_commit_over_several_ranges_comes_to_its_end_by_itself():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        await db.get(b"a")
-        cluster.fail(Prepare, "throttled", {"retry_after_s": 0.3})
-
-        async def work() -> None:
-            async with db.batch() as batch:
-                batch.put(b"a", b"1")
-                batch.put(b"z", b"1")
-
-        call = asyncio.ensure_future(work())
-        await asyncio.sleep(0.1)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-        assert len(cluster.parts) == 1
-        await db.close()  # waits for it
-        assert not cluster.parts
-        assert len(cluster.data) == 2
-
-    simulate(test, FakeCluster(b"m"))
-
-
-def test_close_waits_for_such_a_commit_only_so_long():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        cluster.ignore(Prepare, times=100)
-
-        async def work() -> None:
-            async with db.batch() as batch:
-                batch.put(b"a", b"1")
-                batch.put(b"z", b"1")
-
-        call = asyncio.ensure_future(work())
-        await asyncio.sleep(0.1)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-        began = now()
-        await db.close()
-        assert now() - began < 3.0
-
-    simulate(test, FakeCluster(b"m"))
-
-
 def test_delete_range_is_one_transaction_over_ranges():
     async def test(cluster: FakeCluster, db: Database) -> None:
         cluster.seed(a=b"1", b=b"2", y=b"3", z=b"4")
@@ -553,37 +510,6 @@ def test_the_outcome_of_a_transaction_is_learned_from_its_token():
             await db.outcome(token)
         cluster.fault(Outcome, lambda node, request: TxnReply(request.id, TxnStatus.STAGED))
         assert await db.outcome(token) == Aborted()
-
-    simulate(test)
-
-
-def test_a_client_that_is_not_open_says_so():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        other = cluster.database()
-        for call in (lambda: other.put(b"k", b"v"), lambda: other.get(b"k")):
-            with pytest.raises(ClientClosed):
-                await call()
-        with pytest.raises(ClientClosed):
-            other.transaction()
-        await other.close()
-        with pytest.raises(ClientClosed):
-            await other.start()
-        await db.close()
-        await db.close()
-
-    simulate(test)
-
-
-def test_what_belongs_to_the_client_is_closed_with_it():
-    closed: list[str] = []
-
-    async def on_close() -> None:
-        closed.append("network")
-
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        async with cluster.database(on_close=on_close) as other:
-            await other.put(b"k", b"v")
-        assert closed == ["network"]
 
     simulate(test)
 

@@ -1,0 +1,163 @@
+"""Claims of how a client ends: what it was asked to commit comes to its end, within a bound; and everything of it goes, however
+often it is closed, and whoever is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvstore.batch import Batch
+from kvstore.client import Database
+from kvstore.errors import ClientClosed, KVError
+from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from txn.messages import Prepare
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def begun(cluster: FakeCluster, db: Database) -> asyncio.Future[int | None]:
+    """A commit over two ranges that nobody answers."""
+    cluster.ignore(Prepare, times=10_000)
+    batch = Batch()
+    batch.put(b"a", b"1")
+    batch.put(b"z", b"1")
+    writing = asyncio.ensure_future(db.commit_batch(batch, timeout=60.0))
+    await asyncio.sleep(0.1)
+    return writing
+
+
+def test_a_cancelled_commit_over_several_ranges_comes_to_its_end_by_itself():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.get(b"a")
+        cluster.fail(Prepare, "throttled", {"retry_after_s": 0.3})
+
+        async def work() -> None:
+            async with db.batch() as batch:
+                batch.put(b"a", b"1")
+                batch.put(b"z", b"1")
+
+        call = asyncio.ensure_future(work())
+        await asyncio.sleep(0.1)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert len(cluster.parts) == 1
+        await db.close()  # waits for it
+        assert not cluster.parts
+        assert len(cluster.data) == 2
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_close_waits_for_such_a_commit_only_so_long():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.ignore(Prepare, times=100)
+
+        async def work() -> None:
+            async with db.batch() as batch:
+                batch.put(b"a", b"1")
+                batch.put(b"z", b"1")
+
+        call = asyncio.ensure_future(work())
+        await asyncio.sleep(0.1)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        began = now()
+        await db.close()
+        assert now() - began < 3.0
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_a_cancelled_close_closes_all_the_same():
+    closed: list[str] = []
+
+    async def on_close() -> None:
+        closed.append("network")
+
+    async def test(cluster: FakeCluster, _db: Database) -> None:
+        other = cluster.database(on_close=on_close)
+        await other.start()
+        writing = await begun(cluster, other)
+        closing = asyncio.ensure_future(other.close())
+        await asyncio.sleep(0.1)
+        closing.cancel()
+        assert isinstance(
+            (await asyncio.gather(closing, return_exceptions=True))[0], asyncio.CancelledError
+        )
+        assert closed == ["network"]
+        assert not any(link.channel for link in other.router.links)
+        with pytest.raises(KVError):
+            await writing
+        assert other.router.calls == 0
+        await other.close()
+        assert closed == ["network"]
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_a_second_close_waits_for_the_first_one_and_does_what_that_one_left():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        writing = await begun(cluster, db)
+        first, second = (asyncio.ensure_future(db.close()) for _ in range(2))
+        await asyncio.sleep(0.1)
+        for _ in range(2):  # the second time in the midst of what a cancelled one does
+            first.cancel()
+            await asyncio.sleep(0)
+        await second
+        assert first.done()
+        with pytest.raises(KVError):
+            await writing
+        assert not any(link.channel for link in db.router.links)
+        assert db.router.calls == 0
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_parts_of_a_commit_that_wait_for_another_try_are_counted_once_when_it_is_closed():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.get(b"a")
+        await db.get(b"z")
+        for node in cluster.nodes:
+            cluster.stop_node(node)
+        await asyncio.sleep(0.5)
+        writing = await begun(cluster, db)
+        await db.close()
+        with pytest.raises(KVError):
+            await writing
+        assert db.router.calls == 0
+
+    simulate(test, FakeCluster(b"m"))
+
+
+def test_a_client_that_is_not_open_says_so():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        other = cluster.database()
+        for call in (lambda: other.put(b"k", b"v"), lambda: other.get(b"k")):
+            with pytest.raises(ClientClosed):
+                await call()
+        with pytest.raises(ClientClosed):
+            other.transaction()
+        await other.close()
+        with pytest.raises(ClientClosed):
+            await other.start()
+        await db.close()
+        await db.close()
+
+    simulate(test)
+
+
+def test_what_belongs_to_the_client_is_closed_with_it():
+    closed: list[str] = []
+
+    async def on_close() -> None:
+        closed.append("network")
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async with cluster.database(on_close=on_close) as other:
+            await other.put(b"k", b"v")
+        assert closed == ["network"]
+
+    simulate(test)
