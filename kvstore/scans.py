@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from kvstore import limits
 from kvstore.buffer import ReadSpans, WriteBuffer, value_over
 from kvstore.errors import InvalidArgument, SnapshotTooOld, TransactionTooOld
-from kvstore.reads import Page, Pages, SpanPages
+from kvstore.reads import PAGE_ROWS_MAX, Page, Pages, SpanPages
 from txn.types import WriteKind, point_end
 
 ScanFactory = Callable[[], Pages]
@@ -106,6 +106,7 @@ class OwnPages:
         self._guarded = guarded
         self._require_open = require_open
         self._left = limit
+        self._share = 1  # it is supposed that one row of so many is not hidden by an own delete
         self._reverse = reverse
         self._keys_only = keys_only
         self._bare = bare
@@ -113,13 +114,15 @@ class OwnPages:
     async def next(self) -> Page:
         self._require_open()
         if self._left is not None:
-            self._below.want(self._left)
+            self._below.want(self._left * self._share)
         try:
             page = await self._below.next()
         except SnapshotTooOld as error:
             raise TransactionTooOld(error.message) from error
         self._require_open()  # still: else nothing guards what was read
         rows = self._overlaid(page)
+        if len(rows) < len(page.rows):
+            self._share = min(self._share * 4, PAGE_ROWS_MAX)
         start, end = page.start, page.end
         if self._left is not None:
             if len(rows) >= self._left:  # seen is what is returned, and not what lies behind it

@@ -247,6 +247,32 @@ def test_rows_hidden_by_own_deletes_are_guarded_with_what_follows():
     simulate(test)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows_hidden_by_own_deletes_are_not_asked_for_one_by_one(reverse: bool):
+    """Four times as many with each page, and guarded is what is before the row that is returned, as ever."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.seed(**{f"k{number:02}": b"v" for number in range(60)})
+        async with db.transaction() as tx:
+            for _ in range(30):
+                ((key, _),) = await tx.scan(prefix=b"k", limit=1, reverse=reverse).to_list()
+                tx.delete(key)
+            assert len(cluster.of(Scan)) == 1 + 4 * 2 + 16 * 3 + 9 * 4
+            await tx.rollback()
+        cluster.requests.clear()
+        async with db.transaction() as tx:
+            if reverse:
+                tx.delete_range(b"k10", b"z")
+            else:
+                tx.delete_range(b"k", b"k50")
+            ((key, _),) = await tx.scan(prefix=b"k", limit=1, reverse=reverse).to_list()
+        assert key == (b"k09" if reverse else b"k50")
+        assert [scan.rows_max for scan in cluster.of(Scan)] == [1, 4, 16, 64]
+        assert guards(cluster) == [(b"k09", b"l") if reverse else (b"k", b"k50\x00")]
+
+    simulate(test)
+
+
 def test_a_guard_over_ranges_goes_to_each_and_makes_it_a_participant():
     async def test(cluster: FakeCluster, db: Database) -> None:
         async with db.transaction() as tx:
