@@ -89,7 +89,7 @@ def cut(write_set: WriteSet, ranges: RangeCache) -> list[Part] | None:
             return None
     size_bytes = rows = 0
     for known in shares.values():
-        limits.validate_range_batch_size(known.size_bytes, known.rows)
+        limits.validate_range_batch_size(known.size_bytes, len(known.writes))
         limits.validate_range_message_size(known.size_bytes + known.spans_bytes)
         size_bytes += known.size_bytes
         rows += known.rows
@@ -126,7 +126,8 @@ def _cut_clear(write: Write, ranges: RangeCache, shares: dict[int, _Share]) -> b
     for piece in pieces:
         target = _share(shares, piece.route, piece.start, piece.end)
         target.writes.append(Write(WriteKind.DELETE_RANGE, piece.start, piece.end))
-        target.add_span(piece.start, piece.end)
+        target.size_bytes += len(piece.start) + len(piece.end)
+        target.spans_bytes += limits.SPAN_OVERHEAD_BYTES
     return True
 
 

@@ -125,7 +125,8 @@ def validate_range_batch_size(size_bytes: int, rows: int) -> None:
     if size_bytes > TXN_RANGE_BYTES_MAX:
         raise _too_large("bytes in one range", size_bytes, TXN_RANGE_BYTES_MAX)
     if rows > TXN_RANGE_ROWS_MAX:
-        raise _too_large("rows in one range", rows, TXN_RANGE_ROWS_MAX)
+        what = "rows written and spans deleted in one range"
+        raise _too_large(what, rows, TXN_RANGE_ROWS_MAX)
 
 
 def validate_range_message_size(size_bytes: int) -> None:

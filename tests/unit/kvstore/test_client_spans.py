@@ -1,5 +1,5 @@
 """Claims of `Database` over many keys, spans and ranges: what one call reads is one snapshot, what one call writes is atomic
-whatever happens to the ranges meanwhile; and claims of its life."""
+whatever happens to the ranges meanwhile."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import limits
+from kvstore.batch import Batch
 from kvstore.client import Database
 from kvstore.errors import (
     InvalidArgument,
     KVError,
     OutcomeExpired,
     SnapshotTooOld,
+    TransactionTooLarge,
 )
 from kvstore.transactions import Aborted, Committed
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
@@ -444,6 +446,27 @@ def test_delete_range_is_one_transaction_over_ranges():
     simulate(test, FakeCluster(b"m"))
 
 
+@pytest.mark.parametrize(("spans", "bound_bytes"), [(5_001, 4), (600, limits.KEY_BYTES_MAX)])
+def test_more_delete_ranges_than_a_range_takes_are_refused_before_anything_is_sent(
+    spans: int, bound_bytes: int
+):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        def filled(first: bytes, most: int) -> Batch:
+            batch = Batch()
+            for number in range(most):
+                start = (first + b"%04d" % number).ljust(bound_bytes, b"-")
+                batch.delete_range(start, start + b"\x00")
+            return batch
+
+        with pytest.raises(TransactionTooLarge, match="in one range"):
+            await db.commit_batch(filled(b"a", spans))
+        assert not cluster.of(Prepare)
+        await db.commit_batch(filled(b"a", spans // 2))
+        assert len(cluster.of(Prepare)) == 1
+
+    simulate(test, FakeCluster(b"m"))
+
+
 def test_clear_range_deletes_any_number_of_rows_page_by_page():
     async def test(cluster: FakeCluster, db: Database) -> None:
         cluster.page_rows_max = 30
@@ -491,7 +514,7 @@ def test_clear_range_tells_how_far_it_came_and_goes_on_from_there():
     simulate(test)
 
 
-# --- outcome, life --------------------------------------------------------------------------------
+# --- outcome --------------------------------------------------------------------------------------
 
 
 def test_the_outcome_of_a_transaction_is_learned_from_its_token():
