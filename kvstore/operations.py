@@ -165,10 +165,13 @@ Operation: TypeAlias = (
 class _Room:
     """What the results of one run may still take."""
 
-    def __init__(self, bytes_max: float) -> None:
+    def __init__(self, bytes_max: float, take: Callable[[int], None] | None) -> None:
         self._bytes_max = self._left = bytes_max
+        self._take = take
 
     def take(self, size_bytes: int) -> None:
+        if self._take is not None:
+            self._take(size_bytes)
         self._left -= size_bytes
         if self._left < 0:
             raise TransactionTooLarge(
@@ -177,14 +180,18 @@ class _Room:
 
 
 async def run_operations(
-    tx: Transaction, operations: Sequence[Operation], bytes_max: float = float("inf")
+    tx: Transaction,
+    operations: Sequence[Operation],
+    bytes_max: float = float("inf"),
+    take: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run them in order inside `tx`. One result per operation: {} for writes.
 
+    Args: take: is told the bytes of each row that was read, and may raise.
     Raises: CompareFailed for a `check` that does not hold, TransactionTooLarge for results of more than `bytes_max`,
     and whatever the transaction raises.
     """
-    room = _Room(bytes_max)
+    room = _Room(bytes_max, take)
     return [await _run_one(tx, operation, room) for operation in operations]
 
 

@@ -2,7 +2,7 @@
 
 It adds routes to the application that serves the node's one port, and holds nothing but counters: every request is
 answered by the node's own client, so a gateway may be asked on any node. What arrives is checked before anything is
-done, every refusal is JSON with a stable code, and a body is read only within a budget of bytes in flight.
+done, every refusal is JSON with a stable code, and bodies and answers are held within budgets of bytes (http_load.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, exposition
 
 from kvstore import limits, logs, operations
-from kvstore.adapters import http_openapi, http_page
+from kvstore.adapters import http_load, http_openapi, http_page
+from kvstore.adapters.http_load import Body, Held, Load
 from kvstore.adapters.http_watch import WatchPolls
 from kvstore.adapters.http_wire import (
     VERSION_HEADER,
@@ -48,20 +49,22 @@ if TYPE_CHECKING:
     from kvstore.client import Database
     from kvstore.transactions import Transaction
 
-BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
-REQUESTS_IN_FLIGHT_MAX: Final = 1_024
-BODY_TIMEOUT_S: Final = 30.0
 ANSWER_TIMEOUT_S: Final = 30.0
 REQUEST_TIMEOUT_S_MAX: Final = 300.0
 READ_GRACE_S: Final = 0.25
 PAGE_BYTES_MAX: Final = 4 * limits.MIB
+JOINED_BYTES_MAX: Final = 64 * limits.KIB  # a longer body is not copied behind its head
+_HEALTH: Final = ""  # requests that are not for data
+_ADMIN: Final = "admin"
 _KV_PATH: Final = "/v1/kv/"
 _REFUSALS: Final = {404: "unknown_path", 405: "method_not_allowed"}
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
+_UNREAD: Final = "too many bytes of answers wait to be read by their clients"
 
 _T = TypeVar("_T")
 Observe = Callable[[str, str, float], None]  # (operation, outcome, seconds)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Answerer = Callable[[web.Request, Held], Awaitable[web.Response]]
 
 log = logs.logger(__name__)
 
@@ -89,13 +92,6 @@ class TransactionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
     operations: list[operations.Operation]
     idempotency_key: str | None = None
-
-
-class RequestTimeout(KVError):
-    """The body did not arrive in time; nothing was done. Send it again."""
-
-    code = "request_timeout"
-    retryable = True
 
 
 def add_routes(
@@ -133,11 +129,10 @@ class _Gateway:
         self._observe = observe
         self._body_bytes_max = settings.body_bytes_max
         self._timeout_s = settings.request_timeout_s
-        self._requests_in_flight = 0
+        self._load = Load()
         self._watch_polls = WatchPolls()
-        self._body_bytes_in_flight = 0
 
-    def routes(self) -> list[tuple[str, str, str, _Handler]]:
+    def routes(self) -> list[tuple[str, str, str, _Answerer]]:
         key = _KV_PATH + r"{key:[\s\S]*}"
         return [
             ("GET", key, "get", self._get),
@@ -147,41 +142,51 @@ class _Gateway:
             ("GET", "/v1/kv", "scan", self._scan),
             ("POST", "/v1/txn", "txn", self._txn),
             ("GET", "/v1/watch", "watch", self._watch),
-            ("GET", "/v1/admin/identity", "", self._identity),
-            ("POST", "/v1/admin/init", "", self._init),
-            ("GET", "/v1/admin/status", "", self._status),
-            ("GET", "/v1/admin/ranges", "", self._ranges),
-            ("GET", "/v1/admin/nodes", "", self._nodes),
-            ("GET", "/v1/admin/locks", "", self._locks),
-            ("GET", "/v1/openapi.json", "", self._openapi),
-            ("GET", "/health/live", "", self._live),
-            ("GET", "/health/ready", "", self._ready),
-            ("GET", "/metrics", "", self._metrics),
-            ("GET", "/", "", self._page),
+            ("GET", "/v1/admin/identity", _ADMIN, self._identity),
+            ("POST", "/v1/admin/init", _ADMIN, self._init),
+            ("GET", "/v1/admin/status", _ADMIN, self._status),
+            ("GET", "/v1/admin/ranges", _ADMIN, self._ranges),
+            ("GET", "/v1/admin/nodes", _ADMIN, self._nodes),
+            ("GET", "/v1/admin/locks", _ADMIN, self._locks),
+            ("GET", "/v1/openapi.json", _ADMIN, self._openapi),
+            ("GET", "/health/live", _HEALTH, self._live),
+            ("GET", "/health/ready", _HEALTH, self._ready),
+            ("GET", "/metrics", _ADMIN, self._metrics),
+            ("GET", "/", _ADMIN, self._page),
         ]
 
-    def answering(self, operation: str, handler: _Handler) -> _Handler:
-        """`handler` with its errors turned into answers, counted, and within the limit of requests in flight.
+    def answering(self, operation: str, handler: _Answerer) -> _Handler:
+        """`handler` with its errors turned into answers, counted, and within the limits of what may be under way.
 
-        Health and metrics (no `operation`) are answered however busy the node is.
+        Health is answered however busy the node is; administration and metrics have places of their own.
         """
+
+        load, of_data = self._load, operation not in (_HEALTH, _ADMIN)
+        places = load.data if of_data else load.admin if operation == _ADMIN else load.health
 
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
-            self._requests_in_flight += 1
+            held = Held(load)
+            places.taken += 1
             try:
-                return await _sent(request, await respond(request))
+                response = await respond(request, held)
+                held.settle(_body_bytes(response))
+                return await _sent(request, response)
             finally:
-                self._requests_in_flight -= 1
+                held.settle(0)
+                places.taken -= 1
 
-        async def respond(request: web.Request) -> web.StreamResponse:
+        async def respond(request: web.Request, held: Held) -> web.Response:
             clock = asyncio.get_running_loop().time
             began, outcome = clock(), "ok"
             try:
-                if operation and self._requests_in_flight > REQUESTS_IN_FLIGHT_MAX:
-                    raise Throttled(0.1, "too many requests are under way")
+                if places.taken > places.most:
+                    raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
                 _refuse_foreign_origin(request)
-                return await handler(request)
+                return await handler(request, held)
+            except http_load.NoRoom:
+                outcome = Throttled.code
+                return _error_response(Throttled(http_load.RETRY_AFTER_S, _UNREAD))
             except KVError as error:
                 outcome = error.code
                 return _error_response(error)
@@ -197,14 +202,14 @@ class _Gateway:
                 log.exception("http request failed", route=route, method=request.method)
                 return _error_response(_internal_error(request, error))
             finally:
-                if operation and self._observe is not None:
+                if of_data and self._observe is not None:
                     self._observe(f"http_{operation}", outcome, clock() - began)
 
         return answer
 
     # --- keys and transactions
 
-    async def _get(self, request: web.Request) -> web.Response:
+    async def _get(self, request: web.Request, held: Held) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("at", "max_staleness", "timeout"))
         database, at = self._database(), query.integer("at", 1, VERSION_MAX)
@@ -216,13 +221,14 @@ class _Gateway:
                 entry = await database.snapshot(at, timeout=timeout_s).get_entry(key)
         if entry is None:
             raise NotFound("no such key")
+        held.grow(len(entry.value))
         return web.Response(
             body=entry.value,
             content_type="application/octet-stream",
             headers={VERSION_HEADER: str(entry.version)},
         )
 
-    async def _put(self, request: web.Request) -> web.Response:
+    async def _put(self, request: web.Request, _held: Held) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("if_version", "if_absent", "timeout"))
         if_version, if_absent = query.integer("if_version", 0, VERSION_MAX), query.flag("if_absent")
@@ -230,48 +236,50 @@ class _Gateway:
             raise InvalidArgument("give if_version or if_absent, not both")
         database, timeout_s = self._database(), self._timeout(query)
         too_large = ValueTooLarge(f"the value is longer than {limits.VALUE_BYTES_MAX} bytes")
-        async with _Body(self, request, limits.VALUE_BYTES_MAX, too_large) as value:
+        async with Body(self._load, request, limits.VALUE_BYTES_MAX, too_large) as value:
             if if_version is not None:
                 version = await database.put(key, value, if_version=if_version, timeout=timeout_s)
             else:
                 version = await database.put(key, value, if_absent=if_absent, timeout=timeout_s)
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
-    async def _delete(self, request: web.Request) -> web.Response:
+    async def _delete(self, request: web.Request, _held: Held) -> web.Response:
         key = _key_of(request)
         query = Query(request.rel_url.raw_query_string, ("timeout",))
         version = await self._database().delete(key, timeout=self._timeout(query))
         return _json({"version": str(version)}, headers={VERSION_HEADER: str(version)})
 
-    async def _scan(self, request: web.Request) -> web.Response:
+    async def _scan(self, request: web.Request, held: Held) -> web.Response:
         names = (
             "prefix", "start", "end", "limit", "reverse", "keys_only", "at", "max_staleness", "timeout",
         )  # fmt: skip
         query = Query(request.rel_url.raw_query_string, names)
         database, timeout_s = self._database(), self._timeout(query)
         async with _reading(timeout_s):
-            return _json(await _scan_page(database, query, timeout_s))
+            return _json(await _scan_page(database, query, timeout_s, held))
 
-    async def _txn(self, request: web.Request) -> web.Response:
+    async def _txn(self, request: web.Request, held: Held) -> web.Response:
         query = Query(request.rel_url.raw_query_string, ("timeout",))
         database = self._database()
         too_large = TransactionTooLarge(f"the body is longer than {self._body_bytes_max} bytes")
-        async with _Body(self, request, self._body_bytes_max, too_large) as body:
+        async with Body(self._load, request, self._body_bytes_max, too_large) as body:
             wanted = _decode(body, TransactionRequest)
             operations.check_operations(wanted.operations)
-            answer = await _run(database, wanted, self._timeout(query))
+            answer = await _run(database, wanted, self._timeout(query), held)
         return _json(answer)
 
-    async def _watch(self, request: web.Request) -> web.Response:
+    async def _watch(self, request: web.Request, held: Held) -> web.Response:
         raw_query = request.rel_url.raw_query_string
         answer = await self._watch_polls.answer(
             self._database(), raw_query, lambda: request.transport is None
         )
+        for event in answer["events"]:  # who is refused asks again from the same version
+            held.grow_row(len(event["key"]) + len(event["value"] or b""))
         return _json(answer)
 
     # --- administration
 
-    async def _identity(self, _request: web.Request) -> web.Response:
+    async def _identity(self, _request: web.Request, _held: Held) -> web.Response:
         node, status = self._node, self._node.status()
         state = str(status.get("state", ""))
         empty = not node.cluster_id and state == "waiting"
@@ -285,21 +293,21 @@ class _Gateway:
         }
         return _json(identity)
 
-    async def _init(self, request: web.Request) -> web.Response:
+    async def _init(self, request: web.Request, held: Held) -> web.Response:
         too_large = InvalidArgument(f"the body is longer than {self._body_bytes_max} bytes")
-        async with _Body(self, request, self._body_bytes_max, too_large) as body:
+        async with Body(self._load, request, self._body_bytes_max, too_large) as body:
             wanted = _decode(body, InitRequest)
         check(wanted)
         await self._node.initialize(wanted)
-        return await self._identity(request)
+        return await self._identity(request, held)
 
-    async def _status(self, _request: web.Request) -> web.Response:
+    async def _status(self, _request: web.Request, _held: Held) -> web.Response:
         return _json(self._node.status())
 
-    async def _ranges(self, _request: web.Request) -> web.Response:
+    async def _ranges(self, _request: web.Request, _held: Held) -> web.Response:
         return _json({"node": self._node.node_id, "ranges": self._node.status().get("ranges", [])})
 
-    async def _nodes(self, _request: web.Request) -> web.Response:
+    async def _nodes(self, _request: web.Request, _held: Held) -> web.Response:
         status = self._node.status()
         return _json(
             {
@@ -309,29 +317,29 @@ class _Gateway:
             }
         )
 
-    async def _locks(self, _request: web.Request) -> web.Response:
+    async def _locks(self, _request: web.Request, _held: Held) -> web.Response:
         return _json(self._node.locks())
 
     # --- health, metrics, pages
 
-    async def _live(self, _request: web.Request) -> web.Response:
+    async def _live(self, _request: web.Request, _held: Held) -> web.Response:
         live = self._node.live()
         return _json({"live": live}, status=200 if live else 503)
 
-    async def _ready(self, _request: web.Request) -> web.Response:
+    async def _ready(self, _request: web.Request, _held: Held) -> web.Response:
         ready, reason = self._node.ready()
         return _json({"ready": ready, "reason": reason}, status=200 if ready else 503)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request, _held: Held) -> web.Response:
         encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
         return web.Response(
             body=encode(self._node.registry), headers={"Content-Type": content_type}
         )
 
-    async def _openapi(self, _request: web.Request) -> web.Response:
+    async def _openapi(self, _request: web.Request, _held: Held) -> web.Response:
         return _json(http_openapi.document())
 
-    async def _page(self, _request: web.Request) -> web.Response:
+    async def _page(self, _request: web.Request, _held: Held) -> web.Response:
         ready, reason = self._node.ready()
         page = http_page.render(self._node.status(), ready, reason)
         headers = {
@@ -352,57 +360,6 @@ class _Gateway:
         """The request's own, or the configured one."""
         return query.seconds("timeout", REQUEST_TIMEOUT_S_MAX) or self._timeout_s
 
-    def reserve_body(self, size_bytes: int) -> None:
-        if self._body_bytes_in_flight + size_bytes > BODY_BYTES_IN_FLIGHT_MAX:
-            raise Throttled(0.1, "too many bytes of requests are in flight")
-        self._body_bytes_in_flight += size_bytes
-
-    def release_body(self, size_bytes: int) -> None:
-        self._body_bytes_in_flight -= size_bytes
-
-
-class _Body:
-    """A request's body, at most `bytes_max`, counted against the gateway's budget while the block runs."""
-
-    def __init__(
-        self, gateway: _Gateway, request: web.Request, bytes_max: int, too_large: KVError
-    ) -> None:
-        self._gateway = gateway
-        self._request = request
-        self._bytes_max = bytes_max
-        self._too_large = too_large
-        self._reserved = 0
-
-    async def __aenter__(self) -> bytes:
-        try:
-            if (self._request.content_length or 0) > self._bytes_max:
-                raise self._too_large
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await self._read()
-        except TimeoutError:
-            self._release()
-            raise RequestTimeout from None
-        except BaseException:
-            self._release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._release()
-
-    async def _read(self) -> bytes:
-        body = bytearray()
-        async for chunk in self._request.content.iter_any():
-            self._gateway.reserve_body(len(chunk))
-            self._reserved += len(chunk)
-            body += chunk
-            if len(body) > self._bytes_max:
-                raise self._too_large
-        return bytes(body)
-
-    def _release(self) -> None:
-        self._gateway.release_body(self._reserved)
-        self._reserved = 0
-
 
 def _staleness(query: Query) -> float | None:
     """Raises: InvalidArgument."""
@@ -411,7 +368,9 @@ def _staleness(query: Query) -> float | None:
     )
 
 
-async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict[str, Any]:
+async def _scan_page(
+    database: Database, query: Query, timeout_s: float, held: Held
+) -> dict[str, Any]:
     """One page, all of it at one version, bounded in rows and in bytes.
 
     {"items", "more", "next", "version"}: ask on with start=next (end=next if reverse) and at=version.
@@ -439,6 +398,7 @@ async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict
             if len(items) >= limit or size_bytes >= PAGE_BYTES_MAX:
                 more = True
                 break
+            held.grow_row(len(key) + len(value))
             items.append({"key": key} if keys_only else {"key": key, "value": value})
             size_bytes += len(key) + len(value)
         version = await view.version()
@@ -452,12 +412,19 @@ async def _scan_page(database: Database, query: Query, timeout_s: float) -> dict
     }
 
 
-async def _run(database: Database, wanted: TransactionRequest, timeout_s: float) -> dict[str, Any]:
+async def _run(
+    database: Database, wanted: TransactionRequest, timeout_s: float, held: Held
+) -> dict[str, Any]:
+    """Raises: NoRoom, before anything is sent to be committed."""
     last: list[Transaction] = []
 
     async def attempt(tx: Transaction) -> list[dict[str, Any]]:
         last[:] = [tx]
-        return await operations.run_operations(tx, wanted.operations, operations.RESULTS_BYTES_MAX)
+        held.settle(0)  # an earlier attempt's results are gone
+        held.grow(http_load.RESULT_JSON_BYTES * len(wanted.operations))
+        return await operations.run_operations(
+            tx, wanted.operations, operations.RESULTS_BYTES_MAX, held.grow_row
+        )
 
     results = await database.run(attempt, timeout=timeout_s, idempotency_key=wanted.idempotency_key)
     version = last[0].commit_version if last else None
@@ -519,7 +486,7 @@ def _error_response(error: KVError) -> web.Response:
     )
 
 
-async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+async def _sent(request: web.Request, response: web.Response) -> web.Response:
     """Hand the whole answer to the system, within ANSWER_TIMEOUT_S: who does not read it must not make us keep it for ever.
 
     aiohttp would write it by itself, but wait without end, and not at all for the last few kilobytes.
@@ -530,13 +497,19 @@ async def _sent(request: web.Request, response: web.StreamResponse) -> web.Strea
     transport.set_write_buffer_limits(high=0)  # `write_eof` waits until nothing is left here
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            await response.prepare(request)
+            writer = await response.prepare(request)
+            if writer is not None and _body_bytes(response) > JOINED_BYTES_MAX:
+                writer.send_headers()
             await response.write_eof()
     except TimeoutError:
         transport.abort()
     except ConnectionError:
         pass  # the caller went away; aiohttp, which looks at it next, finds that out as well
     return response
+
+
+def _body_bytes(response: web.Response) -> int:
+    return len(response.body) if isinstance(response.body, bytes) else 0
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

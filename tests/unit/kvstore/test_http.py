@@ -467,29 +467,6 @@ async def test_requests_are_counted_with_their_outcome(http, database):
     ]
 
 
-async def test_too_many_requests_at_once_are_throttled_but_health_is_not(http, monkeypatch):
-    monkeypatch.setattr(http_server, "REQUESTS_IN_FLIGHT_MAX", 0)
-    assert await refusal(await http.get("/v1/kv/a")) == (429, "throttled")
-    assert (await http.get("/health/live")).status == 200
-
-
-async def test_too_many_bytes_in_flight_are_throttled(http, monkeypatch):
-    monkeypatch.setattr(http_server, "BODY_BYTES_IN_FLIGHT_MAX", 10)
-    assert await refusal(await http.put("/v1/kv/a", data=b"x" * 11)) == (429, "throttled")
-    assert (await http.put("/v1/kv/a", data=b"x" * 10)).status == 200
-    assert (await http.put("/v1/kv/a", data=b"x" * 10)).status == 200
-
-
-async def test_a_body_that_does_not_arrive_is_given_up(http, monkeypatch):
-    monkeypatch.setattr(http_server, "BODY_TIMEOUT_S", 0.01)
-
-    async def stuck():
-        yield b"x"
-        await asyncio.get_running_loop().create_future()
-
-    assert await refusal(await http.put("/v1/kv/a", data=stuck())) == (408, "request_timeout")
-
-
 @pytest.mark.parametrize(
     ("origin", "status"), [("http://evil.example", 403), ("null", 403), (None, 200)]
 )

@@ -10,7 +10,7 @@ import socket
 import pytest
 from aiohttp import test_utils, web
 
-from kvstore.adapters import http_server, ws_transport
+from kvstore.adapters import http_load, http_server, ws_transport
 from kvstore.adapters.loop import new_event_loop
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
@@ -76,7 +76,7 @@ async def test_an_answer_that_is_read_slowly_arrives_whole():
 
 
 async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
-    monkeypatch.setattr(http_server, "REQUESTS_IN_FLIGHT_MAX", 1)
+    monkeypatch.setattr(http_load, "REQUESTS_IN_FLIGHT_MAX", 1)
     async with served() as (http, begun, ended), unread(http, "/v1/kv/large") as asking:
         await begun.wait()
         refused = await http.get("/v1/kv/small")
@@ -84,6 +84,19 @@ async def test_a_request_is_under_way_until_its_answer_has_left(monkeypatch):
         assert (await http.get("/health/live")).status == 200
         await read_to_the_end(asking)
         await ended.wait()
+
+
+async def test_an_answer_that_is_not_read_takes_room_from_others_until_it_is(monkeypatch):
+    monkeypatch.setattr(http_load, "ANSWER_BYTES_IN_FLIGHT_MAX", len(LARGE) + 100)
+    async with served() as (http, begun, ended), unread(http, "/v1/kv/large") as asking:
+        await begun.wait()
+        refused = await http.get("/v1/kv/large")
+        assert (refused.status, (await refused.json())["code"]) == (429, "throttled")
+        assert refused.headers["Retry-After"] == "1"
+        assert (await http.get("/v1/kv/small")).status == 200
+        await read_to_the_end(asking)
+        await ended.wait()
+        assert len(await (await http.get("/v1/kv/large")).read()) == len(LARGE)
 
 
 async def listening():

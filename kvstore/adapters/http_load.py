@@ -1,0 +1,127 @@
+"""What the gateway's requests may take of a node: places, bytes of bodies, bytes of answers.
+
+Whoever comes when there is no room is told `throttled`, and nothing was done. What is sent after a commit is counted too, but
+never refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Final
+
+from aiohttp import web
+
+from kvstore import limits
+from kvstore.errors import KVError, Throttled
+
+BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
+ANSWER_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB  # made, and not taken by their clients yet
+REQUESTS_IN_FLIGHT_MAX: Final = 1_024  # for data
+ADMIN_REQUESTS_IN_FLIGHT_MAX: Final = 32  # beside them, for who looks after a node that is busy
+BODY_TIMEOUT_S: Final = 30.0
+ROW_JSON_BYTES: Final = 96  # what stands around a row's key and value in an answer, at most
+RESULT_JSON_BYTES: Final = 20  # of the result of an operation that reads nothing, at most
+RETRY_AFTER_S: Final = 0.1
+
+
+class RequestTimeout(KVError):
+    """The body did not arrive in time; nothing was done. Send it again."""
+
+    code = "request_timeout"
+    retryable = True
+
+
+class NoRoom(Exception):
+    """The answer does not fit beside those that wait to be read. No KVError: a transaction that meets it is not run again."""
+
+
+class Places:
+    """Requests of one kind that are under way; `most` of them are taken on."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.taken = 0  # by those that are being refused as well
+
+
+class Load:
+    """Of one gateway, at this moment."""
+
+    def __init__(self) -> None:
+        self.data = Places(REQUESTS_IN_FLIGHT_MAX)
+        self.admin = Places(ADMIN_REQUESTS_IN_FLIGHT_MAX)
+        self.health = Places(sys.maxsize)
+        self.body_bytes = 0
+        self.answer_bytes = 0
+
+
+class Held:
+    """The bytes of one answer, from when it is known what they are until the client has them."""
+
+    __slots__ = ("_load", "_size_bytes")
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._size_bytes = 0
+
+    def grow(self, size_bytes: int) -> None:
+        """Raises: NoRoom."""
+        if self._load.answer_bytes + size_bytes > ANSWER_BYTES_IN_FLIGHT_MAX:
+            raise NoRoom
+        self._load.answer_bytes += size_bytes
+        self._size_bytes += size_bytes
+
+    def grow_row(self, size_bytes: int) -> None:
+        """By a key and a value of so many bytes, as JSON has them. Raises: NoRoom."""
+        self.grow(size_bytes * 4 // 3 + ROW_JSON_BYTES)
+
+    def settle(self, size_bytes: int) -> None:
+        """This is what it is in the end, whether there is room or not."""
+        self._load.answer_bytes += size_bytes - self._size_bytes
+        self._size_bytes = size_bytes
+
+
+class Body:
+    """A request's body, at most `bytes_max`, counted while the block runs."""
+
+    def __init__(
+        self, load: Load, request: web.Request, bytes_max: int, too_large: KVError
+    ) -> None:
+        self._load = load
+        self._request = request
+        self._bytes_max = bytes_max
+        self._too_large = too_large
+        self._reserved = 0
+
+    async def __aenter__(self) -> bytes:
+        """Raises: `too_large`; Throttled; RequestTimeout; ConnectionError: the caller went away."""
+        try:
+            if (self._request.content_length or 0) > self._bytes_max:
+                raise self._too_large
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._read()
+        except TimeoutError:
+            self._release()
+            raise RequestTimeout from None
+        except BaseException:
+            self._release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    async def _read(self) -> bytes:
+        body = bytearray()
+        async for chunk in self._request.content.iter_any():
+            if self._load.body_bytes + len(chunk) > BODY_BYTES_IN_FLIGHT_MAX:
+                raise Throttled(RETRY_AFTER_S, "too many bytes of requests are in flight")
+            self._load.body_bytes += len(chunk)
+            self._reserved += len(chunk)
+            body += chunk
+            if len(body) > self._bytes_max:
+                raise self._too_large
+        return bytes(body)
+
+    def _release(self) -> None:
+        self._load.body_bytes -= self._reserved
+        self._reserved = 0
