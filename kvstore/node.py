@@ -93,6 +93,9 @@ class Adapters(Protocol):
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         """Streams, and what else this world has at a node's address. Returns the real address."""
 
+    async def finish(self) -> None:
+        """Take no new connections, and let what was asked over HTTP come to its end, for a bounded time."""
+
     async def close(self) -> None: ...
 
 
@@ -184,6 +187,8 @@ class Node:
         StorageError. It can be tried again, unless the node failed.
         """
         check(request)
+        if self.state in ("draining", "stopped"):
+            raise NodeStopped
         if self.cluster_id:
             if (self.cluster_id, self.node_id) != (request.cluster_id, request.your_node_id):
                 raise WrongCluster(f"this node is node {self.node_id} of cluster {self.cluster_id}")
@@ -244,12 +249,17 @@ class Node:
             )
 
     async def stop(self, drain: bool = True) -> None:
-        """Hand over leadership (drain), then end everything in order. May be called again."""
+        """Answer what is under way and hand over leadership (drain), then end everything in order. May be called again.
+
+        Requests come first: they end before anything moves, and whoever still writes through us finds the next leader.
+        """
         if self.state == "stopped":
             return
-        if drain and self.leadership is not None and self.host and self.host.failure is None:
+        if drain and not self.fatal.done():
             self.state = "draining"
-            await self.leadership.drain()
+            await self.adapters.finish()
+            if self.leadership is not None and self.host and self.host.failure is None:
+                await self.leadership.drain()
         self.state = "stopped"
         async with self._initializing:
             pass  # it looks at the state when it goes on: nothing is opened behind our back

@@ -1,4 +1,4 @@
-"""What the gateway's requests may take of a node: places, bytes of bodies, bytes of answers.
+"""What the gateway's requests may take of a node: places, bytes of bodies and of answers, and waits that a stop cuts short.
 
 Whoever comes when there is no room is told `throttled`, and nothing was done. What is sent after a commit is counted too, but
 never refused.
@@ -7,13 +7,15 @@ never refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+from collections.abc import AsyncIterator
 from typing import Final
 
 from aiohttp import web
 
 from kvstore import limits
-from kvstore.errors import KVError, Throttled
+from kvstore.errors import KVError, NodeStopped, Throttled
 
 BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 ANSWER_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB  # made, and not taken by their clients yet
@@ -36,6 +38,31 @@ class NoRoom(Exception):
     """The answer does not fit beside those that wait to be read. No KVError: a transaction that meets it is not run again."""
 
 
+class Waits:
+    """What requests wait for. `cut`: nobody waits from now on."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._open: dict[int, asyncio.Timeout] = {}
+
+    @contextlib.asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        """Raises: TimeoutError, after `seconds` or when it is cut short."""
+        async with asyncio.timeout(0.0 if self.over else seconds) as wait:
+            self._open[id(wait)] = wait
+            try:
+                yield
+            finally:
+                del self._open[id(wait)]
+
+    def cut(self) -> None:
+        self.over = True
+        now = asyncio.get_running_loop().time()
+        for wait in self._open.values():
+            if not wait.expired():
+                wait.reschedule(now)
+
+
 class Places:
     """Requests of one kind that are under way; `most` of them are taken on."""
 
@@ -53,6 +80,23 @@ class Load:
         self.health = Places(sys.maxsize)
         self.body_bytes = 0
         self.answer_bytes = 0
+        self.bodies = Waits()
+        self._idle: asyncio.Future[None] | None = None
+
+    async def finish(self, timeout_s: float) -> None:
+        """Until nothing but health is under way, and what still waits for its body then is ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.data.taken or self.admin.taken:
+                    self._idle = asyncio.get_running_loop().create_future()
+                    await self._idle
+        self.bodies.cut()
+
+    def left(self, places: Places) -> None:
+        """A request has been answered."""
+        places.taken -= 1
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
 
 class Held:
@@ -94,15 +138,15 @@ class Body:
         self._reserved = 0
 
     async def __aenter__(self) -> bytes:
-        """Raises: `too_large`; Throttled; RequestTimeout; ConnectionError: the caller went away."""
+        """Raises: `too_large`; Throttled; RequestTimeout; NodeStopped; ConnectionError: the caller went away."""
         try:
             if (self._request.content_length or 0) > self._bytes_max:
                 raise self._too_large
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with self._load.bodies.within(BODY_TIMEOUT_S):
                 return await self._read()
         except TimeoutError:
             self._release()
-            raise RequestTimeout from None
+            raise (NodeStopped if self._load.bodies.over else RequestTimeout) from None
         except BaseException:
             self._release()
             raise

@@ -33,9 +33,12 @@ from kvstore.adapters.http_wire import (
 from kvstore.bootstrap import InitRequest, check
 from kvstore.config import HttpSection
 from kvstore.errors import (
+    ClientClosed,
     DeadlineExceeded,
+    EngineClosed,
     InvalidArgument,
     KVError,
+    NodeStopped,
     NotFound,
     NotReady,
     PermissionDenied,
@@ -56,6 +59,8 @@ PAGE_BYTES_MAX: Final = 4 * limits.MIB
 JOINED_BYTES_MAX: Final = 64 * limits.KIB  # a longer body is not copied behind its head
 _HEALTH: Final = ""  # requests that are not for data
 _ADMIN: Final = "admin"
+_STOPPING: Final = ("draining", "stopped")  # states in which requests for data are refused
+_STOPPED: Final = ("stopped",)  # and all but those for its health
 _KV_PATH: Final = "/v1/kv/"
 _REFUSALS: Final = {404: "unknown_path", 405: "method_not_allowed"}
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
@@ -79,6 +84,8 @@ class NodeSurface(Protocol):
     @property
     def node_id(self) -> int: ...
     @property
+    def state(self) -> str: ...
+    @property
     def registry(self) -> CollectorRegistry: ...
     def status(self) -> dict[str, Any]: ...
     def locks(self) -> dict[str, Any]: ...
@@ -99,13 +106,14 @@ def add_routes(
     node: NodeSurface,
     observe: Observe | None = None,
     settings: HttpSection | None = None,
-) -> None:
+) -> Gateway:
     """Serve `node` on `app`. `observe` is told of every request for data, for metrics."""
-    gateway = _Gateway(node, observe, settings or HttpSection())
+    gateway = Gateway(node, observe, settings or HttpSection())
     app.middlewares.append(_typed_refusals)
     add = app.router.add_route
     for method, path, operation, handler in gateway.routes():
         add(method, path, gateway.answering(operation, handler))
+    return gateway
 
 
 @web.middleware
@@ -123,7 +131,9 @@ async def _typed_refusals(request: web.Request, handler: _Handler) -> web.Stream
         return await _sent(request, response)
 
 
-class _Gateway:
+class Gateway:
+    """A node's routes, and what is under way on them. Made by `add_routes`."""
+
     def __init__(self, node: NodeSurface, observe: Observe | None, settings: HttpSection) -> None:
         self._node = node
         self._observe = observe
@@ -131,6 +141,11 @@ class _Gateway:
         self._timeout_s = settings.request_timeout_s
         self._load = Load()
         self._watch_polls = WatchPolls()
+
+    async def finish(self, timeout_s: float) -> None:
+        """The node stops, as its state says: watches are answered now, what else is under way within the time."""
+        self._watch_polls.waits.cut()
+        await self._load.finish(timeout_s)
 
     def routes(self) -> list[tuple[str, str, str, _Answerer]]:
         key = _KV_PATH + r"{key:[\s\S]*}"
@@ -162,7 +177,9 @@ class _Gateway:
         """
 
         load, of_data = self._load, operation not in (_HEALTH, _ADMIN)
-        places = load.data if of_data else load.admin if operation == _ADMIN else load.health
+        places, ends = (load.data, _STOPPING) if of_data else (load.admin, _STOPPED)
+        if operation == _HEALTH:
+            places, ends = load.health, ()
 
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -171,10 +188,12 @@ class _Gateway:
             try:
                 response = await respond(request, held)
                 held.settle(_body_bytes(response))
+                if self._node.state in _STOPPING:
+                    response.force_close()
                 return await _sent(request, response)
             finally:
                 held.settle(0)
-                places.taken -= 1
+                load.left(places)
 
         async def respond(request: web.Request, held: Held) -> web.Response:
             clock = asyncio.get_running_loop().time
@@ -182,14 +201,17 @@ class _Gateway:
             try:
                 if places.taken > places.most:
                     raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
+                if self._node.state in ends:
+                    raise NodeStopped
                 _refuse_foreign_origin(request)
                 return await handler(request, held)
             except http_load.NoRoom:
                 outcome = Throttled.code
                 return _error_response(Throttled(http_load.RETRY_AFTER_S, _UNREAD))
             except KVError as error:
-                outcome = error.code
-                return _error_response(error)
+                told = NodeStopped() if self._lost_by_stop(error) else error
+                outcome = told.code
+                return _error_response(told)
             except (asyncio.CancelledError, ConnectionError, web.HTTPException):
                 outcome = "gone"  # the caller went away, or aiohttp has its own answer
                 raise
@@ -206,6 +228,11 @@ class _Gateway:
                     self._observe(f"http_{operation}", outcome, clock() - began)
 
         return answer
+
+    def _lost_by_stop(self, error: KVError) -> bool:
+        """Whether it says no more than that the node's own client or engine is closed."""
+        closed = isinstance(error, ClientClosed | EngineClosed) and not error.maybe_committed
+        return closed and self._node.state in _STOPPED
 
     # --- keys and transactions
 

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from kvstore.adapters.http_load import Waits
 from kvstore.adapters.http_wire import VERSION_MAX, Query
 from kvstore.errors import KVError, Throttled
 
@@ -24,10 +25,11 @@ EVENTS_DEFAULT: Final = 1_000
 
 
 class WatchPolls:
-    """Counts those under way."""
+    """Counts those under way. `waits`: cut it short, and they are answered with what there is."""
 
     def __init__(self) -> None:
         self.open = 0
+        self.waits = Waits()
 
     async def answer(
         self, database: Database, raw_query: str, gone: Callable[[], bool] = lambda: False
@@ -54,22 +56,23 @@ class WatchPolls:
             async with watch:
                 events = [
                     {**event._asdict(), "version": str(event.version)}
-                    for event in await _pull(watch, limit, wait_s, gone)
+                    for event in await self._pull(watch, limit, wait_s, gone)
                 ]
                 return {"events": events, "version": str(watch.version)}
         finally:
             self.open -= 1
 
-
-async def _pull(watch: Watch, limit: int, wait_s: float, gone: Callable[[], bool]) -> list[Event]:
-    """What there is within `wait_s`; nothing, if nothing came or whoever asked is gone."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + wait_s
-    while (now := loop.time()) < until and not gone():
-        try:
-            async with asyncio.timeout(min(until - now, LOOK_S)):
-                return await watch.pull(limit)
-        except TimeoutError as error:
-            if isinstance(error, KVError):
-                raise
-    return []
+    async def _pull(
+        self, watch: Watch, limit: int, wait_s: float, gone: Callable[[], bool]
+    ) -> list[Event]:
+        """What there is within `wait_s`; nothing, if nothing came, whoever asked is gone, or the node stops."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while (now := loop.time()) < until and not gone() and not self.waits.over:
+            try:
+                async with self.waits.within(min(until - now, LOOK_S)):
+                    return await watch.pull(limit)
+            except TimeoutError as error:
+                if isinstance(error, KVError):
+                    raise
+        return []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
-from kvstore.adapters.http_server import add_routes
+from kvstore.adapters.http_server import Gateway, add_routes
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_directory
@@ -54,6 +54,7 @@ class ProductionAdapters:
         self._config = config
         self._directory = Path()
         self._loop_lag = _LoopLag()
+        self._gateway: Gateway | None = None
         self._lock = -1
         self._locked_by = 0  # process id
 
@@ -110,14 +111,19 @@ class ProductionAdapters:
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         metrics = NodeMetrics(node.status, VERSION, node.measures)
         app = web.Application(client_max_size=self._config.http.body_bytes_max)
-        add_routes(
+        self._gateway = add_routes(
             app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http
         )
         assert isinstance(self.network, WsNetwork)
-        shutdown_timeout_s = self._config.http.shutdown_timeout_s
-        served_at = await self.network.serve(address, on_pipe, app, shutdown_timeout_s)
+        served_at = await self.network.serve(address, on_pipe, app)
         self._loop_lag.start(metrics.observe_loop_lag)
         return served_at
+
+    async def finish(self) -> None:
+        if self._gateway is not None:
+            assert isinstance(self.network, WsNetwork)
+            self.network.refuse()
+            await self._gateway.finish(self._config.http.shutdown_timeout_s)
 
     async def close(self) -> None:
         self._loop_lag.stop()
@@ -218,3 +224,7 @@ class _Surface:
     @property
     def node_id(self) -> int:
         return self._node.node_id
+
+    @property
+    def state(self) -> str:
+        return self._node.state

@@ -46,7 +46,7 @@ BUFFER_BYTES_MAX: Final = (
 )  # and what `send` adds before it waits
 MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
-SHUTDOWN_TIMEOUT_S: Final = 0.5
+SHUTDOWN_TIMEOUT_S: Final = 0.5  # for open requests to end, when everything is closed
 BACKLOG: Final = 128  # connections that the system has taken and we have not
 # For the next request, or the rest of its head, to come; longer than proxies keep idle connections to us (60 s).
 KEEPALIVE_TIMEOUT_S: Final = 75.0
@@ -245,9 +245,8 @@ class WsNetwork:
         address: str,
         on_pipe: OnPipe,
         app: web.Application | None = None,
-        shutdown_timeout_s: float = SHUTDOWN_TIMEOUT_S,
     ) -> str:
-        """Listen, beside the routes that `app` has already; `close` waits so long for their open requests.
+        """Listen, beside the routes that `app` has already.
 
         Raises: OSError: the address is not to be had.
         """
@@ -257,7 +256,7 @@ class WsNetwork:
         runner = web.AppRunner(
             app,
             access_log=None,
-            shutdown_timeout=shutdown_timeout_s,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
             handle_signals=False,
             max_line_size=REQUEST_LINE_BYTES_MAX,
             keepalive_timeout=KEEPALIVE_TIMEOUT_S,
@@ -292,6 +291,11 @@ class WsNetwork:
             return await self._upgraded(request, on_pipe)
 
         return [web.get(path, handle) for path in STREAM_PATHS]
+
+    def refuse(self) -> None:
+        """Take no new connections; those that there are go on."""
+        for listener, _ in self._serving:
+            listener.close()
 
     async def close(self) -> None:
         """Stop listening, end every connection, and give up what aiohttp holds."""

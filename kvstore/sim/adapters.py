@@ -270,5 +270,8 @@ class SimAdapters:
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:  # noqa: ARG002 - no HTTP
         return await self.network.serve(address, on_pipe)
 
+    async def finish(self) -> None:
+        """There is no HTTP."""
+
     async def close(self) -> None:
         await self.network.close()

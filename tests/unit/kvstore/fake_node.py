@@ -173,6 +173,7 @@ class FakeNode:
         self.initialized: list[Any] = []
         self.refuses: KVError | None = None
         self.is_ready = database is not None
+        self.state = "ready" if self.is_ready else "waiting"
         self.metrics = NodeMetrics(self.status, "0.1.0")
         self.registry = self.metrics.registry
 
@@ -180,14 +181,13 @@ class FakeNode:
         return {"node": self.node_id, "more": False, "locks": []}
 
     def status(self) -> dict[str, Any]:
-        state = "ready" if self.is_ready else "waiting"
         return {
             "node": self.node_id,
             "cluster": self.cluster_id,
             "address": self.address,
             "version": "0.1.0",
             "uptime_s": 12.5,
-            "state": state,
+            "state": self.state,
             "nodes": [{"node_id": 1, "address": self.address}],
             "ranges": [
                 {
