@@ -1,4 +1,4 @@
-"""Where leadership goes: to the node that the plan prefers for a range, and away from a node that stops.
+"""Where leadership goes: to the node that the plan prefers for a range, and away from a node that stops; and where it is missing.
 
 It is handed only to one that would take over at once: another hand-over stops the range's writes in vain.
 """
@@ -20,6 +20,7 @@ DRAIN_S: Final = 2.0
 DRAIN_TERMS_MAX: Final = 3
 HANDOVER_DOUBLINGS: Final = 6  # of the pause between two hand-overs in vain
 CAUGHT_UP_ENTRIES: Final = 64
+LEADERLESS_ELECTIONS: Final = 5  # election timeouts: a leader that died is replaced within two or three
 
 
 class Leadership:
@@ -36,6 +37,7 @@ class Leadership:
         self._election_timeout_s = election_timeout_s
         # range -> (in vain so far, not again before)
         self._handovers: dict[int, tuple[int, float]] = {}
+        self._led_at: dict[int, float] = {}  # range -> when a leader of it was known last
 
     async def balance_forever(self) -> None:
         """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up.
@@ -49,6 +51,7 @@ class Leadership:
 
     def balance(self) -> None:
         """One round of it."""
+        self.leaderless()
         up = {each["node"] for each in self._peers.status() if each["up"]}
         now = self._clock.monotonic()
         for number, preferred in self.preferred.items():
@@ -69,6 +72,19 @@ class Leadership:
                     pause_s = BALANCE_S * (1 << min(in_vain, HANDOVER_DOUBLINGS))
                     self._handovers[number] = in_vain + 1, now + pause_s
                     self._transfer(number, replica_id)
+
+    def leaderless(self) -> list[int]:
+        """Ranges here of which no leader was known for longer than a change of leaders takes, or none ever.
+
+        A range that is refused here is left out: the others lead it, and tell us nothing.
+        """
+        now, led_at = self._clock.monotonic(), {}
+        for number, replica in self._store.replicas.items():
+            led = number in self._host.refused or self._store.leader_node(replica)
+            led_at[number] = now if led else self._led_at.get(number, float("-inf"))
+        self._led_at = led_at
+        oldest = now - LEADERLESS_ELECTIONS * self._election_timeout_s
+        return [number for number, at in led_at.items() if at < oldest]
 
     async def drain(self) -> None:
         """Leadership goes to others while we are still here to help them.

@@ -560,8 +560,15 @@ class Node:
         return not self.fatal.done()
 
     def ready(self) -> tuple[bool, str]:
+        """Whether requests are served, and if not, why."""
         if self.state != "ready":
             return False, self.state
+        if self.database is None or self.leadership is None:
+            return False, "no node of the cluster has told the ranges yet"
+        leaderless = self.leadership.leaderless()
+        if leaderless:
+            more = f" and {len(leaderless) - 1} more have" if leaderless[1:] else " has"
+            return False, f"range {leaderless[0]}{more} no leader that this node knows of"
         return True, "ready"
 
     def measures(self) -> NodeMeasures | None:

@@ -355,7 +355,8 @@ class Gateway:
 
     async def _ready(self, _request: web.Request, _held: Held) -> web.Response:
         ready, reason = self._node.ready()
-        return _json({"ready": ready, "reason": reason}, status=200 if ready else 503)
+        answer = {"ready": ready, "reason": reason, "state": self._node.state}
+        return _json(answer, status=200 if ready else 503)
 
     async def _metrics(self, request: web.Request, _held: Held) -> web.Response:
         encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
@@ -380,6 +381,8 @@ class Gateway:
     def _database(self) -> Database:
         database = self._node.database
         if database is None:
+            if self._node.cluster_id:
+                raise NotReady("the node looks for the ranges of its cluster: try again")
             raise NotReady("the node is not part of a cluster yet: run `kvctl init`")
         return database
 

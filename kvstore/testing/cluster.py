@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -292,8 +293,9 @@ class LocalCluster:
         self._kill(self.nodes[number])
 
     def restart(self, number: int, *, ready: bool = True) -> None:
-        """Start a node that has ended, on its directory and its address, and wait until it is `ready` (or listens).
+        """Start a node that has ended, on its directory and its address, and wait until it is a member again (or listens).
 
+        It serves as soon as enough of the others run: `wait_ready` waits for that.
         Raises: Unavailable: it does not come up in time, or the cluster was stopped.
         """
         node = self.nodes[number]
@@ -314,7 +316,7 @@ class LocalCluster:
                     raise
                 time.sleep(0.2)
         if ready:
-            self._wait_node_ready(node, deadline)
+            self._wait_node_ready(node, deadline, serves=False)
 
     def pause(self, number: int) -> None:
         """SIGSTOP: the node lives and answers nothing."""
@@ -437,13 +439,16 @@ class LocalCluster:
         node.wait(self._stop_timeout_s)
         node.ended()
 
-    def _wait_node_ready(self, node: NodeProcess, deadline: float) -> None:
+    def _wait_node_ready(self, node: NodeProcess, deadline: float, *, serves: bool = True) -> None:
+        """serves: else it need not have found the leaders of its ranges."""
         while True:
             try:
                 answer = http_client.request(
                     node.address, "GET", "/health/ready", timeout_s=REQUEST_TIMEOUT_S
                 )
                 if answer.status == 200:
+                    return
+                if not serves and json.loads(answer.body).get("state") == "ready":
                     return
                 reason = answer.body.decode(errors="replace")
             except Unavailable as error:

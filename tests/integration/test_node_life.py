@@ -177,6 +177,18 @@ async def test_a_name_that_is_listened_at_is_the_nodes_address_and_port_0_become
     assert found == ["127.0.0.1:9", "name:1"]
 
 
+async def test_a_new_member_is_not_ready_before_it_serves(waiting):
+    assert waiting.ready() == (False, "waiting")
+    await waiting.initialize(REQUEST)
+    found, reason = waiting.ready()
+    assert not found
+    assert "ranges" in reason
+    async with asyncio.timeout(20.0):
+        while not waiting.ready()[0]:
+            await asyncio.sleep(0)
+    assert await waiting.database.get(b"k", timeout=1.0) is None
+
+
 async def test_a_member_that_could_not_be_opened_has_failed_and_says_so(waiting, monkeypatch):
     fail_once(monkeypatch, waiting, "_add_replicas")
     with pytest.raises(DiskFull):

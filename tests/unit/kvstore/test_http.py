@@ -513,7 +513,16 @@ async def test_an_empty_node_says_so_and_serves_no_data(empty_http):
     assert (await http.get("/health/live")).status == 200
     ready = await http.get("/health/ready")
     assert ready.status == 503
-    assert (await ready.json())["reason"] == "waits for init"
+    assert await ready.json() == {"ready": False, "reason": "waits for init", "state": "waiting"}
+
+
+async def test_a_member_that_does_not_serve_yet_does_not_speak_of_init(node):
+    node.database = None
+    async with serving(node) as http:
+        answer = await http.get("/v1/kv/a")
+        body = await answer.json()
+    assert (answer.status, body["code"], body["retryable"]) == (503, "not_ready", True)
+    assert "init" not in body["message"]
 
 
 async def test_init_hands_the_plan_to_the_node_and_answers_who_it_is_now(empty_http):

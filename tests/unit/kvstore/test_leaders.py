@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from kvstore.config import RaftSection
-from kvstore.leadership import CAUGHT_UP_ENTRIES, DRAIN_TERMS_MAX, Leadership
+from kvstore.leadership import (
+    CAUGHT_UP_ENTRIES,
+    DRAIN_TERMS_MAX,
+    LEADERLESS_ELECTIONS,
+    Leadership,
+)
 from replication.errors import ProposalDropped
 from replication.progress import NEVER, Progress
 
 NOW = 100.0
+GRACE_S = LEADERLESS_ELECTIONS * RaftSection().election_timeout_s
 RANGE, OURS, THEIRS = 7, 1, 2  # replica ids are those of their nodes
 
 
@@ -22,6 +28,7 @@ class Host:
     """Leads RANGE; the follower stands where the test says."""
 
     failure = None
+    refused: ClassVar[dict[int, str]] = {}
 
     def __init__(self, match: int, last: int, answered_at: float) -> None:
         self.peer = Progress(last + 1)
@@ -53,7 +60,7 @@ def leader(host: Host, *, up: bool = True) -> Leadership:
     )
     made = Leadership(
         cast("Any", host),
-        cast("Any", SimpleNamespace(replicas={RANGE: replica})),
+        cast("Any", SimpleNamespace(replicas={RANGE: replica}, leader_node=lambda _: OURS)),
         cast("Any", SimpleNamespace(status=lambda: [{"node": THEIRS, "up": up}])),
         cast("Any", SimpleNamespace(monotonic=lambda: NOW)),
         RaftSection().election_timeout_s,
@@ -112,3 +119,63 @@ async def test_a_range_that_is_handed_back_by_another_draining_node_stays():
         await asyncio.sleep(0.06)
     await draining
     assert len(host.transfers) == DRAIN_TERMS_MAX
+
+
+class Watched:
+    """Leaders of ranges as a node sees them, in the course of time."""
+
+    def __init__(self, *ranges: int) -> None:
+        self.now = NOW
+        self.leaders: dict[int, int] = {}
+        self.host = SimpleNamespace(refused={})
+        replicas = {number: SimpleNamespace(range_id=number, evaluator=None) for number in ranges}
+        self.store = SimpleNamespace(
+            replicas=replicas, leader_node=lambda each: self.leaders.get(each.range_id, 0)
+        )
+        self.leadership = Leadership(
+            cast("Any", self.host),
+            cast("Any", self.store),
+            cast("Any", SimpleNamespace(status=list)),
+            cast("Any", SimpleNamespace(monotonic=lambda: self.now)),
+            RaftSection().election_timeout_s,
+        )
+
+    def after(self, seconds: float) -> list[int]:
+        self.now += seconds
+        return self.leadership.leaderless()
+
+
+def test_a_range_that_never_had_a_leader_is_leaderless_at_once():
+    watched = Watched(7, 8)
+    assert watched.after(0.0) == [7, 8]
+    watched.leaders = {7: OURS}
+    assert watched.after(0.0) == [8]
+
+
+def test_a_range_whose_leaders_change_is_not_leaderless_but_one_that_stays_without_is():
+    watched = Watched(7)
+    watched.leaders = {7: OURS}
+    assert watched.after(0.0) == []
+    watched.leaders = {}
+    assert watched.after(GRACE_S / 2) == []
+    watched.leaders = {7: THEIRS}
+    assert watched.after(GRACE_S / 2) == []
+    watched.leaders = {}
+    assert watched.after(GRACE_S) == []
+    assert watched.after(0.1) == [7]
+
+
+def test_the_balance_looks_too_so_that_nobody_need_ask_to_be_told_the_truth():
+    watched = Watched(7)
+    watched.leaders = {7: OURS}
+    for _ in range(20):
+        watched.now += 1.0
+        watched.leadership.balance()
+    watched.leaders = {}
+    assert watched.after(GRACE_S) == []
+
+
+def test_a_range_that_is_refused_here_is_led_by_others():
+    watched = Watched(7)
+    watched.host.refused[7] = "damaged"
+    assert watched.after(2 * GRACE_S) == []
