@@ -1,4 +1,4 @@
-"""Where leadership goes: to the node that the plan prefers for a range, and away from a node that stops; and where it is missing.
+"""Where leadership goes: to the node that the plan prefers for a range, and away from a node that stops; and where it lacks.
 
 It is handed only to one that would take over at once: another hand-over stops the range's writes in vain.
 """
@@ -20,7 +20,9 @@ DRAIN_S: Final = 2.0
 DRAIN_TERMS_MAX: Final = 3
 HANDOVER_DOUBLINGS: Final = 6  # of the pause between two hand-overs in vain
 CAUGHT_UP_ENTRIES: Final = 64
-LEADERLESS_ELECTIONS: Final = 5  # election timeouts: a leader that died is replaced within two or three
+LEADERLESS_ELECTIONS: Final = (
+    5  # election timeouts: a leader that died is replaced within two or three
+)
 
 
 class Leadership:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, Literal, TextIO
 
@@ -120,6 +120,22 @@ def overheard(tell: Callable[[str], None]) -> Iterator[None]:
     finally:
         with suppress(ValueError):  # `set_up` was called meanwhile
             _chain.remove(look)
+
+
+def without_data(error: BaseException | None) -> dict[str, str]:
+    """Fields for a record of an exception whose text may hold keys and values: its kind, and where it came from."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in _frames(chain)]
+    kinds = [type(each).__name__ for each in chain]
+    return {"error": " from ".join(kinds) or "unknown", "where": "; ".join(frames)}
+
+
+def _frames(chain: Sequence[BaseException]) -> Iterator[traceback.FrameSummary]:
+    for error in chain:
+        yield from traceback.extract_tb(error.__traceback__)
 
 
 def _in_words(event: EventDict) -> str:

@@ -15,7 +15,7 @@ from typing import Final
 from aiohttp import web
 
 from kvstore import limits
-from kvstore.errors import KVError, NodeStopped, Throttled
+from kvstore.errors import InvalidArgument, KVError, NodeStopped, Throttled
 
 BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 ANSWER_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB  # made, and not taken by their clients yet
@@ -138,7 +138,7 @@ class Body:
         self._reserved = 0
 
     async def __aenter__(self) -> bytes:
-        """Raises: `too_large`; Throttled; RequestTimeout; NodeStopped; ConnectionError: the caller went away."""
+        """Raises: `too_large`, Throttled, RequestTimeout, NodeStopped, InvalidArgument; ConnectionError: nobody is there."""
         try:
             if (self._request.content_length or 0) > self._bytes_max:
                 raise self._too_large
@@ -147,6 +147,9 @@ class Body:
         except TimeoutError:
             self._release()
             raise (NodeStopped if self._load.bodies.over else RequestTimeout) from None
+        except web.RequestPayloadError as error:
+            self._release()
+            raise InvalidArgument(str(error)) from None
         except BaseException:
             self._release()
             raise

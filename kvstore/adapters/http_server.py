@@ -177,9 +177,8 @@ class Gateway:
         """
 
         load, of_data = self._load, operation not in (_HEALTH, _ADMIN)
-        places, ends = (load.data, _STOPPING) if of_data else (load.admin, _STOPPED)
-        if operation == _HEALTH:
-            places, ends = load.health, ()
+        places = load.data if of_data else load.admin if operation == _ADMIN else load.health
+        refusing = _STOPPING if of_data else _STOPPED if operation == _ADMIN else ()
 
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -201,7 +200,7 @@ class Gateway:
             try:
                 if places.taken > places.most:
                     raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
-                if self._node.state in ends:
+                if self._node.state in refusing:
                     raise NodeStopped
                 _refuse_foreign_origin(request)
                 return await handler(request, held)
@@ -221,7 +220,9 @@ class Gateway:
                 route = (
                     resource.canonical if resource is not None else ""
                 )  # the path would have the user's key
-                log.exception("http request failed", route=route, method=request.method)
+                fields = {"route": route, "method": request.method, **logs.without_data(error)}
+                log.error("http request failed", **fields)
+                log.debug("http request failed", exc_info=error)
                 return _error_response(_internal_error(request, error))
             finally:
                 if of_data and self._observe is not None:

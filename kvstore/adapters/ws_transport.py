@@ -28,6 +28,7 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
+from kvstore.adapters.http_protocol import ServerProtocol
 from kvstore.adapters.http_wire import error_body
 from kvstore.errors import KVError, PipeClosed, Throttled
 from kvstore.limits import BOUND_BYTES_MAX
@@ -253,27 +254,27 @@ class WsNetwork:
         if app is None:
             app = web.Application()
         self.attach(app, on_pipe)
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            handle_signals=False,
-            max_line_size=REQUEST_LINE_BYTES_MAX,
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            auto_decompress=False,  # a value is kept as it was sent, and no few bytes become many
-        )
+        runner = web.AppRunner(app, shutdown_timeout=SHUTDOWN_TIMEOUT_S, handle_signals=False)
         await runner.setup()
+        loop = asyncio.get_running_loop()
         server, most = runner.server, connections_max()
         assert server is not None
 
         def connected() -> asyncio.Protocol:
-            return server() if len(server.connections) < most else _Refused()
+            if len(server.connections) >= most:
+                return _Refused()
+            return ServerProtocol(
+                server,
+                loop=loop,
+                access_log=None,  # type: ignore[arg-type]  # it may be; only its annotation says otherwise
+                max_line_size=REQUEST_LINE_BYTES_MAX,
+                keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+                auto_decompress=False,  # a value is kept as it was sent, and no few bytes become many
+            )
 
         host, port = split_address(address)
         try:
-            listener = await asyncio.get_running_loop().create_server(
-                connected, host, port, backlog=BACKLOG
-            )
+            listener = await loop.create_server(connected, host, port, backlog=BACKLOG)
         except OSError:
             await runner.cleanup()
             raise

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 
 import msgspec
@@ -443,6 +444,7 @@ async def test_throttled_says_when_to_come_back(http, database):
 async def test_a_bug_of_ours_is_an_internal_error_that_tells_no_secrets(
     http, database, caplog, method, maybe
 ):
+    caplog.set_level(logging.INFO)
     database.fails = RuntimeError("secret")
     response = await getattr(http, method)("/v1/kv/users-key")
     body = await response.json()
@@ -451,7 +453,10 @@ async def test_a_bug_of_ours_is_an_internal_error_that_tells_no_secrets(
     assert "secret" not in json.dumps(body)
     logged = str([vars(each) for each in caplog.records if each.name.startswith("kvstore")])
     assert "/v1/kv/{key}" in logged
+    assert "RuntimeError" in logged
+    assert "in check" in logged  # where it was raised
     assert "users-key" not in logged
+    assert "secret" not in logged
 
 
 async def test_requests_are_counted_with_their_outcome(http, database):

@@ -195,3 +195,17 @@ def test_errors_are_overheard_whether_they_are_silenced_or_not_and_nothing_else_
         "not foreseen address='n1': KeyError('this')",
         "nor was this: ValueError('that')",
     ]
+
+
+def test_a_failure_is_told_without_what_its_text_may_hold():
+    try:
+        try:
+            raise KeyError("secret")
+        except KeyError as error:
+            raise ValueError("of secret") from error
+    except ValueError as error:
+        fields = logs.without_data(error)
+    assert fields["error"] == "ValueError from KeyError"
+    assert "test_logs.py:" in fields["where"]
+    assert "secret" not in str(fields)
+    assert logs.without_data(None)["error"] == "unknown"
