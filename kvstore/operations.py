@@ -267,7 +267,8 @@ async def _run_one(tx: Transaction, operation: Operation, room: _Room) -> dict[s
                     why = f"the key {shown} is not absent"
                 else:
                     why = f"the key {shown} does not have the value {escape(wanted[:64])}"
-                raise CompareFailed(message=f"{why}; nothing was written")
+                version = await tx.committed_version(key)
+                raise CompareFailed(version, f"{why}; nothing was written")
     return {}
 
 

@@ -272,6 +272,16 @@ class Transaction(BufferedWrites):
             raise
         return await self.get_many(wanted)
 
+    async def committed_version(self, key: bytes) -> int:
+        """The version of what `get` found there, without this transaction's own writes; 0: there was no such key."""
+        self._require_open()
+        limits.validate_key(key)
+        try:
+            found = self._locks.found.get(key) or await self._view.get(key)
+        except SnapshotTooOld as error:
+            raise TransactionTooOld(error.message) from error
+        return 0 if found.value is None else found.version
+
     def scan(
         self,
         start: bytes = b"",

@@ -58,6 +58,7 @@ STATUS: Final[
     "disk_full": 507,
 }
 
+_VERSIONS: Final = ("version", "their_version", "oldest")  # fields of errors that are versions
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _TRUE: Final = ("", "1", "true", "yes")
 _FALSE: Final = ("0", "false", "no")
@@ -68,9 +69,10 @@ def status_of(error: KVError) -> int:
 
 
 def error_body(error: KVError) -> bytes:
-    """{"code", "message", "retryable", "maybe_committed", "details"}: details are the error's own fields."""
+    """{"code", "message", "retryable", "maybe_committed", "details"}: details are the error's fields, versions as strings."""
     code, message, details = to_wire(error)
     flags = {name: details.pop(name) for name in ("retryable", "maybe_committed")}
+    details |= {name: str(details[name]) for name in _VERSIONS if name in details}
     return json_bytes({"code": code, "message": message, **flags, "details": details})
 
 

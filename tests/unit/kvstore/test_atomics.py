@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from kvstore import limits, operations
 from kvstore.buffer import WriteBuffer, append_write, compare_clear_write, number_write
 from kvstore.client import Database
-from kvstore.errors import CommitUnknown, InvalidArgument, TransactionTooLarge, ValueTooLarge
+from kvstore.errors import (
+    CommitUnknown,
+    CompareFailed,
+    InvalidArgument,
+    TransactionTooLarge,
+    ValueTooLarge,
+)
 from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn import atomics
@@ -311,6 +317,29 @@ def test_operations_of_the_gateway_have_all_of_them():
             b"n": b"7",
             b"last": b"x" + done[0].versionstamp(1),
         }
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("lock", [None, "exclusive"])
+def test_a_check_that_fails_tells_the_version_that_was_committed(lock: Any):
+    """Which is not what the transaction itself has written."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        version = await db.put(b"k", b"1")
+        await db.put(b"gone", b"1")
+        await db.delete(b"gone")
+        for key, present in ((b"k", version), (b"gone", 0), (b"never", 0)):
+            wanted: list[operations.Operation] = [
+                operations.Get(key, lock),
+                operations.Put(key, b"mine"),
+                operations.Check(key, b"other"),
+            ]
+            with pytest.raises(CompareFailed) as raised:
+                async with db.transaction() as tx:
+                    await operations.run_operations(tx, wanted)
+            assert raised.value.version == present
+            assert cluster.value(key) == (b"1" if present else None)
 
     simulate(test)
 

@@ -347,6 +347,7 @@ async def test_a_check_that_does_not_hold_writes_nothing(http, database):
     ]
     answer = await http.post("/v1/txn", json={"operations": operations})
     assert await refusal(answer) == (412, "compare_failed")
+    assert (await answer.json())["details"] == {"version": str(FIRST_VERSION)}
     assert b"n" not in database.rows
 
 

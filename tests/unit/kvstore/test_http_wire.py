@@ -1,9 +1,22 @@
-"""Claim: every error has an HTTP status of its own kind."""
+"""Claims: every error has an HTTP status of its own kind, and its versions are strings."""
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
 from kvstore.adapters import http_wire
-from kvstore.errors import CODES, InvalidArgument
+from kvstore.errors import (
+    CODES,
+    Compacted,
+    CompareFailed,
+    Conflict,
+    InvalidArgument,
+    KVError,
+    NotLeader,
+    from_wire,
+)
 
 
 def test_every_code_has_a_status_of_its_own_kind():
@@ -13,3 +26,22 @@ def test_every_code_has_a_status_of_its_own_kind():
         status = http_wire.STATUS.get(code, 503 if cls.retryable else 500)
         assert (status in (400, 401, 403, 404, 410, 412, 413, 421)) <= (not cls.retryable), code
         assert issubclass(cls, InvalidArgument) == (status in (400, 413)), code
+
+
+@pytest.mark.parametrize("version", [0, 7, 1 << 60])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [(CompareFailed, "version"), (Conflict, "their_version"), (Compacted, "oldest")],
+)
+def test_a_version_is_a_string_however_small_it_is(
+    kind: type[KVError], field: str, version: int
+) -> None:
+    body = json.loads(http_wire.error_body(kind(**{field: version})))
+    assert body["details"][field] == str(version)
+    back = from_wire(body["code"], body["message"], body["details"])
+    assert getattr(back, field) == version
+
+
+def test_other_numbers_of_an_error_stay_numbers():
+    body = json.loads(http_wire.error_body(NotLeader(3, 2)))
+    assert body["details"] == {"range_id": 3, "node": 2, "address": ""}
