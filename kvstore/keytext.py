@@ -30,14 +30,23 @@ def unescape(text: str) -> bytes:
     return bytes(out + text[position:].encode("utf-8", "surrogateescape"))
 
 
-def escape(data: bytes) -> str:
-    """Text that `unescape` reads back to `data`; printable characters are left as they are."""
-    return "".join(_escaped(character) for character in data.decode("utf-8", "surrogateescape"))
+def escape(data: bytes, encoding: str = "utf-8") -> str:
+    """Text that `unescape` reads back to `data`; printable characters are left as they are, if `encoding` has them."""
+    text = data.decode("utf-8", "surrogateescape")
+    return "".join(_escaped(character, encoding) for character in text)
 
 
-def _escaped(character: str) -> str:
+def _escaped(character: str, encoding: str) -> str:
     if character == "\\":
         return "\\\\"
-    if character.isprintable():
+    if character.isprintable() and (character.isascii() or _has(encoding, character)):
         return character
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+
+
+def _has(encoding: str, character: str) -> bool:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -70,6 +70,8 @@ class Globals(NamedTuple):
 def guarded(work: Callable[[], T]) -> T:
     """`work()`, with its errors as one line and Ctrl-C as exit 130."""
     try:
+        if sys.stdout is None:
+            raise KVError("standard output is closed", code="io_error")
         done = work()
         sys.stdout.flush()  # here, where a failure is met
         return done
@@ -80,7 +82,7 @@ def guarded(work: Callable[[], T]) -> T:
     ):  # `| head` has what it wanted; the interpreter's own flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, UnicodeEncodeError) as error:
         fail(KVError(str(error), code="io_error"))
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -395,8 +397,10 @@ def txn(
             console().print(views.locks(found, Notation.of(use_hex, use_base64)))
 
     def work() -> None:
-        text = sys.stdin.read() if script in (None, "-") else script
-        data.transact(context.obj.target, text or "", Notation.of(use_hex, use_base64))
+        text = script or ""
+        if script in (None, "-"):
+            text = data.read_value(script).decode("utf-8", "surrogateescape")
+        data.transact(context.obj.target, text, Notation.of(use_hex, use_base64))
 
     guarded(list_locks if script == "locks" else work)
 

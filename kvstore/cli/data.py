@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from kvstore import limits, operations
-from kvstore.cli.output import Format, Notation, console, print_json, table
+from kvstore.cli.output import Format, Notation, console, print_json, standard_input, table
 from kvstore.errors import InvalidArgument, NotFound, TransactionTooLarge
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def import_(target: Target, path: Path | None) -> int:
 def read_value(text: str | None) -> bytes:
     """The raw bytes of standard input, for an absent value or `-`."""
     assert text in (None, "-")
-    return sys.stdin.buffer.read()
+    return standard_input().read()
 
 
 @asynccontextmanager
@@ -353,7 +353,7 @@ def _writing(path: Path | None) -> Iterator[IO[bytes]]:
 
 def _reading(path: Path | None) -> IO[bytes]:
     if path is None or str(path) == "-":
-        return open(sys.stdin.fileno(), "rb", closefd=False)
+        return open(standard_input().fileno(), "rb", closefd=False)
     return path.open("rb")
 
 

@@ -10,7 +10,7 @@ import binascii
 import enum
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn
 
 import msgspec
 import typer
@@ -64,7 +64,7 @@ class Notation(enum.StrEnum):
             return data.hex()
         if self is Notation.BASE64:
             return base64.b64encode(data).decode()
-        return escape(data)
+        return escape(data, sys.stdout.encoding or "utf-8")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -98,6 +98,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table | L
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made
+
+
+def standard_input() -> BinaryIO:
+    """Its bytes. Raises KVError (io_error) when there is none."""
+    if sys.stdin is None:
+        raise KVError("standard input is closed", code="io_error")
+    return sys.stdin.buffer
 
 
 def print_json(value: Any) -> None:

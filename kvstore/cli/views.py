@@ -12,7 +12,6 @@ from rich.text import Text
 from kvstore.cli.health import Health, NodeHealth, RangeHealth
 from kvstore.cli.locks import Locks
 from kvstore.cli.output import Lines, Notation, table
-from kvstore.keytext import escape
 
 KEY_CHARACTERS_MAX: Final = 40
 _STYLE: Final = {"ok": "bold green", "degraded": "bold yellow", "unavailable": "bold red"}
@@ -80,7 +79,7 @@ def locks(found: Locks, notation: Notation) -> Group:
 
 def key_text(key: bytes) -> str:
     """A key for people, cut when it is long."""
-    text = escape(key) or "(start)"
+    text = Notation.ESCAPED.write(key) or "(start)"
     return text if len(text) <= KEY_CHARACTERS_MAX else text[: KEY_CHARACTERS_MAX - 1] + "…"
 
 

@@ -200,6 +200,17 @@ def test_get_prints_the_value_with_escapes(kvctl):
     assert kvctl("get", "--base64", "YgA=").stdout == "/w==\n"
 
 
+def test_what_the_terminal_has_no_character_for_is_escaped(database, monkeypatch):
+    monkeypatch.setattr(kvstore, "connect", lambda *_, **__: database)
+    database.commit({"é".encode(): "ä€".encode()})
+    run = CliRunner(charset="latin-1").invoke
+    assert run(admin.app, ["get", "é"]).stdout_bytes == b"\xe4\\xe2\\x82\\xac\n"
+    run = CliRunner(charset="ascii").invoke
+    told = run(admin.app, ["scan", "--prefix", "é"]).stdout
+    assert told == "key\tvalue\n\\xc3\\xa9\t\\xc3\\xa4\\xe2\\x82\\xac\n"
+    assert unescape(told.split()[-1]) == "ä€".encode()
+
+
 def test_get_raw_prints_the_bytes_and_nothing_else(kvctl):
     assert kvctl("get", "--raw", r"b\x00").stdout_bytes == b"\xff"
 
@@ -316,6 +327,35 @@ def test_txn_is_atomic_and_prints_what_it_read(kvctl, database):
 def test_txn_from_standard_input_as_json(kvctl):
     answer = json.loads(kvctl("txn", "-o", "json", stdin="get a\nget zz\n").stdout)
     assert answer == {"version": None, "results": [{"value": "MQ=="}, {"value": None}]}
+
+
+def test_a_txn_from_standard_input_may_hold_bytes_that_are_no_text(kvctl, database):
+    assert kvctl("txn", stdin=b"put k \xff").exit_code == 0
+    assert database.plain()[b"k"] == b"\xff"
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ("stdin", ("put", "k")),
+        ("stdin", ("txn",)),
+        ("stdin", ("import",)),
+        ("stdout", ("get", "a")),
+    ],
+)
+def test_a_closed_standard_stream_is_told_in_one_line(kvctl, monkeypatch, closed, words):
+    real = admin.guarded
+
+    def without(work):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, closed, None)
+            return real(work)
+
+    monkeypatch.setattr(admin, "guarded", without)
+    done = kvctl(*words)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: io_error: standard ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_txn_has_the_time_that_was_given_and_not_that_of_run(kvctl, database):
