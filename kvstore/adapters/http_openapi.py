@@ -87,10 +87,8 @@ def document() -> _Json:
                 )
             },
             "/v1/openapi.json": {"get": _plain("This document.")},
-            "/health/live": {"get": _health("The process works; restart it if this fails.")},
-            "/health/ready": {
-                "get": _health("The node serves; send it requests only while it does.")
-            },
+            "/health/live": _health("The process works; restart it if this fails."),
+            "/health/ready": _health("The node serves; send it requests only while it does."),
             "/metrics": {"get": _text("Metrics of Prometheus.", "text/plain")},
             "/": {"get": _text("A status page for people.", "text/html")},
         },
@@ -338,7 +336,8 @@ def _plain(summary: str) -> _Json:
 
 
 def _health(summary: str) -> _Json:
-    return {"summary": summary, "responses": {"200": _answer("Yes."), "503": _answer("No.")}}
+    answers = {"200": _answer("Yes."), "503": _answer("No.")}
+    return {method: {"summary": summary, "responses": answers} for method in ("get", "head")}
 
 
 def _text(summary: str, content_type: str) -> _Json:

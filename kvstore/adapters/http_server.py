@@ -165,7 +165,9 @@ class Gateway:
             ("GET", "/v1/admin/locks", _ADMIN, self._locks),
             ("GET", "/v1/openapi.json", _ADMIN, self._openapi),
             ("GET", "/health/live", _HEALTH, self._live),
+            ("HEAD", "/health/live", _HEALTH, self._live),
             ("GET", "/health/ready", _HEALTH, self._ready),
+            ("HEAD", "/health/ready", _HEALTH, self._ready),
             ("GET", "/metrics", _ADMIN, self._metrics),
             ("GET", "/", _ADMIN, self._page),
         ]

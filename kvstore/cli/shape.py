@@ -27,13 +27,15 @@ def hoist(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
         if argument == "--":
             rest += arguments[position:]
             break
-        name, equals, _ = argument.partition("=")
+        name, attached, _ = argument.partition("=")
+        if not argument.startswith("--"):
+            name, attached = argument[:2], argument[2:]  # as in -ojson
         takes_value = options.get(name)
-        if takes_value is None or (equals and not takes_value):
+        if takes_value is None or (attached and not takes_value):
             rest.append(argument)
             position += 1
             continue
-        count = 2 if takes_value and not equals else 1
+        count = 2 if takes_value and not attached else 1
         front += arguments[position : position + count]
         position += count
     return front + rest

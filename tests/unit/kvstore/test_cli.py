@@ -163,6 +163,10 @@ def test_a_refusal_names_the_statement():
         ("put k -- -o v", "put k -- -o v"),
         ("get a --raw", "get a --raw"),
         ("get a -o", "-o get a"),
+        ("get a -ojson", "-ojson get a"),
+        ("get -ojson a -y", "-ojson -y get a"),
+        ("get a -yes", "get a -yes"),
+        ("get - -o json", "-o json get -"),
     ],
 )
 def test_global_options_may_stand_behind_the_command(given_, hoisted):

@@ -522,6 +522,13 @@ async def test_an_empty_node_says_so_and_serves_no_data(empty_http):
     assert await ready.json() == {"ready": False, "reason": "waits for init", "state": "waiting"}
 
 
+async def test_health_is_told_without_a_body_too(http, empty_http):
+    for path in ("/health/live", "/health/ready"):
+        answer = await http.head(path)
+        assert (answer.status, await answer.read()) == (200, b"")
+    assert (await empty_http[0].head("/health/ready")).status == 503
+
+
 async def test_a_member_that_does_not_serve_yet_does_not_speak_of_init(node):
     node.database = None
     async with serving(node) as http:
