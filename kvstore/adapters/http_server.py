@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -26,6 +26,7 @@ from kvstore.adapters.http_wire import (
     VERSION_MAX,
     Query,
     error_body,
+    is_own_host,
     json_bytes,
     status_of,
     unquote,
@@ -85,6 +86,8 @@ class NodeSurface(Protocol):
     def node_id(self) -> int: ...
     @property
     def state(self) -> str: ...
+    @property
+    def names(self) -> Collection[str]: ...  # hosts under which it is known, in lower case
     @property
     def registry(self) -> CollectorRegistry: ...
     def status(self) -> dict[str, Any]: ...
@@ -204,7 +207,7 @@ class Gateway:
                     raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
                 if self._node.state in refusing:
                     raise NodeStopped
-                _refuse_foreign_origin(request)
+                _refuse_foreign_origin(request, self._node.names)
                 return await handler(request, held)
             except http_load.NoRoom:
                 outcome = Throttled.code
@@ -362,7 +365,10 @@ class Gateway:
         return _json(answer, status=200 if ready else 503)
 
     async def _metrics(self, request: web.Request, _held: Held) -> web.Response:
-        encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        try:
+            encode, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        except (TypeError, ValueError):  # a version that is none
+            encode, content_type = exposition.choose_encoder("")
         return web.Response(
             body=encode(self._node.registry), headers={"Content-Type": content_type}
         )
@@ -492,12 +498,16 @@ def _decode(body: bytes, type_: type[_T]) -> _T:
         raise InvalidArgument(f"malformed body: {error}") from None
 
 
-def _refuse_foreign_origin(request: web.Request) -> None:
-    """A browser on another site's behalf may read our pages (same-origin policy hides them) but change nothing."""
+def _refuse_foreign_origin(request: web.Request, names: Collection[str]) -> None:
+    """A browser on another site's behalf may read our pages (same-origin policy hides them) but change nothing.
+
+    To the browser a site is a name, and who owns a name can let it point at us: of names, only ours count.
+    """
     origin = request.headers.get("Origin")
     if origin is None or request.method in _SAFE_METHODS:
         return
-    if origin.partition("://")[2] != request.headers.get("Host", ""):
+    host = request.headers.get("Host", "")
+    if origin.partition("://")[2] != host or not is_own_host(host, names):
         raise PermissionDenied("requests of other web sites are refused")
 
 

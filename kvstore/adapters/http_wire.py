@@ -7,9 +7,10 @@ Keys are bytes and a path is text, so keys are percent-encoded, and decoded from
 from __future__ import annotations
 
 import base64
+import ipaddress
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -108,6 +109,17 @@ def quote(key: bytes) -> str:
     """A key as it is written in a path. Dots are escaped in `.` and `..`, which clients would take for directories."""
     quoted = urllib.parse.quote_from_bytes(key, safe="")
     return quoted.replace(".", "%2E") if quoted in (".", "..") else quoted
+
+
+def is_own_host(header: str, names: Collection[str]) -> bool:
+    """Whether a Host header says an IP address, localhost, or one of these names."""
+    host = header if header.endswith("]") else header.rpartition(":")[0] or header
+    name = host.lower().rstrip(".")
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return name == "localhost" or name in names
+    return True
 
 
 class Query:

@@ -18,6 +18,7 @@ from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.system import SystemClock, SystemRandom, ThreadExecutor
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_directory
 from kvstore.adapters.ws_transport import WsNetwork, connections_max
+from kvstore.bootstrap import parse_address
 from kvstore.config import NodeConfig
 from kvstore.errors import DataDirectoryError
 from kvstore.identity import FILE_NAME
@@ -111,9 +112,8 @@ class ProductionAdapters:
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         metrics = NodeMetrics(node.status, VERSION, node.measures)
         app = web.Application(client_max_size=self._config.http.body_bytes_max)
-        self._gateway = add_routes(
-            app, _Surface(node, metrics.registry), metrics.observe_request, self._config.http
-        )
+        surface = _Surface(node, metrics.registry, address)
+        self._gateway = add_routes(app, surface, metrics.observe_request, self._config.http)
         assert isinstance(self.network, WsNetwork)
         served_at = await self.network.serve(address, on_pipe, app)
         self._loop_lag.start(metrics.observe_loop_lag)
@@ -207,8 +207,9 @@ class _LoopLag:
 class _Surface:
     """A node as the HTTP gateway wants it."""
 
-    def __init__(self, node: Node, registry: CollectorRegistry) -> None:
+    def __init__(self, node: Node, registry: CollectorRegistry, listen: str) -> None:
         self._node = node
+        self.names = frozenset(parse_address(each)[0].lower() for each in (listen, node.address))
         self.registry = registry
         self.status, self.live, self.ready = node.status, node.live, node.ready
         self.initialize, self.locks = node.initialize, node.locks

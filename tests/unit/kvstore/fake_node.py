@@ -173,6 +173,7 @@ class FakeNode:
         self.node_id = 1 if database is not None else 0
         self.cluster_id = "c" * 32 if database is not None else ""
         self.address = "127.0.0.1:7400"
+        self.names = frozenset({"db1.example"})
         self.initialized: list[Any] = []
         self.refuses: KVError | None = None
         self.is_ready = database is not None

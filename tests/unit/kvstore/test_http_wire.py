@@ -45,3 +45,16 @@ def test_a_version_is_a_string_however_small_it_is(
 def test_other_numbers_of_an_error_stay_numbers():
     body = json.loads(http_wire.error_body(NotLeader(3, 2)))
     assert body["details"] == {"range_id": 3, "node": 2, "address": ""}
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        *((each, True) for each in ("127.0.0.1:7400", "10.0.0.1", "[::1]:7400", "[fe80::1]")),
+        *((each, True) for each in ("localhost", "LocalHost:7400", "db1:7400", "DB1.:7400", "db1")),
+        *((each, False) for each in ("", "evil.example", "evil.example:7400", "db1.evil:7400")),
+        *((each, False) for each in ("127.0.0.1.evil:80", "[evil]:80", ":7400", "db1:80:80")),
+    ],
+)
+def test_of_hosts_only_addresses_localhost_and_own_names_are_ours(host: str, own: bool) -> None:
+    assert http_wire.is_own_host(host, {"db1"}) == own
