@@ -11,6 +11,7 @@ B2 Range ids are unique, and range 1 is the meta range, [FF 00, FF 01).
 B3 Every range has its replicas on different nodes, with different ids from 1.
 B4 (of `plan`) the first replica, the preferred leader, moves over the nodes from range to range.
 B5 The directory of the ranges and nodes fits a message, however long the split keys are.
+B6 Ids and the time are numbers that rows and JSON can hold.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ SYSTEM_START: Final = b"\xff"
 REPLICAS_DEFAULT: Final = 3
 NODES_MAX: Final = 1_000
 SPLITS_MAX: Final = 10_000
+ID_MAX: Final = (1 << 53) - 1  # of nodes, ranges and replicas: a number in JSON is no larger
+CREATED_MS_MAX: Final = (1 << 46) - 1  # a timestamp has so many bits for the time
 DIRECTORY_BYTES_MAX: Final = 4 << 20  # every client learns all ranges and nodes in one message
 _RANGE_BYTES, _REPLICA_BYTES, _NODE_BYTES = (
     48,
@@ -127,16 +130,18 @@ def plan(
 
 
 def check(request: InitRequest) -> None:
-    """For nodes that receive one: B1 to B3 and B5 hold, we are in it and all can be reached, or raises InvalidArgument."""
+    """For nodes that receive one: B1 to B3, B5 and B6 hold, we are in it and all can be reached, or raises InvalidArgument."""
     _check_addresses([node.address for node in request.nodes])
     _check_directory(request)
     node_ids = [node.node_id for node in request.nodes]
-    if not node_ids or len(dict.fromkeys(node_ids)) != len(node_ids) or min(node_ids) < 1:
-        raise InvalidArgument("node ids must be different numbers from 1")
+    if not node_ids or not _are_ids(node_ids):
+        raise InvalidArgument(f"node ids must be different numbers from 1 to {ID_MAX}")
     if request.your_node_id not in node_ids:
         raise InvalidArgument(f"node {request.your_node_id} is not among the nodes of the request")
     if not _is_cluster_id(request.cluster_id):
         raise InvalidArgument(f"not a cluster id: {request.cluster_id!r}")
+    if not 0 <= request.created_ms <= CREATED_MS_MAX:
+        raise InvalidArgument(f"created_ms is in ms since 1970, and at most {CREATED_MS_MAX}")
     expected = b""
     for number, each in enumerate(sorted(request.ranges, key=lambda span: span.start)):
         if each.start != expected or (number and not expected):
@@ -148,8 +153,8 @@ def check(request: InitRequest) -> None:
     if expected or not request.ranges:
         raise InvalidArgument("the ranges do not reach the end of the key space")
     by_id = {each.range_id: each for each in request.ranges}
-    if len(by_id) != len(request.ranges) or min(by_id) < 1:
-        raise InvalidArgument("range ids must be different numbers from 1")
+    if not _are_ids([each.range_id for each in request.ranges]):
+        raise InvalidArgument(f"range ids must be different numbers from 1 to {ID_MAX}")
     meta = by_id.get(META_RANGE_ID)
     if meta is None or (meta.start, meta.end) != (META_START, META_END):
         raise InvalidArgument("range 1 must be the meta range")
@@ -192,8 +197,15 @@ def _check_replicas(each: RangePlan, node_ids: Sequence[int]) -> None:
     known = all(node in node_ids for node in nodes)
     if not nodes or not known or len(dict.fromkeys(nodes)) != len(nodes):
         raise InvalidArgument(f"range {each.range_id}: its nodes must be known and different")
-    if len(dict.fromkeys(ids)) != len(ids) or min(ids) < 1:
-        raise InvalidArgument(f"range {each.range_id}: replica ids are different numbers from 1")
+    if not _are_ids(ids):
+        raise InvalidArgument(
+            f"range {each.range_id}: replica ids are different numbers from 1 to {ID_MAX}"
+        )
+
+
+def _are_ids(numbers: Sequence[int]) -> bool:
+    different = len(dict.fromkeys(numbers)) == len(numbers)
+    return different and all(1 <= number <= ID_MAX for number in numbers)
 
 
 def _check_addresses(addresses: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore import bootstrap
 from kvstore.errors import InvalidArgument, KeyTooLarge
+from kvstore.identity import first_rows
 from kvstore.limits import MESSAGE_BYTES_MAX
 from txn.messages import Directory, RangeInfo
 
@@ -211,9 +212,34 @@ def ranges_with(index, **changes):
         damaged(ranges=ranges_with(1, replicas=((1, 1), (2, 1)))),
         damaged(ranges=ranges_with(1, replicas=((1, 0),))),
         damaged(ranges=ranges_with(1, replicas=((9, 1),))),
+        damaged(created_ms=-1),
+        damaged(created_ms=1 << 46),
+        damaged(ranges=ranges_with(1, range_id=1 << 70)),
+        damaged(ranges=ranges_with(1, range_id=1 << 53)),
+        damaged(ranges=ranges_with(1, replicas=((1, 1 << 70),))),
+        damaged(nodes=(bootstrap.NodePlan(1, "h1:1"), bootstrap.NodePlan(1 << 70, "h2:1"))),
         damaged(ranges=(*planned()[0].ranges, bootstrap.RangePlan(9, b"", b"", ((1, 1),)))),
     ],
 )
 def test_a_node_refuses_a_plan_that_is_not_whole(request_):
     with pytest.raises(InvalidArgument):
         bootstrap.check(request_)
+
+
+def test_what_a_node_takes_its_first_rows_can_hold():
+    most = bootstrap.ID_MAX
+    meta, *others = (
+        msgspec.structs.replace(each, replicas=((most, most),))
+        for each in planned(splits=[b"m"])[0].ranges
+    )
+    others = [
+        msgspec.structs.replace(each, range_id=most - place) for place, each in enumerate(others)
+    ]
+    request_ = damaged(
+        created_ms=bootstrap.CREATED_MS_MAX,
+        nodes=(bootstrap.NodePlan(most, "h1:1"),),
+        ranges=(meta, *others),
+        your_node_id=most,
+    )
+    bootstrap.check(request_)
+    assert first_rows(request_)
