@@ -109,7 +109,7 @@ class Database(DatabaseReads, AtomicCalls):
         self._rng = rng
         self._bits = rng.getrandbits
         self._try_timeout_s = try_timeout_s
-        self._link_limits = link_limits
+        self._link_limits = link_limits or LinkLimits()
         self._cluster = cluster
         self._on_close = on_close
         self._closing = asyncio.Lock()
@@ -126,7 +126,7 @@ class Database(DatabaseReads, AtomicCalls):
             CLIENT_PATH,
             hello,
             limits=self._link_limits,
-            timeout_s=min(self._timeout_s, 3.0),
+            timeout_s=min(self._timeout_s, self._link_limits.handshake_timeout_s),
             monotonic=self._monotonic,
         )
 

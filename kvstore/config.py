@@ -455,7 +455,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8; nested too deeply
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     values = {}
     for section, table in tables.items():

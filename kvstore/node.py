@@ -143,6 +143,7 @@ class Node:
         self._flushed_at = self.started_at
         self._link_limits = LinkLimits(
             queue_bytes_max=config.network.queue_bytes + MESSAGE_OVERHEAD_BYTES,
+            handshake_timeout_s=config.network.connect_timeout_s,
             ping_interval_s=config.network.ping_interval_s,
             stall_timeout_s=config.network.stall_timeout_s,
         )

@@ -14,7 +14,7 @@ import pytest
 from kvstore import errors
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.client import Database
-from kvstore.config import LimitsSection, NodeConfig, RaftSection
+from kvstore.config import LimitsSection, NetworkSection, NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.link import Hello, MalformedFrame
 from kvstore.node import Node
@@ -133,6 +133,19 @@ async def test_a_malformed_handshake_ends_its_connection_and_is_counted(tmp_path
             await until_it_ends(pipe)
         await db.get(b"before")
         assert node.status()["connections"]["malformed_total"] == 1
+
+
+async def test_who_does_not_shake_hands_is_given_up_after_the_connect_timeout(tmp_path):
+    config = NodeConfig(network=NetworkSection(connect_timeout_s=0.05))
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    try:
+        pipe = await node.adapters.network.dial(ADDRESS, CLIENT_PATH, 1.0)
+        async with asyncio.timeout(2.0):  # the default of a link is 3 s
+            with pytest.raises(errors.PipeClosed):
+                await until_it_ends(pipe)
+    finally:
+        await node.stop(drain=False)
 
 
 async def test_a_prepare_for_a_key_that_the_range_does_not_hold_is_refused(tmp_path):

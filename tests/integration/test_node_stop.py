@@ -91,7 +91,7 @@ async def test_a_node_that_stops_answers_what_is_under_way_and_takes_nothing_new
         assert (await operator.ask(get("/v1/admin/status")))[1]["state"] == "draining"
         refused, told = await kept.ask(get("/v1/kv/a"))
         assert (refused, told["code"], told["retryable"]) == (503, "node_stopped", True)
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection(*split_address(node.address))
         writing.send("cd")
         assert (await writing.answer())[0] == 200

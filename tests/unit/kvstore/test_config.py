@@ -260,6 +260,12 @@ def test_a_file_that_cannot_be_read_is_a_configuration_error(tmp_path: Path):
 # --- what is printed ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("deep", ["x = " + "[" * 5_000, "[raft]\nx = " + "{x=" * 5_000])
+def test_a_file_that_is_nested_too_deeply_is_a_configuration_error(written, deep):
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        config.validate(written(deep))
+
+
 def test_the_printed_default_is_read_back_to_the_defaults(written):
     assert config.validate(written(config.print_default())) == NodeConfig()
 

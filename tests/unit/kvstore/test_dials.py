@@ -6,9 +6,12 @@ import asyncio
 import logging
 import random
 
+import pytest
+
+from kvstore.adapters.system import SystemClock
 from kvstore.client import Database
 from kvstore.errors import PipeClosed
-from kvstore.link import Hello
+from kvstore.link import Hello, LinkLimits
 from kvstore.sim import loop as sim
 from kvstore.streams import PeerLink, Stream
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
@@ -29,6 +32,28 @@ class BadNetwork:
 
 def errors(caplog) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+async def test_a_client_dials_for_as_long_as_a_handshake_may_take_but_not_beyond_its_timeout():
+    given: list[float] = []
+
+    class Network:
+        async def dial(self, address, path, timeout_s):
+            given.append(timeout_s)
+            raise PipeClosed("nobody is there")
+
+    for limits, timeout_s in ((None, 5.0), (LinkLimits(handshake_timeout_s=0.5), 5.0), (None, 1.0)):
+        client = Database(
+            Network(),  # type: ignore[arg-type]
+            ["far:1"],
+            SystemClock(),
+            random.Random(1),
+            timeout_s,
+            link_limits=limits,
+        )
+        with pytest.raises(PipeClosed):
+            await client._dial("far:1", 0)
+    assert given == [3.0, 0.5, 1.0]
 
 
 def test_a_link_goes_on_dialling_whatever_a_dial_ended_in(caplog):
