@@ -54,6 +54,11 @@ class ClientConnection:
         self._replies: list[Reply] = []
         self._open = 0  # requests that are not answered
 
+    @property
+    def queue_bytes(self) -> int:
+        """What waits to be sent."""
+        return self._stream.queue_bytes
+
     def on_message(self, payload: bytes) -> None:
         """Raises FrameError for what is not a list of requests: the stream ends, the node goes on."""
         if not payload or payload[0] != REQUESTS:

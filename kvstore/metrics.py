@@ -182,11 +182,12 @@ _COUNTERS: Final[Mapping[str, frozenset[str]]] = {  # figures that only grow; ot
             "segments_deleted", "syncs", "sync_mode_switches", "snapshots_sent", "snapshots_failed",
             "snapshots_installed", "snapshots_refused", "snapshots_lost", "snapshots_outrun",
             "snapshot_frames_bad", "snapshot_answers_dropped", "entries_applied",
+            "snapshot_bytes_sent", "snapshot_bytes_received",
         }
     ),
     "peers": frozenset({"messages_sent", "frames_sent", "frames_dropped"}),
     "client": frozenset(
-        {"calls_retried", "messages_sent", "commit_attempts", "commit_retries", "conflicts"}
+        {"calls_retried", "messages_sent", "commit_attempts", "commit_retries", "conflicts", "replicas_behind"}
     ),
     "requests": frozenset(
         {

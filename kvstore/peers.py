@@ -124,6 +124,12 @@ class PeerSet:
             for node, link in self._raft.items()
         ]
 
+    def gauges(self) -> dict[str, int]:
+        """Of all of them together; what waits to be sent, snapshots included."""
+        links = [*self._raft.values(), *self._snapshots.values()]
+        queued = sum(link.stream.queue_bytes for link in links if link.stream is not None)
+        return {"up": sum(link.up for link in self._raft.values()), "queue_bytes": queued}
+
     async def close(self) -> None:
         for link in (*self._raft.values(), *self._snapshots.values()):
             await link.close(0.2)

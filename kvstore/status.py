@@ -38,7 +38,11 @@ def node_status(node: Node) -> dict[str, Any]:
             "leaderships_begun_total": store.leaderships_begun,
             "elections_begun_total": host.measures.elections_begun,
         },
-        "requests": {**store.counters, "open": store.open_requests},
+        "requests": {
+            **store.counters,
+            "open": store.open_requests,
+            "inbox_bytes": store.inbox_bytes,
+        },
         "replica_reads": {f"{name}_total": n for name, n in store.replica_reads.counters.items()},
         "closed": {f"{name}_total": n for name, n in store.closer.counters.items()},
         "connections": {
@@ -46,6 +50,7 @@ def node_status(node: Node) -> dict[str, Any]:
             "cut_off_total": node.connections.cut_off,
             "malformed_total": node.connections.malformed,
             "throttled_total": node.connections.throttled,
+            "queue_bytes": sum(each.queue_bytes for each in node.connections.open.values()),
         },
         "oracle": {"last": str(store.oracle.last), "serving": int(store.oracle.serving)},
         "transactions": _transactions(node),
@@ -58,9 +63,8 @@ def node_status(node: Node) -> dict[str, Any]:
     if node.database is not None:
         status["client"] = node.database.stats()
     if node.peers is not None:
-        peers = node.peers.status()
-        status["peer_links"] = peers
-        status["peers"] = {**node.peers.counters, "up": sum(1 for each in peers if each["up"])}
+        status["peer_links"] = node.peers.status()
+        status["peers"] = {**node.peers.counters, **node.peers.gauges()}
     return status
 
 

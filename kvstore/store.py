@@ -147,7 +147,7 @@ class Store:
         self._watch_recent_rows = watch_recent_rows
         self._requests_max = requests_max
         self._inbox_bytes_max = inbox_bytes_max
-        self._inbox_bytes = 0
+        self.inbox_bytes = 0  # of frames of requests that wait for a turn
         self._host: Host
         self._remote: RemoteCalls
         self._overlay = Overlay(engine)
@@ -195,7 +195,7 @@ class Store:
         room = (
             0 if chance("throttled") else self._requests_max + self.polls.open - self.open_requests
         )
-        if self._inbox_bytes + size_bytes > self._inbox_bytes_max:
+        if self.inbox_bytes + size_bytes > self._inbox_bytes_max:
             room = 0
         if len(requests) > room:
             for request in requests[max(0, room) :]:
@@ -215,7 +215,7 @@ class Store:
         if queued > self._queued:
             self._queued = queued
             self._frames.append((queued, size_bytes))
-            self._inbox_bytes += size_bytes
+            self.inbox_bytes += size_bytes
         self._host.wake()
 
     def local_answer(self, evaluator: Evaluator, call_id: int, reply: Reply) -> None:
@@ -258,7 +258,7 @@ class Store:
             self.measures.turn_requests.note(taken)
         self._handled += taken
         while self._frames and self._frames[0][0] <= self._handled:
-            self._inbox_bytes -= self._frames.popleft()[1]
+            self.inbox_bytes -= self._frames.popleft()[1]
         if inbox:
             self._host.wake()  # the next turn goes on: this batch travels while that one is evaluated
         while self._local:

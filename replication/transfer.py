@@ -129,6 +129,8 @@ class Transfers:
             "snapshots_lost": 0,
             "snapshot_frames_bad": 0,
             "snapshot_answers_dropped": 0,
+            "snapshot_bytes_sent": 0,  # of rows, as are those received
+            "snapshot_bytes_received": 0,
         }
 
     # ------------------------------------------------------------ asked by the host
@@ -284,6 +286,7 @@ class Transfers:
                     self._owner.unreadable(sender.group)
                     return False
             sending.unsent = sender.next_frame(data, now)
+            self.counters["snapshot_bytes_sent"] += len(data or b"")
         elif sending.retry_at is not None and now < sending.retry_at:
             return False
         if chance("snapshot_queue_full") or not self._peers.send_snapshot_chunk(
@@ -345,6 +348,7 @@ class Transfers:
             reached("snapshot_broken")
             self._lose(receiving, str(error))
             return
+        self.counters["snapshot_bytes_received"] += len(data)
         if data:
             receiving.sink.chunk(data)
         receiver.taken(self._throttle.take(len(data), now))

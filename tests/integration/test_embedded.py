@@ -260,6 +260,40 @@ async def test_how_often_leadership_began_is_told_with_the_metrics(tmp_path):
     await node.stop(drain=False)
 
 
+async def test_each_number_of_a_group_of_the_status_is_a_metric(tmp_path):
+    """As docs/metrics.md says; what only grows is a counter."""
+    config = NodeConfig()
+    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
+    await node.start()
+    cluster = mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], [])
+    await node.initialize(plan(cluster, [ADDRESS])[0])
+    async with asyncio.timeout(20.0):
+        while node.database is None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+    status = node.status()
+    samples = {
+        sample.name
+        for family in NodeMetrics(lambda: status, "0").registry.collect()
+        for sample in family.samples
+    }
+    for group, figures in status.items():
+        for name, value in figures.items() if isinstance(figures, dict) else ():
+            if isinstance(value, str) or name.startswith("fences_by_"):
+                continue
+            base = f"kvorum_{group}_{name}".replace(f"{group}_{group}", group)
+            base = base.removesuffix("_s") + "_seconds" if base.endswith("_s") else base
+            assert {base, f"{base}_total"} & samples, base
+    assert {
+        "kvorum_host_snapshot_bytes_sent_total",
+        "kvorum_host_snapshot_bytes_received_total",
+        "kvorum_connections_queue_bytes",
+        "kvorum_peers_queue_bytes",
+        "kvorum_requests_inbox_bytes",
+        "kvorum_client_replicas_behind_total",
+    } <= samples
+    await node.stop(drain=False)
+
+
 OPEN_TRANSACTIONS = 10_000
 OPEN_BYTES_MAX = 6_000  # of memory, for one that has read two keys and written one
 

@@ -184,8 +184,8 @@ async def test_a_new_member_is_not_ready_before_it_serves(waiting):
     assert not found
     assert "ranges" in reason
     async with asyncio.timeout(20.0):
-        while not waiting.ready()[0]:
-            await asyncio.sleep(0)  # noqa: ASYNC110 - nobody tells
+        while not waiting.ready()[0]:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
     assert await waiting.database.get(b"k", timeout=1.0) is None
 
 

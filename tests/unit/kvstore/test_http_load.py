@@ -9,7 +9,7 @@ import base64
 import pytest
 from aiohttp import test_utils, web
 
-from kvstore.adapters import http_load, http_server
+from kvstore.adapters import http_load, http_server, http_watch
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
 VALUE = bytes(1_000)
@@ -155,6 +155,6 @@ async def test_events_for_which_there_is_no_room_can_be_asked_for_again(database
     async def answer(self, database, raw_query, gone):
         return {"events": [{"key": b"a", "value": VALUE}], "version": "9"}
 
-    monkeypatch.setattr(http_server.WatchPolls, "answer", answer)
+    monkeypatch.setattr(http_watch.WatchPolls, "answer", answer)
     async with serving(database) as http:
         assert await refusal(await http.get("/v1/watch?key=a")) == (429, "throttled")

@@ -54,3 +54,14 @@ def test_the_largest_entry_behind_those_of_other_ranges_still_fits_into_a_messag
     peer_set(link).send(2, messages)
     assert [each for payload in link.payloads for each in decode_messages(payload[1:])] == messages
     assert len(link.payloads) == 3
+
+
+def test_what_waits_for_all_nodes_is_told_in_one_number_snapshots_included():
+    def link(queue_bytes: int | None, *, up: bool) -> Any:
+        stream = None if queue_bytes is None else SimpleNamespace(queue_bytes=queue_bytes)
+        return SimpleNamespace(stream=stream, up=up)
+
+    peers = peer_set(link(100, up=True))
+    peers._raft[3] = link(None, up=False)
+    peers._snapshots[2] = link(7, up=True)
+    assert peers.gauges() == {"up": 1, "queue_bytes": 107}

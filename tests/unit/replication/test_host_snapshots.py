@@ -54,6 +54,8 @@ def test_a_replica_behind_the_cut_log_gets_a_snapshot_and_then_the_log():
     world.heal()
     world.advance(3.0)
     assert slow.machine.states[1].installed[0] > 0
+    sent = sum(node.host.stats()["snapshot_bytes_sent"] for node in world.nodes.values())
+    assert sent >= slow.host.stats()["snapshot_bytes_received"] > 0
     leader = world.leader()
     world.propose(b"afterwards")
     world.advance(1.0)
