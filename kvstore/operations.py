@@ -267,7 +267,7 @@ async def _run_one(tx: Transaction, operation: Operation, room: _Room) -> dict[s
                     why = f"the key {shown} is not absent"
                 else:
                     why = f"the key {shown} does not have the value {escape(wanted[:64])}"
-                version = await tx.committed_version(key)
+                version = await tx._committed_version(key)  # noqa: SLF001 - one package; no part of the API
                 raise CompareFailed(version, f"{why}; nothing was written")
     return {}
 

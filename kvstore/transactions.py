@@ -272,7 +272,7 @@ class Transaction(BufferedWrites):
             raise
         return await self.get_many(wanted)
 
-    async def committed_version(self, key: bytes) -> int:
+    async def _committed_version(self, key: bytes) -> int:
         """The version of what `get` found there, without this transaction's own writes; 0: there was no such key."""
         self._require_open()
         limits.validate_key(key)

@@ -87,7 +87,10 @@ class PartQuestions(Questions):
             self.answered(txn_id, locus)
             recovery.on_outcome(part, reply)
 
-        reached("orphan_asks" if self._mode == QueryMode.ORPHAN else "blocked_writer_asks")
+        if self._mode == QueryMode.ORPHAN:
+            reached("orphan_asks")
+        else:
+            reached("blocked_writer_asks")
         request = QueryTxn(0, 0, 0, txn_id, part.row.anchor_key, self._mode)
         recovery.call(part.row.anchor_key, request, on_reply)
         return True

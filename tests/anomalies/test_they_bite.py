@@ -70,7 +70,7 @@ def writers_pass_intents(patch: pytest.MonkeyPatch) -> None:
         for key, value in zip(keys, values, strict=True):
             overlay.put(b"L" + key, encode_latest(ts, txn_id, value))
 
-    def take(self: Pending, part: Part) -> None:
+    def take(self: Pending, part: Part, *_: Any) -> None:
         self.part = part  # two are resolved at once, and a key's latch has one holder
 
     patch.setattr(Evaluator, "_foreign_part", lambda *_: None)

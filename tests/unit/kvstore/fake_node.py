@@ -138,7 +138,7 @@ class FakeTransaction:
     async def get(self, key):
         return {**self._database.plain(), **self._writes}.get(key)
 
-    async def committed_version(self, key):
+    async def _committed_version(self, key):
         return self._database.rows[key].version if key in self._database.rows else 0
 
     async def get_for_update(self, key, *, shared=False):
