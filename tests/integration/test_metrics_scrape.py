@@ -83,10 +83,13 @@ def traffic(db, cluster):
     for number in range(20):
         for first in (b"a", b"h", b"p"):
             db.put(b"%s%d" % (first, number), b"value")
+
+    def put_both(tx):
+        tx.put(b"a", b"1")
+        tx.put(b"p", b"1")
+
     for _ in range(5):
-        with db.transaction() as tx:
-            tx.put(b"a", b"1")
-            tx.put(b"p", b"1")
+        db.run(put_both)
     with contextlib.suppress(KVError), db.transaction() as tx:  # refused: it read what is old now
         tx.get(b"a1")
         db.put(b"a1", b"newer")
