@@ -26,7 +26,7 @@ Status = Mapping[str, Any]
 _Family = GaugeMetricFamily | CounterMetricFamily
 
 _STATES: Final = ("waiting", "starting", "ready", "draining")
-_ROLES: Final = ("leader", "follower", "candidate", "pre-candidate", "refused")
+_ROLES: Final = ("leader", "caretaker", "follower", "candidate", "pre-candidate", "refused")
 _OPERATION: Final = re.compile(r"[a-z_]{1,32}")
 
 

@@ -157,4 +157,4 @@ def _range(node: Node, replica: Replica) -> dict[str, Any]:
     if row.range_id in node.host.refused:
         return {**shown, "role": "refused", "term": 0, "commit": 0}
     raft = node.host.raft(row.range_id)
-    return {**shown, "role": raft.role.value, "term": raft.term, "commit": raft.commit_index}
+    return {**shown, "role": raft.role_name, "term": raft.term, "commit": raft.commit_index}

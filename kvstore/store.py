@@ -419,16 +419,19 @@ class Store:
 
     # -- applying; Machine
 
-    def apply(self, group: int, entries: Sequence[Entry]) -> None:
+    def apply(self, group: int, entries: Sequence[Entry]) -> int:
         replica = self.replicas[group]
-        overlay = self._overlay
+        overlay, staged_bytes = self._overlay, 0
         for entry in entries:
+            staged_bytes -= overlay.bytes
             replica.apply(entry, overlay)
+            staged_bytes += overlay.bytes
             self._staged[group] = replica
             full = overlay.bytes > WRITE_BATCH_BYTES_MAX or len(overlay.rows) > WRITE_BATCH_ROWS_MAX
             if full or chance("write_batch_cut"):
                 self._write()
                 overlay = self._overlay
+        return staged_bytes
 
     def _write(self) -> None:
         overlay = self._overlay

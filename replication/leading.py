@@ -374,18 +374,20 @@ class Leader:
         self._try_transfer(peer)
 
     def _hand_over(self) -> None:
-        """A caretaker asks who has the whole log to lead, one after the other: some may have no state either."""
+        """A caretaker asks who has the whole log to lead, one after the other: some may have no state either. Then it ends."""
         state = self._state
         whole = [
             voter
             for voter in state.history.current.voters
             if voter in self.peers and self.peers[voter].match == state.log.last_index
         ]
-        next_ones = [voter for voter in whole if voter > self._offered_to] or whole
+        next_ones = [voter for voter in whole if voter > self._offered_to]
         if next_ones:
             reached("caretaker_handed_over")
             self._offered_to = min(next_ones)
             self.transfer(self._offered_to)
+        elif whole:
+            self.over = True  # nobody took it; who cannot be asked may try, and has more time to than this one
 
     def _try_transfer(self, peer: Progress) -> None:
         state = self._state

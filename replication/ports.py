@@ -59,8 +59,9 @@ class Machine(Protocol):
     def drain(self, now: float) -> None:
         """Start of a turn: evaluate what the world has asked; may call Host.propose and Host.read_index."""
 
-    def apply(self, group: int, entries: Sequence[Entry]) -> None:
-        """Apply committed entries that are durable here, in index order, without gaps. NOOP and CONFIG included."""
+    def apply(self, group: int, entries: Sequence[Entry]) -> int:
+        """Apply committed entries that are durable here, in index order, without gaps. NOOP and CONFIG included.
+        Returns how many bytes of rows that staged, which may be many for a small entry."""
 
     def finish(self) -> None:
         """End of a turn's applies: write the batch, answer."""

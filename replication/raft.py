@@ -135,6 +135,11 @@ class RaftNode(ReplicaState):
         return self._leading is not None
 
     @property
+    def role_name(self) -> str:
+        """For people: who leads for the sake of its log alone serves nothing."""
+        return "caretaker" if self.is_leader and not self.electable else self.role.value
+
+    @property
     def term_start_index(self) -> int:
         """The no-op with which this replica began to lead its term; 0 if it does not lead."""
         return self._leading.term_start_index if self._leading else 0
@@ -155,7 +160,7 @@ class RaftNode(ReplicaState):
         return {
             "group": self.group,
             "replica": self.replica,
-            "role": self.role.value,
+            "role": self.role_name,
             "term": self.term,
             "vote": self._vote,
             "leader": self.leader,

@@ -32,6 +32,7 @@ from replication.types import Entry, Membership, SnapshotMeta
 LIVE_PROBES: Final = (
     20  # a follower is live if it answered one of the last this many that any follower answered
 )
+APPLY_AT_ONCE: Final = 16  # entries, between two looks at what they staged
 
 
 class Helped(NamedTuple):
@@ -197,6 +198,10 @@ class Replica:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
         self.held = self.receiving = self.stateless = self.unreadable = False
         self._may_lead()
+        if (
+            self.raft.is_leader and not self.led_term
+        ):  # elected while the state came in: nobody knows that it leads
+            self.raft.step_down(self.raft.now)
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:
             self.raft.applied_to(handed_out)
@@ -293,13 +298,16 @@ class Applier:
             replica = self._replicas.get(group)
             if replica is None or replica.held:
                 continue
-            entries, size_bytes = replica.queue.take(bytes_left, entries_left)
-            if entries:
-                self._machine.apply(group, entries)
-                done.append((replica, entries[-1].index))
-                self.entries_applied += len(entries)
-                bytes_left -= size_bytes
+            last = 0
+            while len(replica.queue) and bytes_left > 0 and entries_left > 0:
+                some = min(entries_left, APPLY_AT_ONCE)
+                entries, size_bytes = replica.queue.take(bytes_left, some)
+                bytes_left -= max(size_bytes, self._machine.apply(group, entries))
                 entries_left -= len(entries)
+                self.entries_applied += len(entries)
+                last = entries[-1].index
+            if last:
+                done.append((replica, last))
             if len(replica.queue):
                 self.groups[group] = None  # at the end of the line
             if bytes_left <= 0 or entries_left <= 0:

@@ -30,7 +30,7 @@ from txn.commands import Command, Commit, FencePart, OracleBound, PreparePart, R
 from txn.counters import COUNTERS, count
 from txn.gc import Collector
 from txn.guards import GuardCheck
-from txn.latches import LatchTable, Pending, Waiter
+from txn.latches import SEEN_BYTES_MAX, LatchTable, Pending, Waiter
 from txn.locking import Locking
 from txn.messages import (
     Ack,
@@ -502,9 +502,12 @@ class Evaluator:
                 pending.since = pending.asked_at = now
                 pending.keys.append(key)
                 pending.values.append(write.value if write.kind == WriteKind.PUT else None)
-                pending.seen = ((latest_key, latest),)
-                if latest is not None:
-                    pending.adds_bytes = len(latest)
+                if latest is None:
+                    pending.seen = ((latest_key, None),)
+                else:
+                    pending.adds_bytes = size = len(latest)
+                    if size <= SEEN_BYTES_MAX:
+                        pending.seen = ((latest_key, latest),)
                 latches.acquire(pending)
                 self.await_fresh.append(pending)
                 if not self.silence.armed:

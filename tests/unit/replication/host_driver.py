@@ -62,13 +62,14 @@ class ListMachine:
         self.led: dict[int, int] = {}
         self.reads: dict[int, bool] = {}
         self.finished = 0
+        self.stages_bytes = 0  # of rows, by each entry
         self.settlements = 0
         self._unfinished = False
 
     def drain(self, now: float) -> None:
         self.on_drain(now)
 
-    def apply(self, group: int, entries: Sequence[Entry]) -> None:
+    def apply(self, group: int, entries: Sequence[Entry]) -> int:
         state = self.states[group]
         assert not state.installing
         for entry in entries:
@@ -81,6 +82,7 @@ class ListMachine:
             state.applied = (entry.index, entry.term)
         self.log.append(("apply", group, [entry.index for entry in entries]))
         self._unfinished = True
+        return self.stages_bytes * len(entries)
 
     def finish(self) -> None:
         assert self._unfinished

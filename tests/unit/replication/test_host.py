@@ -123,6 +123,24 @@ def test_an_apply_phase_is_bounded_and_groups_take_turns():
     assert applied == [(1, 3), (2, 3), (1, 1), (2, 1)]
 
 
+def test_an_apply_phase_is_bounded_by_what_small_entries_stage():
+    """A thousand deletions of large values were one phase of a GiB: the old values move."""
+    world = World(nodes=1, groups=(1, 2))
+    world.settle()
+    world.advance(0.01)
+    machine = world.nodes[1].machine
+    machine.stages_bytes = world.nodes[1].host.limits.apply_bytes_max
+    machine.log.clear()
+    for number in range(40):
+        for group in (1, 2):
+            world.propose(b"%d" % number, group)
+    before = machine.finished
+    world.settle()
+    assert [len(indices) for _, _, indices in machine.log] == [16, 16, 16, 16, 8, 8]
+    assert [group for _, group, _ in machine.log] == [1, 2, 1, 2, 1, 2]
+    assert machine.finished - before == 6
+
+
 def test_the_state_is_told_of_leadership_in_pairs():
     world = World(nodes=3)
     first = led(world)

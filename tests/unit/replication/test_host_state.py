@@ -72,8 +72,11 @@ def test_a_caretaker_asks_each_that_has_the_log_and_leads_only_until_one_can():
 
     world.deliver = without_snapshots  # type: ignore[method-assign]
     world.isolate(leader.number)
-    world.advance(20.0)
-    assert any(node.host.raft(1).is_leader for node in others)
+    led_here = 0
+    for _ in range(200):
+        world.advance(0.1)
+        led_here += any(node.host.raft(1).is_leader for node in others)
+    assert led_here
     told = [each for node in others for each in node.machine.log]
     assert ("leadership", 1) not in {
         each[:2] for each in told
@@ -81,6 +84,34 @@ def test_a_caretaker_asks_each_that_has_the_log_and_leads_only_until_one_can():
     world.heal()
     world.advance(10.0)
     assert world.leader() is leader
+
+
+def test_a_caretaker_that_nobody_relieves_ends_so_that_others_may_try():
+    world = World(nodes=3)
+    leader = led(world)
+    others = [node for node in world.nodes.values() if node is not leader]
+    for node in others:
+        node.host._replicas[1].lose_state()
+    leader.crash()
+    roles: list[str] = []
+    for _ in range(200):
+        world.advance(0.1)
+        roles += [node.host.raft(1).status()["role"] for node in others]
+    assert "leader" not in roles  # whoever looks is told that nothing is served
+    assert roles.count("caretaker") > 10
+    terms = [node.host.raft(1).term for node in others]
+    world.advance(20.0)
+    assert min(node.host.raft(1).term for node in others) > max(terms)
+
+
+def test_one_that_was_elected_while_its_state_came_in_does_not_lead_unheard():
+    world = World(nodes=1)
+    node = world.nodes[1]
+    led(world)
+    replica = node.host._replicas[1]
+    replica.led_term = 0  # as if it had been elected while it was held
+    replica.has_state(node.machine, replica.applied)
+    assert not replica.raft.is_leader
 
 
 def test_a_leader_that_cannot_read_its_state_lets_another_one_lead_and_send_its_own():

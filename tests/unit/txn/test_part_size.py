@@ -295,3 +295,15 @@ def test_what_a_command_makes_apply_write_is_counted_with_it(kind):
     apply_batch(place.state, overlay, Batch(0, 1, [pending.command]))
     counted = size_bytes(pending.command) + pending.adds_bytes
     assert overlay.bytes // 2 <= counted <= overlay.bytes + 1_000
+
+
+@pytest.mark.parametrize(("value_bytes", "kept"), [(10, True), (SEEN_BYTES_MAX, False)])
+def test_a_write_of_one_key_keeps_no_large_old_value_until_it_is_applied(value_bytes, kept):
+    """Thousands of them wait for a round of the log."""
+    place = Range()
+    (key,) = large(place, 1, value_bytes)
+    place.prepare(1, put(key, b"new"))
+    place.stamp()
+    (pending,) = place.take()
+    assert pending.seen == (((b"L" + key, place.rows.get(b"L" + key)),) if kept else ())
+    assert pending.adds_bytes > value_bytes
