@@ -228,17 +228,18 @@ class _Node:
         finish, server, turns = store.finish, self._server, 0
         rows = server.machine.directory.rows
 
-        def checked_apply(group: int, entries: Sequence[Entry]) -> None:
+        def checked_apply(group: int, entries: Sequence[Entry]) -> int:
             observers.entries += len(entries)
             observers.consensus.apply(name, host.raft(group), entries)
             state = store.replicas[group].state
             try:
-                apply(group, entries)
+                staged_bytes: int = apply(group, entries)
             finally:  # a write batch may have been cut before the entry at which it failed: those are in the engine
                 for entry in entries:
                     if entry.index <= state.row.applied_index:
                         observers.entry(name, state, entry)
             observers.transactions.replica_stands(name, store.replicas[group])
+            return staged_bytes
 
         def checked_leadership(group: int, term: int, is_leader: bool) -> None:
             trace.note("leads" if is_leader else "follows", name, group, term)
