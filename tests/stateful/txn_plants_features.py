@@ -338,7 +338,7 @@ def _guards_half_walked() -> Patches:
 FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stamp_is_the_parts": (_stamp_is_the_parts, 10),
     "stamped_intents_unseen": (_stamped_intents_unseen, 60),
-    "stamped_keys_not_latched": (_stamped_keys_not_latched, 40),
+    "stamped_keys_not_latched": (_stamped_keys_not_latched, 80),
     "stamped_keys_pass_guards": (_stamped_keys_pass_guards, 120),
     "closed_checked_against_applied": (_closed_checked_against_applied, 15),
     "closed_passed_by_fetch": (_closed_passed_by_fetch, 15),
@@ -357,7 +357,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
     "locks_trusted": (_locks_trusted, 10),
     "lock_passes_intents": (_lock_passes_intents, 10),
-    "lock_passes_stamps": (_lock_passes_stamps, 40),
+    "lock_passes_stamps": (_lock_passes_stamps, 80),
     "lock_passes_latches": (_lock_passes_latches, 60),
     "writers_pass_locks": (_writers_pass_locks, 10),
     "lock_left_to_nobody": (_lock_left_to_nobody, 10),
