@@ -6,6 +6,7 @@ It is handed only to one that would take over at once: another hand-over stops t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Final
 
 from kvstore.peers import PeerSet
@@ -17,6 +18,7 @@ from replication.probes import chance, reached
 
 BALANCE_S: Final = 1.0
 DRAIN_S: Final = 2.0
+DRAIN_AGAIN_S: Final = 0.25
 DRAIN_TERMS_MAX: Final = 3
 HANDOVER_DOUBLINGS: Final = 6  # of the pause between two hand-overs in vain
 CAUGHT_UP_ENTRIES: Final = 64
@@ -87,6 +89,16 @@ class Leadership:
         self._led_at = led_at
         oldest = now - LEADERLESS_ELECTIONS * self._election_timeout_s
         return [number for number, at in led_at.items() if at < oldest]
+
+    async def drain_during(self, work: asyncio.Future[None]) -> None:
+        """`drain`, and again until `work` is done: nodes that prefer this one hand ranges back as long as it answers."""
+        while True:
+            await self.drain()
+            if work.done():
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_AGAIN_S):
+                    await asyncio.shield(work)
 
     async def drain(self) -> None:
         """Leadership goes to others while we are still here to help them.

@@ -94,7 +94,7 @@ class Adapters(Protocol):
         """Streams, and what else this world has at a node's address. Returns the real address."""
 
     async def finish(self) -> None:
-        """Take no new connections, and let what was asked over HTTP come to its end, for a bounded time."""
+        """Let what was asked over HTTP come to its end, for a bounded time. Connections are still taken."""
 
     async def close(self) -> None: ...
 
@@ -252,15 +252,20 @@ class Node:
     async def stop(self, drain: bool = True) -> None:
         """Answer what is under way and hand over leadership (drain), then end everything in order. May be called again.
 
-        Requests come first: they end before anything moves, and whoever still writes through us finds the next leader.
+        Until then we are there for everybody: for new streams of clients and peers, and for who asks how we are. Whoever still
+        writes through us finds the next leader.
         """
         if self.state == "stopped":
             return
         if drain and not self.fatal.done():
             self.state = "draining"
-            await self.adapters.finish()
-            if self.leadership is not None and self.host and self.host.failure is None:
-                await self.leadership.drain()
+            finishing = asyncio.ensure_future(self.adapters.finish())
+            try:
+                if self.leadership is not None and self.host and self.host.failure is None:
+                    await self.leadership.drain_during(finishing)
+                await finishing
+            finally:
+                finishing.cancel()
         self.state = "stopped"
         async with self._initializing:
             pass  # it looks at the state when it goes on: nothing is opened behind our back

@@ -188,25 +188,26 @@ class Gateway:
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
             held = Held(load)
-            places.taken += 1
+            taken = load.health if self._node.state in refusing else places  # a stop awaits none
+            taken.taken += 1
             try:
                 response = await respond(request, held)
                 held.settle(_body_bytes(response))
-                if self._node.state in _STOPPING:
-                    response.force_close()
+                if of_data and self._node.state in _STOPPING:
+                    response.force_close()  # the next one goes to another node
                 return await _sent(request, response)
             finally:
                 held.settle(0)
-                load.left(places)
+                load.left(taken)
 
         async def respond(request: web.Request, held: Held) -> web.Response:
             clock = asyncio.get_running_loop().time
             began, outcome = clock(), "ok"
             try:
-                if places.taken > places.most:
-                    raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
                 if self._node.state in refusing:
                     raise NodeStopped
+                if places.taken > places.most:
+                    raise Throttled(http_load.RETRY_AFTER_S, "too many requests are under way")
                 _refuse_foreign_origin(request, self._node.names)
                 return await handler(request, held)
             except http_load.NoRoom:

@@ -121,8 +121,6 @@ class ProductionAdapters:
 
     async def finish(self) -> None:
         if self._gateway is not None:
-            assert isinstance(self.network, WsNetwork)
-            self.network.refuse()
             await self._gateway.finish(self._config.http.shutdown_timeout_s)
 
     async def close(self) -> None:

@@ -293,11 +293,6 @@ class WsNetwork:
 
         return [web.get(path, handle) for path in STREAM_PATHS]
 
-    def refuse(self) -> None:
-        """Take no new connections; those that there are go on."""
-        for listener, _ in self._serving:
-            listener.close()
-
     async def close(self) -> None:
         """Stop listening, end every connection, and give up what aiohttp holds."""
         self._closed = True

@@ -49,7 +49,8 @@ async def test_while_leaderships_go_requests_for_data_are_refused_and_operators_
             assert answer.headers["Connection"] == "close"
         assert await refusal(await http.put("/v1/kv/n", data=b"1")) == NODE_STOPPED
         for path in ("/metrics", "/v1/admin/status", "/health/live"):
-            assert (await http.get(path)).status == 200
+            answer = await http.get(path)
+            assert (answer.status, answer.headers.get("Connection")) == (200, None)
     assert b"n" not in node.database.rows
 
 
@@ -136,6 +137,25 @@ async def test_a_watch_that_waits_is_answered_at_once_and_says_where_to_go_on(no
         assert answer.status == 200
         assert await answer.json() == {"events": [], "version": "7"}
         assert watch.closed.is_set()
+
+
+async def test_who_is_refused_does_not_keep_a_stop_waiting(node, monkeypatch):
+    refusing, go_on = asyncio.Event(), asyncio.Event()
+    real = http_server._sent
+
+    async def slow(request, response):
+        refusing.set()
+        await go_on.wait()
+        return await real(request, response)
+
+    monkeypatch.setattr(http_server, "_sent", slow)
+    async with served(node) as (http, gateway), asyncio.timeout(WITHIN_S):
+        node.state = "draining"
+        getting = asyncio.ensure_future(http.get("/v1/kv/a"))
+        await refusing.wait()
+        await gateway.finish(10 * WITHIN_S)
+        go_on.set()
+        assert await refusal(await getting) == NODE_STOPPED
 
 
 async def test_a_stop_without_requests_waits_for_nothing(node):

@@ -121,6 +121,33 @@ async def test_a_range_that_is_handed_back_by_another_draining_node_stays():
     assert len(host.transfers) == DRAIN_TERMS_MAX
 
 
+async def test_what_is_handed_back_while_a_stop_waits_for_something_else_is_handed_over_again(
+    monkeypatch,
+):
+    monkeypatch.setattr("kvstore.leadership.DRAIN_AGAIN_S", 0.001)
+    host = Host(5, 5, NOW)
+    leading = leader(host)
+    (replica,) = leading._store.replicas.values()
+
+    transfers: asyncio.Queue[int] = asyncio.Queue()
+
+    def transfer(_group: int, to: int) -> None:
+        transfers.put_nowait(to)
+        replica.evaluator = None
+
+    monkeypatch.setattr(host, "transfer_leadership", transfer)
+    work = asyncio.get_running_loop().create_future()
+    draining = asyncio.ensure_future(leading.drain_during(work))
+    for _ in range(2 * DRAIN_TERMS_MAX):
+        assert await asyncio.wait_for(transfers.get(), GRACE_S) == THEIRS
+        host.term += 2
+        replica.evaluator = cast("Any", object())
+    await asyncio.wait_for(transfers.get(), GRACE_S)
+    assert not draining.done()
+    work.set_result(None)
+    await draining
+
+
 class Watched:
     """Leaders of ranges as a node sees them, in the course of time."""
 
