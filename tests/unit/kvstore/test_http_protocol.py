@@ -82,8 +82,10 @@ async def test_a_body_that_turns_out_malformed_is_refused_at_once(caplog):
     assert errors_of(caplog) == []
 
 
-async def test_a_malformed_body_that_waits_for_its_turn_is_told_when_that_comes():
-    go_on, told = asyncio.Event(), asyncio.get_running_loop().create_future()
+@contextlib.contextmanager
+def reading_bodies(go_on):
+    """A connection whose handler reads the body of a PUT once it may, and a future of what that raised, in words."""
+    told = asyncio.get_running_loop().create_future()
 
     async def only(request):
         await go_on.wait()
@@ -97,11 +99,48 @@ async def test_a_malformed_body_that_waits_for_its_turn_is_told_when_that_comes(
     transport = mock.create_autospec(asyncio.Transport)
     transport.is_closing.return_value = False
     protocol.connection_made(transport)
-    protocol.data_received(HEALTH + CHUNKED + b"3\r\nabc\r\n")
-    protocol.data_received(b"SECRET\r\n")
-    go_on.set()
-    assert await asyncio.wait_for(told, WITHIN_S) == "the body is malformed"
+    yield protocol, told
     protocol.connection_lost(None)
+
+
+async def test_a_malformed_body_that_waits_for_its_turn_is_told_when_that_comes():
+    go_on = asyncio.Event()
+    with reading_bodies(go_on) as (protocol, told):
+        protocol.data_received(HEALTH + CHUNKED + b"3\r\nabc\r\n")
+        protocol.data_received(b"SECRET\r\n")
+        go_on.set()
+        assert await asyncio.wait_for(told, WITHIN_S) == "the body is malformed"
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_body_that_turns_malformed_while_its_request_is_taken_up_is_told(turns):
+    go_on = asyncio.Event()
+    go_on.set()
+    with reading_bodies(go_on) as (protocol, told):
+        await asyncio.sleep(0)  # the connection waits for its first request
+        protocol.data_received(CHUNKED)
+        for _ in range(turns):  # of the loop; in one, the request is neither queued nor current
+            await asyncio.sleep(0)
+        protocol.data_received(b"SECRET\r\n")
+        assert await asyncio.wait_for(told, 1.0) == "the body is malformed"
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_body_behind_a_request_for_an_upgrade_that_turns_malformed_is_told(turns):
+    """Such bytes come to the parser once that request has been answered."""
+    go_on = asyncio.Event()
+    with reading_bodies(go_on) as (protocol, told):
+        await asyncio.sleep(0)
+        upgrade = HEALTH.replace(b"Host", b"Connection: upgrade\r\nUpgrade: websocket\r\nHost")
+        protocol.data_received(upgrade + CHUNKED)
+        answered = asyncio.Event()
+        protocol.transport.write.side_effect = lambda _: answered.set()
+        go_on.set()
+        await answered.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        protocol.data_received(b"SECRET\r\n")
+        assert await asyncio.wait_for(told, 1.0) == "the body is malformed"
 
 
 async def test_requests_that_follow_each_other_on_a_connection_are_all_answered():
