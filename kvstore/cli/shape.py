@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
+
+from kvstore.cli.output import Format
 
 ADMIN_OPTIONS: Final[Mapping[str, bool]] = {  # option -> whether a value follows
     "--endpoints": True,
@@ -15,10 +17,16 @@ ADMIN_OPTIONS: Final[Mapping[str, bool]] = {  # option -> whether a value follow
     "--yes": False,
     "-y": False,
 }
+ATTACHED: Final = tuple(Format)  # values that may stand in one word with their option, as in -ojson
 
 
-def hoist(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
-    """The arguments with these options (and their values) in front, in their order; what follows `--` stays."""
+def hoist(
+    arguments: Sequence[str], options: Mapping[str, bool], others: Collection[str] = ()
+) -> list[str]:
+    """The arguments with these options (and their values) in front, in their order; what follows `--` stays.
+
+    others: options that take a value, too: what stands behind one is its value, whatever it looks like.
+    """
     front: list[str] = []
     rest: list[str] = []
     position = 0
@@ -27,9 +35,15 @@ def hoist(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
         if argument == "--":
             rest += arguments[position:]
             break
+        if argument in others:
+            rest += arguments[position : position + 2]
+            position += 2
+            continue
         name, attached, _ = argument.partition("=")
         if not argument.startswith("--"):
-            name, attached = argument[:2], argument[2:]  # as in -ojson
+            name, attached = argument[:2], argument[2:]
+            if attached not in ("", *ATTACHED):
+                name = argument
         takes_value = options.get(name)
         if takes_value is None or (attached and not takes_value):
             rest.append(argument)
@@ -41,11 +55,23 @@ def hoist(arguments: Sequence[str], options: Mapping[str, bool]) -> list[str]:
     return front + rest
 
 
+def valued(group: TyperGroup) -> frozenset[str]:
+    """The options of a group's commands that take a value, but for those of the group itself."""
+    found: list[str] = []
+    for command in group.commands.values():
+        if isinstance(command, TyperGroup):
+            found += valued(command)
+        for each in command.params:
+            if isinstance(each, TyperOption) and not each.is_flag:
+                found += each.opts
+    return frozenset(found)
+
+
 def hoisting(options: Mapping[str, bool]) -> type[TyperGroup]:
     """A command group that does so."""
 
     class HoistingGroup(TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            return super().parse_args(ctx, hoist(args, options))
+            return super().parse_args(ctx, hoist(args, options, valued(self)))
 
     return HoistingGroup

@@ -167,10 +167,17 @@ def test_a_refusal_names_the_statement():
         ("get -ojson a -y", "-ojson -y get a"),
         ("get a -yes", "get a -yes"),
         ("get - -o json", "-o json get -"),
+        ("get -orders", "get -orders"),
+        ("scan --prefix -orders/", "scan --prefix -orders/"),
+        ("scan --prefix -ojson -otable", "-otable scan --prefix -ojson"),
+        ("scan --prefix=a -ojson", "-ojson scan --prefix=a"),
+        ("scan --start --timeout", "scan --start --timeout"),
+        ("scan --keys-only -ojson", "-ojson scan --keys-only"),
     ],
 )
 def test_global_options_may_stand_behind_the_command(given_, hoisted):
-    assert shape.hoist(given_.split(), shape.ADMIN_OPTIONS) == hoisted.split()
+    known = shape.valued(typer.main.get_group(admin.app))
+    assert shape.hoist(given_.split(), shape.ADMIN_OPTIONS, known) == hoisted.split()
 
 
 # --- kvctl on data
@@ -195,6 +202,14 @@ def kvctl(database, monkeypatch):
         return CliRunner().invoke(admin.app, list(arguments), input=stdin, env=env)
 
     return run
+
+
+def test_what_stands_behind_an_option_that_takes_a_value_is_its_value(kvctl, database):
+    database.commit({b"-orders/1": b"1", b"-o": b"2"})
+    assert kvctl("scan", "--prefix", "-orders/", "--keys-only").stdout.split()[-1] == "-orders/1"
+    found = kvctl("scan", "--prefix", "-o", "-ojson", "--keys-only").stdout
+    found = kvctl("scan", "--prefix", "-o", "-ojson", "--keys-only").stdout
+    assert [item["key"] for item in json.loads(found)["items"]] == ["LW8=", "LW9yZGVycy8x"]
 
 
 def test_get_prints_the_value_with_escapes(kvctl):
