@@ -500,9 +500,11 @@ def _decode(body: bytes, type_: type[_T]) -> _T:
 
 
 def _refuse_foreign_origin(request: web.Request, names: Collection[str]) -> None:
-    """A browser on another site's behalf may read our pages (same-origin policy hides them) but change nothing.
+    """A page of another site changes nothing through its reader's browser, whatever name it reaches us by.
 
-    To the browser a site is a name, and who owns a name can let it point at us: of names, only ours count.
+    Its GETs are answered. Of another site's the browser shows the page nothing; but to the browser a site is a name, and who owns
+    a name can let it point at us (DNS rebinding): such a page reads all that its reader's machine could. To change something a
+    request of a page must come by a name of ours. GETs are not held to that: proxies and services have names that we do not know.
     """
     origin = request.headers.get("Origin")
     if origin is None or request.method in _SAFE_METHODS:
