@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from typing import Final
 
 from kvstore.peers import PeerSet
@@ -41,7 +42,8 @@ class Leadership:
         self._election_timeout_s = election_timeout_s
         # range -> (in vain so far, not again before)
         self._handovers: dict[int, tuple[int, float]] = {}
-        self._led_at: dict[int, float] = {}  # range -> when a leader of it was known last
+        # range -> the first look without a leader since it had one; infinity: it has one
+        self._lost_at: dict[int, float] = {}
 
     async def balance_forever(self) -> None:
         """Lead where the plan prefers it: hand a range to its preferred node when that is up and has caught up.
@@ -82,13 +84,13 @@ class Leadership:
 
         A range that is refused here is left out: the others lead it, and tell us nothing.
         """
-        now, led_at = self._clock.monotonic(), {}
+        now, lost_at = self._clock.monotonic(), {}
         for number, replica in self._store.replicas.items():
             led = number in self._host.refused or self._store.leader_node(replica)
-            led_at[number] = now if led else self._led_at.get(number, float("-inf"))
-        self._led_at = led_at
+            lost_at[number] = math.inf if led else min(now, self._lost_at.get(number, -math.inf))
+        self._lost_at = lost_at
         oldest = now - LEADERLESS_ELECTIONS * self._election_timeout_s
-        return [number for number, at in led_at.items() if at < oldest]
+        return [number for number, at in lost_at.items() if at < oldest]
 
     async def drain_during(self, work: asyncio.Future[None]) -> None:
         """`drain`, and again until `work` is done: nodes that prefer this one hand ranges back as long as it answers."""

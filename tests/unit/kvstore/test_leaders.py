@@ -188,8 +188,20 @@ def test_a_range_whose_leaders_change_is_not_leaderless_but_one_that_stays_witho
     watched.leaders = {7: THEIRS}
     assert watched.after(GRACE_S / 2) == []
     watched.leaders = {}
+    assert watched.after(0.1) == []
     assert watched.after(GRACE_S) == []
     assert watched.after(0.1) == [7]
+
+
+def test_a_loss_counts_from_when_it_was_seen_and_not_from_the_last_look_that_found_a_leader():
+    """Else a change of leaders in the very moment of a look would be one that takes longer than the looks are apart."""
+    watched = Watched(7)
+    watched.leaders = {7: OURS}
+    assert watched.after(0.0) == []
+    watched.leaders = {}
+    assert watched.after(2 * GRACE_S) == []
+    watched.leaders = {7: OURS}
+    assert watched.after(GRACE_S) == []
 
 
 def test_the_balance_looks_too_so_that_nobody_need_ask_to_be_told_the_truth():
@@ -199,7 +211,10 @@ def test_the_balance_looks_too_so_that_nobody_need_ask_to_be_told_the_truth():
         watched.now += 1.0
         watched.leadership.balance()
     watched.leaders = {}
+    watched.now += 1.0
+    watched.leadership.balance()
     assert watched.after(GRACE_S) == []
+    assert watched.after(0.1) == [7]
 
 
 def test_a_range_that_is_refused_here_is_led_by_others():
