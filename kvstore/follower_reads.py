@@ -112,7 +112,11 @@ class ReplicaView(View):
         return self._replicas.send(_replace(request, stale=stale), key, end, until)
 
     def _surely_closed(self) -> bool:
-        """By the oracle's time; or, where that stands still, by how long ago this client saw as much."""
+        """By the oracle's time; or, where that stands still, by how long ago this client asked for what it has seen since.
+
+        The version may be as new as the answer, and the yes too early by as long as that took. All that hangs on it is who is
+        asked first, and a replica that is behind says so: a question more, where the time of each answer would cost every one.
+        """
         router = self.router
         if self.at <= self._replicas.read_at:
             return True
