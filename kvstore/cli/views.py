@@ -80,7 +80,11 @@ def locks(found: Locks, notation: Notation) -> Group:
 def key_text(key: bytes) -> str:
     """A key for people, cut when it is long."""
     text = Notation.ESCAPED.write(key) or "(start)"
-    return text if len(text) <= KEY_CHARACTERS_MAX else text[: KEY_CHARACTERS_MAX - 1] + "…"
+    if len(text) <= KEY_CHARACTERS_MAX:
+        return text
+    shown = Notation.ESCAPED.write("…".encode()) == "…"  # by the terminal
+    more = "…" if shown else "..."
+    return text[: KEY_CHARACTERS_MAX - len(more)] + more
 
 
 def duration(seconds: float) -> str:

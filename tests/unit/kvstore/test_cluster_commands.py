@@ -5,6 +5,7 @@ No process is started: nodes are what they would answer.
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
@@ -195,6 +196,17 @@ def test_nodes_and_ranges_are_listed(asked):
     ]
     assert "under-replicated" in run("ranges", "ls", "--problem").stdout
     assert json.loads(run("ranges", "ls", "--node", "9", "-o", "json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("utf-8", "k" * 39 + "…"), ("latin-1", "k" * 37 + "..."), ("ascii", "k" * 37 + "...")],
+)
+def test_a_long_key_is_cut_by_what_the_terminal_can_show(asked, encoding, shown):
+    long = base64.b64encode(b"k" * 41).decode()
+    asked(three("leader", "follower", "follower", start=long))
+    done = CliRunner(charset=encoding).invoke(admin.app, ["--endpoints", "h:1", "ranges", "ls"])
+    assert shown in done.stdout.split()
 
 
 @pytest.mark.parametrize(
