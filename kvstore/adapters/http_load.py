@@ -21,6 +21,9 @@ BODY_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB
 ANSWER_BYTES_IN_FLIGHT_MAX: Final = 64 * limits.MIB  # made, and not taken by their clients yet
 REQUESTS_IN_FLIGHT_MAX: Final = 1_024  # for data
 ADMIN_REQUESTS_IN_FLIGHT_MAX: Final = 32  # beside them, for who looks after a node that is busy
+ADMIN_BODIES_IN_FLIGHT_MAX: Final = (
+    4  # beside both: a body may be slow, and keeps nobody from looking
+)
 BODY_TIMEOUT_S: Final = 30.0
 ROW_JSON_BYTES: Final = 96  # what stands around a row's key and value in an answer, at most
 RESULT_JSON_BYTES: Final = 20  # of the result of an operation that reads nothing, at most
@@ -77,26 +80,26 @@ class Load:
     def __init__(self) -> None:
         self.data = Places(REQUESTS_IN_FLIGHT_MAX)
         self.admin = Places(ADMIN_REQUESTS_IN_FLIGHT_MAX)
+        self.admin_bodies = Places(ADMIN_BODIES_IN_FLIGHT_MAX)
         self.health = Places(sys.maxsize)
         self.body_bytes = 0
         self.answer_bytes = 0
         self.bodies = Waits()
-        self._idle: asyncio.Future[None] | None = None
+        self._left = asyncio.Event()  # somebody has, since it was cleared
 
     async def finish(self, timeout_s: float) -> None:
         """Until nothing but health is under way, and what still waits for its body then is ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self.data.taken or self.admin.taken:
-                    self._idle = asyncio.get_running_loop().create_future()
-                    await self._idle
+                while self.data.taken or self.admin.taken or self.admin_bodies.taken:
+                    self._left.clear()
+                    await self._left.wait()
         self.bodies.cut()
 
     def left(self, places: Places) -> None:
         """A request has been answered."""
         places.taken -= 1
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        self._left.set()
 
 
 class Held:

@@ -60,8 +60,9 @@ PAGE_BYTES_MAX: Final = 4 * limits.MIB
 JOINED_BYTES_MAX: Final = 64 * limits.KIB  # a longer body is not copied behind its head
 _HEALTH: Final = ""  # requests that are not for data
 _ADMIN: Final = "admin"
-_STOPPING: Final = ("draining", "stopped")  # states in which requests for data are refused
-_STOPPED: Final = ("stopped",)  # and all but those for its health
+_ADMIN_BODY: Final = "admin_body"
+_STOPPING: Final = ("draining", "stopped")  # states in which it takes no data, nor becomes a member
+_STOPPED: Final = ("stopped",)  # and in which it answers for its health alone
 _KV_PATH: Final = "/v1/kv/"
 _REFUSALS: Final = {404: "unknown_path", 405: "method_not_allowed"}
 _SAFE_METHODS: Final = ("GET", "HEAD", "OPTIONS")
@@ -161,7 +162,7 @@ class Gateway:
             ("POST", "/v1/txn", "txn", self._txn),
             ("GET", "/v1/watch", "watch", self._watch),
             ("GET", "/v1/admin/identity", _ADMIN, self._identity),
-            ("POST", "/v1/admin/init", _ADMIN, self._init),
+            ("POST", "/v1/admin/init", _ADMIN_BODY, self._init),
             ("GET", "/v1/admin/status", _ADMIN, self._status),
             ("GET", "/v1/admin/ranges", _ADMIN, self._ranges),
             ("GET", "/v1/admin/nodes", _ADMIN, self._nodes),
@@ -178,12 +179,17 @@ class Gateway:
     def answering(self, operation: str, handler: _Answerer) -> _Handler:
         """`handler` with its errors turned into answers, counted, and within the limits of what may be under way.
 
-        Health is answered however busy the node is; administration and metrics have places of their own.
+        Health is answered however busy the node is; administration and metrics have places of their own, and of them those that
+        bring a body others again.
         """
-
-        load, of_data = self._load, operation not in (_HEALTH, _ADMIN)
-        places = load.data if of_data else load.admin if operation == _ADMIN else load.health
-        refusing = _STOPPING if of_data else _STOPPED if operation == _ADMIN else ()
+        load = self._load
+        others: dict[str, tuple[http_load.Places, tuple[str, ...]]] = {
+            _HEALTH: (load.health, ()),
+            _ADMIN: (load.admin, _STOPPED),
+            _ADMIN_BODY: (load.admin_bodies, _STOPPING),
+        }
+        of_data = operation not in others
+        places, refusing = others.get(operation, (load.data, _STOPPING))
 
         @functools.wraps(handler)
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -502,9 +508,10 @@ def _decode(body: bytes, type_: type[_T]) -> _T:
 def _refuse_foreign_origin(request: web.Request, names: Collection[str]) -> None:
     """A page of another site changes nothing through its reader's browser, whatever name it reaches us by.
 
-    Its GETs are answered. Of another site's the browser shows the page nothing; but to the browser a site is a name, and who owns
-    a name can let it point at us (DNS rebinding): such a page reads all that its reader's machine could. To change something a
-    request of a page must come by a name of ours. GETs are not held to that: proxies and services have names that we do not know.
+    Its GETs are answered. Of another site's the browser shows the page nothing; but to the browser a site is a name, and who
+    owns a name can let it point at us (DNS rebinding): such a page reads all that its reader's machine could. To change
+    something, a request of a page must come by a name of ours. GETs are not held to that: proxies and services have names that
+    we do not know.
     """
     origin = request.headers.get("Origin")
     if origin is None or request.method in _SAFE_METHODS:

@@ -63,6 +63,29 @@ async def test_requests_of_operators_have_places_of_their_own_which_end_too(
             assert (await http.get(served)).status == 200
 
 
+async def test_bodies_of_administration_that_do_not_arrive_keep_nobody_from_looking(
+    database, monkeypatch
+):
+    monkeypatch.setattr(http_load, "ADMIN_REQUESTS_IN_FLIGHT_MAX", 1)
+    monkeypatch.setattr(http_load, "ADMIN_BODIES_IN_FLIGHT_MAX", 1)
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def stuck():
+        yield b"x"
+        begun.set()
+        await ended.wait()
+
+    async with serving(database) as http:
+        slow = asyncio.ensure_future(http.post("/v1/admin/init", data=stuck()))
+        await begun.wait()
+        await http.get("/health/live")  # the other one has been taken up by then
+        assert await refusal(await http.post("/v1/admin/init", data=b"")) == (429, "throttled")
+        for path in ("/metrics", "/v1/admin/status", "/v1/kv/a"):
+            assert (await http.get(path)).status == 200
+        ended.set()
+        assert (await slow).status == 400
+
+
 async def test_too_many_bytes_in_flight_are_throttled(database, monkeypatch):
     monkeypatch.setattr(http_load, "BODY_BYTES_IN_FLIGHT_MAX", 10)
     async with serving(database) as http:

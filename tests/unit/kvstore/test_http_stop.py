@@ -158,6 +158,37 @@ async def test_who_is_refused_does_not_keep_a_stop_waiting(node, monkeypatch):
         assert await refusal(await getting) == NODE_STOPPED
 
 
+async def test_two_that_wait_for_the_same_requests_both_learn_that_they_have_ended(
+    node, monkeypatch
+):
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(*_, **__):
+        begun.set()
+        await go_on.wait()
+        return 1
+
+    monkeypatch.setattr(node.database, "put", slow)
+    async with served(node) as (http, gateway), asyncio.timeout(WITHIN_S):
+        putting = asyncio.ensure_future(http.put("/v1/kv/n", data=b"1"))
+        await begun.wait()
+        node.state = "draining"
+        stops = [asyncio.ensure_future(gateway.finish(10 * WITHIN_S)) for _ in range(2)]
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(*stops, putting)
+
+
+async def test_an_init_that_comes_while_a_node_stops_is_refused_before_its_body_has_come(node):
+    async def stuck():
+        yield b"x"
+        await asyncio.get_running_loop().create_future()
+
+    async with served(node) as (http, _), asyncio.timeout(WITHIN_S):
+        node.state = "draining"
+        assert await refusal(await http.post("/v1/admin/init", data=stuck())) == NODE_STOPPED
+
+
 async def test_a_stop_without_requests_waits_for_nothing(node):
     async with served(node) as (_, gateway), asyncio.timeout(WITHIN_S):
         await gateway.finish(10 * WITHIN_S)
