@@ -333,7 +333,7 @@ class LoggingSection(Section, frozen=True, kw_only=True):
 
     level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        says("The least level that is written."),
+        says("The least level that is written; debug may show what users store."),
     ] = "info"
     format: Annotated[
         Literal["auto", "json", "console"],

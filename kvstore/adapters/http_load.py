@@ -153,6 +153,9 @@ class Body:
         except web.RequestPayloadError as error:
             self._release()
             raise InvalidArgument(str(error)) from None
+        except OSError as error:  # the connection's, such as EHOSTUNREACH: it is none of Python's ConnectionErrors
+            self._release()
+            raise ConnectionError(str(error)) from error
         except BaseException:
             self._release()
             raise

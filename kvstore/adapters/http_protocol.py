@@ -1,5 +1,5 @@
 """aiohttp's end of a connection to a node, with what its own does not do: it tells whoever reads a body that the rest of it is
-malformed, and logs neither what clients sent nor that they went away.
+malformed, and logs neither what clients sent nor that they went away; but at debug the words of errors, which may hold the one.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class Gateway:
             except (asyncio.CancelledError, ConnectionError, web.HTTPException):
                 outcome = "gone"  # the caller went away, or aiohttp has its own answer
                 raise
-            except Exception as error:  # a bug of ours is logged and answered
+            except Exception as error:  # a bug of ours is logged, at debug in words that may hold data, and answered
                 outcome = "internal_error"
                 resource = request.match_info.route.resource
                 route = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 from unittest import mock
 
 import pytest
@@ -29,14 +31,14 @@ def _logged(caplog):
 @contextlib.asynccontextmanager
 async def listening(only=None):
     """(host, port, requests of which something has been read) of a gateway; or of `only`, for everything."""
-    begun: asyncio.Queue[None] = asyncio.Queue()
+    begun: asyncio.Queue[web.Request] = asyncio.Queue()
 
     async def on_pipe(path, pipe):
         raise AssertionError("nobody asked for a stream")
 
     @web.middleware
     async def note(request, handler):
-        begun.put_nowait(None)
+        begun.put_nowait(request)
         return await handler(request)
 
     app = web.Application(middlewares=[note])
@@ -179,6 +181,16 @@ async def test_a_client_that_goes_away_in_the_midst_of_its_request_is_no_error(c
         async with connected(host, port) as (reader, writer):
             writer.write(HEALTH)
             assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+    assert errors_of(caplog) == []
+
+
+@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ENETDOWN, errno.ETIMEDOUT])
+async def test_a_body_that_the_network_loses_is_no_error(caplog, number):
+    async with listening() as (host, port, begun), connected(host, port) as (reader, writer):
+        writer.write(LONG + b"abc")
+        request = await begun.get()
+        request.protocol.connection_lost(OSError(number, os.strerror(number)))
+        assert await reader.read() == b""
     assert errors_of(caplog) == []
 
 
