@@ -170,6 +170,7 @@ class _Demo:
         _say(self._out, f"{since} transfers since, on {len(cluster.nodes) - 1} nodes")
         began = time.monotonic()
         await cluster.restart_async(victim)
+        await cluster.wait_ready_async([victim])
         _say(
             self._out,
             f"restarted node {victim + 1}; it was ready after {time.monotonic() - began:.1f} s",
