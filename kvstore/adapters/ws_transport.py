@@ -49,6 +49,9 @@ MESSAGE_BYTES_MAX: Final = WIRE_BYTES_MAX + 1
 CLOSE_TIMEOUT_S: Final = 1.0  # for aiohttp to end a connection that we gave up already
 SHUTDOWN_TIMEOUT_S: Final = 0.5  # for open requests to end, when everything is closed
 BACKLOG: Final = 128  # connections that the system has taken and we have not
+ACCEPTED_S: Final = (
+    0.001  # by a timer of the loop, which comes after what the sockets brought in the same turn
+)
 # For the next request, or the rest of its head, to come; longer than proxies keep idle connections to us (60 s).
 KEEPALIVE_TIMEOUT_S: Final = 75.0
 
@@ -297,6 +300,8 @@ class WsNetwork:
         """Stop listening, end every connection, and give up what aiohttp holds."""
         self._closed = True
         serving, self._serving = self._serving, []
+        if serving:  # asyncio loses what it has just accepted if the listener goes before it is made a connection
+            await asyncio.sleep(ACCEPTED_S)
         for listener, runner in serving:
             listener.close()
             await runner.cleanup()

@@ -306,6 +306,27 @@ def websockets(scenario: Scenario) -> Callable[[], None]:
 
 
 @websockets
+async def test_a_connection_that_comes_just_as_the_network_closes_ends_with_it(
+    world: World,
+) -> None:
+    def to_its_end(wire: socket.socket) -> None:
+        try:
+            while wire.recv(1024):
+                pass
+        except ConnectionResetError:
+            pass
+
+    for turns in range(6):  # of the loop: from before it is taken until it is being read
+        network = WsNetwork()
+        address = await network.serve("127.0.0.1:0", world.on_pipe)
+        with socket.create_connection(split_address(address), 5.0) as wire:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await network.close()
+            await asyncio.to_thread(to_its_end, wire)
+
+
+@websockets
 async def test_a_server_that_accepts_and_says_nothing_is_given_up_in_time(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         began = asyncio.get_running_loop().time()
