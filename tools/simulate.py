@@ -6,7 +6,8 @@ python -m tools.simulate --seed 17 --shrink                          a failing s
 python -m tools.simulate --seeds 200 --start 1 --jobs 2 [--stop]     many, on worker processes
 python -m tools.simulate --speed                                     simulated seconds per second of a core
 
-Ends with 0 if all is well, 1 if a seed failed (or a probe was never reached, with --require-probes), 130 after Ctrl-C.
+Ends with 0 if all is well, 1 if a seed failed (or a probe was never reached, with --require-probes), 130 after Ctrl-C or
+SIGTERM: many seeds print their totals all the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import faulthandler
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -258,15 +260,16 @@ def _many(given: argparse.Namespace) -> int:
         print(text, file=sys.stderr if in_json else sys.stdout, flush=True)
 
     try:
-        for verdict in verdicts:
-            if verdict is not None:
-                totals.add(verdict)
-                if verdict.problems and totals.failures <= given.failures:
-                    say(f"seed {verdict.seed} FAILED: {verdict.kind}")
-                    _report(verdict, options, say, problems_max=PROBLEMS_SHOWN)
-                if verdict.problems and given.stop:
-                    break
-            progress.show(totals)
+        with _told_to_end():
+            for verdict in verdicts:
+                if verdict is not None:
+                    totals.add(verdict)
+                    if verdict.problems and totals.failures <= given.failures:
+                        say(f"seed {verdict.seed} FAILED: {verdict.kind}")
+                        _report(verdict, options, say, problems_max=PROBLEMS_SHOWN)
+                    if verdict.problems and given.stop:
+                        break
+                progress.show(totals)
     except KeyboardInterrupt:
         say("interrupted")
         status = INTERRUPTED
@@ -279,6 +282,21 @@ def _many(given: argparse.Namespace) -> int:
     if missed:
         say(f"FAILED: probes that were never reached: {', '.join(missed)}")
     return status or (1 if totals.failures or missed else 0)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C, and that also where a shell that began this in the background has it ignored."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _speed(given: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 import tools.simulate
 from kvstore.sim.scenario import Options
 from tests.sim.plants import PLANTS, planted
-from tools.simulate import judge, main, shrunk_lines, timeline_of
+from tools.simulate import Verdict, judge, main, shrunk_lines, timeline_of
+from tools.simulation.fleet import Fleet
 from tools.simulation.shrink import Shrinker
 
 SHORT = ("--seconds", "2", "--clients", "2", "--ops", "6")
@@ -48,6 +51,27 @@ def test_a_failing_seed_prints_the_command_that_replays_it_with_all_options(
 def test_a_timeline_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seed", "3", "--timeline", *SHORT]) == 0
     assert "leads range 1 in term" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_prints_its_totals(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(_fleet: Fleet, work: Iterable[tuple[int, Options]]) -> Iterator[Verdict | None]:
+        for seed, _ in work:
+            if seed == 3:
+                signal.raise_signal(number)
+            yield Verdict(seed, [])
+
+    monkeypatch.setattr(Fleet, "play", play)
+    before = signal.signal(number, signal.SIG_IGN)  # as in a shell's background
+    try:
+        assert main(["--seeds", "9", *SHORT]) == 130
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    printed = capsys.readouterr().out
+    assert "interrupted\n2 seeds, 0 failed" in printed
 
 
 @pytest.mark.slow
