@@ -30,6 +30,7 @@ from txn.messages import (
     GetTimestamps,
     LockRead,
     Outcome,
+    Prepare,
     Read,
     Reply,
     Request,
@@ -92,11 +93,14 @@ class Call(msgspec.Struct, eq=False):
     range_id: int = 0
     version: int = 0
     link: ClientLink | None = None
-    opened_at: float = float("-inf")
+    asked_at: float = float("-inf")  # nothing that is in its answer is older
     request: Request | None = None
     size_bytes: int = 0
     tries: int = 0  # that came to nothing
     silences: int = 0  # those of them that got no answer at all
+    silent: tuple[
+        ClientLink, ...
+    ] = ()  # where: the answer may come yet, if it is asked there again
     sent: bool = False
     parked: bool = False
     node: int = 0  # where its caller wishes it to go, once
@@ -141,9 +145,17 @@ class Call(msgspec.Struct, eq=False):
         if not isinstance(self.failure, NoQuorum):
             self.failure = error
 
+    def goes(self, link: ClientLink, now: float) -> None:
+        """The next try. It is a new question, but for a Prepare, whose answer is the first one's if that was taken."""
+        self.link = link
+        if link not in self.silent and self.request.__class__ is not Prepare:
+            self.asked_at = now
+
     def unanswered(self) -> None:
         """A try got no answer in time. So it was taken, as far as anybody knows, and an overload before that is over."""
         self.silences += 1
+        if self.link is not None and self.link not in self.silent:
+            self.silent += (self.link,)
         if isinstance(self.failure, Throttled):
             told = self.failure.message
             self.failure = DeadlineExceeded(

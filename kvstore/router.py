@@ -207,7 +207,7 @@ class Router:
         future = None if silent or on_reply is not None else self._new_future()
         route = self._find(key)
         if route is None or (end and not route.covers(key, end)):
-            return Call(number, key, end, deadline, expires, future, on_reply, opened_at=now)
+            return Call(number, key, end, deadline, expires, future, on_reply, asked_at=now)
         link = self._leaders.get(route.leader)
         return Call(
             number, key, end, deadline, expires, future, on_reply, route.range_id, route.version, link, now
@@ -370,7 +370,7 @@ class Router:
             return
         assert call.request is not None
         call.request = addressed(call.request, call)
-        call.link = link
+        call.goes(link, now)
         link.pending[call.id] = call
         if call.expires < self._expiry:
             self._expiry = call.expires
@@ -454,7 +454,7 @@ class Router:
                 ts = 0
                 if isinstance(reply, Directory):
                     self._on_directory(reply)
-            newest, asked_at = self.seen_ts, call.opened_at
+            newest, asked_at = self.seen_ts, call.asked_at
             if ts > newest or (ts == newest and self.seen_at < asked_at and call.asks_for_now):
                 self.seen_ts = ts
                 if self.seen_at < asked_at and not call.is_stale:

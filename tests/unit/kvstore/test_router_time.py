@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from kvstore.batch import Batch
-from kvstore.client import Database
+from kvstore.client import SEEN_AGE_S_MAX, Database
 from kvstore.errors import (
     DeadlineExceeded,
 )
@@ -116,6 +116,22 @@ def test_a_late_answer_does_not_make_its_timestamp_new():
         assert await late == version
         await db.put(b"k", b"3")
         assert begin_ts_of(cluster.of(Prepare)[-1].txn_id) > version
+
+    simulate(test)
+
+
+def test_a_read_that_another_node_answers_at_last_is_as_new_as_the_question_to_that_node():
+    """Its leader died without a word: who writes next need not ask the oracle, which may have been led there."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.put(b"k", b"1")
+        cluster.ignore(Read, times=2)
+        began = now()
+        assert await db.get(b"k") == b"1"
+        assert now() > began + SEEN_AGE_S_MAX
+        asked = len(cluster.of(GetTimestamps))
+        await db.put(b"k", b"2")
+        assert len(cluster.of(GetTimestamps)) == asked
 
     simulate(test)
 
