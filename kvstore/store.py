@@ -551,7 +551,7 @@ class Store:
             raft = self._host.raft(replica.range_id)
         except KeyError:
             return 0
-        if raft.is_leader and not raft.electable:
+        if raft.is_caretaker:
             return 0
         leader = raft.leader
         for replica_id, node in replica.membership.nodes:

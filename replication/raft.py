@@ -135,9 +135,14 @@ class RaftNode(ReplicaState):
         return self._leading is not None
 
     @property
+    def is_caretaker(self) -> bool:
+        """It leads for the sake of its log alone, and serves nothing."""
+        return self._leading is not None and not self.electable
+
+    @property
     def role_name(self) -> str:
-        """For people: who leads for the sake of its log alone serves nothing."""
-        return "caretaker" if self.is_leader and not self.electable else self.role.value
+        """For people and metrics."""
+        return "caretaker" if self.is_caretaker else self.role.value
 
     @property
     def term_start_index(self) -> int:

@@ -48,7 +48,6 @@ class Replica:
     __slots__ = (
         "applied",
         "group",
-        "held",
         "helped",
         "id",
         "install",
@@ -72,7 +71,6 @@ class Replica:
         self.queue = ApplyQueue(applied)
         self.reads: deque[tuple[int, int]] = deque()  # (index, context), index not falling
         self.routes = Routes()
-        self.held = False
         self.receiving = False  # a snapshot; if it gets lost, so is the state
         self.stateless = False  # an installation was cut short: the replica asks for a snapshot
         self.stuck = False  # the node's disk is
@@ -83,6 +81,11 @@ class Replica:
         )  # (index, when), of the term that is led; raft bounds what is uncommitted
         self.helped: dict[int, Helped] = {}  # followers, by replica
         self.led_term = 0  # the term whose leadership the machine was told; 0: none
+
+    @property
+    def held(self) -> bool:
+        """Whether the machine has no state that may be used, or only a part of one (B2)."""
+        return self.receiving or self.stateless
 
     def node_of(self, replica: int) -> int | None:
         return self.routes.node(replica, self.raft.membership)
@@ -182,26 +185,25 @@ class Replica:
 
     def hold(self) -> None:
         """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
-        self.held = self.receiving = True
+        self.receiving = True
         self._may_lead()
         self.raft.step_down(self.raft.now)  # a caretaker, or one that has not heard of a later term
 
     def lose_state(self) -> None:
         """The machine's state is gone: apply nothing, serve nothing; the log and the vote are as good as ever."""
         reached("state_lost")
-        self.held = self.stateless = True
-        self.receiving = False
+        self.stateless, self.receiving = True, False
         self._may_lead()
         self.raft.step_down(self.raft.now)
 
     def has_state(self, machine: Machine, index: int) -> None:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
-        self.held = self.receiving = self.stateless = self.unreadable = False
+        self.receiving = self.stateless = self.unreadable = False
         self._may_lead()
-        if (
-            self.raft.is_leader and not self.led_term
-        ):  # elected while the state came in: nobody knows that it leads
-            self.raft.step_down(self.raft.now)
+        if self.raft.is_leader and not self.led_term:
+            self.raft.step_down(
+                self.raft.now
+            )  # elected while the state came in: the machine has not heard of it
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:
             self.raft.applied_to(handed_out)

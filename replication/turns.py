@@ -32,7 +32,7 @@ class HostLimits:
 
     inbox_messages_max: int = 50_000
     inbox_bytes_max: int = 64 * MIB
-    apply_bytes_max: int = MIB  # of commands, or of rows that they stage if these are more, in one phase; some entries at least
+    apply_bytes_max: int = MIB  # of commands, or of the rows that they stage, in one phase; looked at after 16 entries at most
     apply_entries_max: int = 2_000
     log_tail_bytes_max: int = 16 * MIB  # of a group's log in memory, kept for followers that lag
     catch_up_bytes_max: int = 256 * MIB  # for one that gets a snapshot, until it caught up

@@ -118,7 +118,9 @@ class Wal:
         """
         recovery, logs, groups = scan(files)
         if begun and not recovery.number:
-            raise LogMismatch("this is a member of a cluster, but nothing of the log is left")
+            raise LogMismatch(
+                "it was begun, but nothing of the log is left: put its directory back"
+            )
         wal = cls(segment_bytes=segment_bytes, segments_max=segments_max)
         wal.recovery = recovery
         wal._groups = groups

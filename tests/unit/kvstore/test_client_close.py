@@ -29,20 +29,25 @@ async def begun(cluster: FakeCluster, db: Database) -> asyncio.Future[int | None
     return writing
 
 
+async def cancelled_commit(db: Database) -> None:
+    """One over two ranges, whose caller gives up when it has been sent."""
+
+    async def work() -> None:
+        async with db.batch() as batch:
+            batch.put(b"a", b"1")
+            batch.put(b"z", b"1")
+
+    call = asyncio.ensure_future(work())
+    await asyncio.sleep(0.1)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+
+
 def test_a_cancelled_commit_over_several_ranges_comes_to_its_end_by_itself():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await db.get(b"a")
         cluster.fail(Prepare, "throttled", {"retry_after_s": 0.3})
-
-        async def work() -> None:
-            async with db.batch() as batch:
-                batch.put(b"a", b"1")
-                batch.put(b"z", b"1")
-
-        call = asyncio.ensure_future(work())
-        await asyncio.sleep(0.1)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
+        await cancelled_commit(db)
         assert len(cluster.parts) == 1
         await db.close()  # waits for it
         assert not cluster.parts
@@ -54,16 +59,7 @@ def test_a_cancelled_commit_over_several_ranges_comes_to_its_end_by_itself():
 def test_close_waits_for_such_a_commit_only_so_long():
     async def test(cluster: FakeCluster, db: Database) -> None:
         cluster.ignore(Prepare, times=100)
-
-        async def work() -> None:
-            async with db.batch() as batch:
-                batch.put(b"a", b"1")
-                batch.put(b"z", b"1")
-
-        call = asyncio.ensure_future(work())
-        await asyncio.sleep(0.1)
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
+        await cancelled_commit(db)
         began = now()
         await db.close()
         assert now() - began < 3.0
