@@ -54,6 +54,11 @@ def splits_of(keys: list[bytes]) -> list[bytes]:
     return [keys[len(keys) * part // RANGES] for part in range(1, RANGES)]
 
 
+def probes_of(keys: list[bytes]) -> list[bytes]:
+    """A key in each of the eight ranges that is none of the rows'."""
+    return [start + b"/probe" for start in [keys[0], *splits_of(keys)]]
+
+
 class Loader:
     def __init__(self, db: Database, data: list[tuple[bytes, bytes]]) -> None:
         self._db, self._data = db, data
@@ -91,7 +96,10 @@ class Loader:
 
 
 class Outage:
-    """How long single writes to some range were not answered, measured from outside: calls that fail make one outage."""
+    """How long single writes to some range were not answered, measured from outside: calls that fail make one outage.
+
+    `keys`: one in each range, so that it is seen whichever ranges a dead node led.
+    """
 
     def __init__(self, db: Database, keys: list[bytes]) -> None:
         self._db, self._keys = db, keys
@@ -107,7 +115,7 @@ class Outage:
         while self.running:
             failed = False
             try:
-                await self._db.put(b"probe/" + key, b"x")
+                await self._db.put(key, b"x")
             except KVError:
                 failed = True
             self.longest_s = max(self.longest_s, loop.time() - began)
@@ -155,7 +163,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
             with Progress(console=console, transient=True) as progress:
                 async with kvstore.connect(cluster.endpoints, timeout=30.0) as db:
                     loader = Loader(db, data)
-                    outage = Outage(db, [b"0", b"9", b"a"])
+                    probes = probes_of(keys)
+                    outage = Outage(db, probes)
                     crash = asyncio.create_task(crash_one(cluster, loader, say))
                     probing = asyncio.create_task(outage.run())
                     began = time.perf_counter()
@@ -164,6 +173,9 @@ async def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
                     await crash
                     outage.running = False
                     await probing
+                    async with db.batch() as batch:
+                        for key in probes:
+                            batch.delete(key)
                 say(
                     f"loaded {len(data):,} rows in {seconds:.1f} s: {len(data) / seconds:,.0f} rows/s, the kill included"
                 )

@@ -1,15 +1,17 @@
-"""Claims of `tools.realdata`: an outage lasts from the last answer to the next, whatever fails meanwhile. Virtual time."""
+"""Claims of `tools.realdata`: an outage lasts from the last answer to the next, whatever fails meanwhile, in any range. Virtual
+time."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
 
 from kvstore.errors import DeadlineExceeded
 from kvstore.sim import loop as simulated
-from tools.realdata import Outage
+from tools.realdata import RANGES, Outage, probes_of, splits_of
 
 CALL_S = 3.0  # after which a call fails
 
@@ -43,3 +45,13 @@ def test_an_outage_is_as_long_as_all_calls_that_failed(end_s: float) -> None:
 
     longest_s = simulated.run(lambda _loop: probed(), 1)
     assert 8.9 < longest_s < 12.1
+
+
+def test_each_range_is_probed_by_a_key_that_is_no_row() -> None:
+    keys = [b"unicode/%06X" % number for number in range(0, 3000, 7)]
+    bounds = [b"", *splits_of(keys), b"\xff"]
+    probes = probes_of(keys)
+    assert len(probes) == RANGES
+    for probe, (start, end) in zip(probes, itertools.pairwise(bounds), strict=True):
+        assert start <= probe < end
+        assert probe not in keys
