@@ -6,7 +6,9 @@ import asyncio
 from dataclasses import replace
 from typing import Any, Final
 
+from kvstore.config import NodeConfig, TxnSection
 from kvstore.sim.adapters import DRIFT_MAX
+from kvstore.sim.cluster import small_logs
 from kvstore.store import META_START
 from replication.messages import AppendRequest, HeartbeatResponse, Message
 from tests.sim.directed import HIGH, KEYS, META, Look, NotReached, Stage, play
@@ -14,6 +16,8 @@ from tests.sim.directed import HIGH, KEYS, META, Look, NotReached, Stage, play
 KEY: Final = KEYS[HIGH]  # in the range whose preferred leader is also the oracle's: n1
 PATH_S: Final = 0.02
 DRIFT: Final = DRIFT_MAX * 0.999
+LAG_S: Final = 0.05
+BOUND_S: Final = 0.5
 
 
 def from_others(group: int, *senders: int) -> Look:
@@ -119,6 +123,34 @@ def a_term_uses_no_timestamps_of_another() -> list[str]:
         stage.claim(found == b"3", f"the last write was acknowledged, and reads {found!r}")
 
     return play(scenario)
+
+
+def a_replaced_leader_closes_nothing() -> list[str]:
+    """n1 hands its range to n2, and hears nothing of the range any more: it believes that it leads. n2 takes a write, and the
+    oracle says to n1 what was issued since. A client asks n1 for what was there a moment ago.
+    """
+
+    async def scenario(stage: Stage) -> None:
+        near, far = await stage.client("near", 2.0), await stage.client("far")
+        await stage.put(far, KEY, b"old")
+        await stage.until_led_by("n1", META, HIGH)
+        await stage.prefer("n3", META)
+        await stage.level(HIGH)
+        assert await stage.get(near, KEY) == b"old"
+        stage.network.partition(near.name, ["n2", "n3"])
+        stage.looks["n1"] = from_others(HIGH)
+        host, one, two = stage.host("n1"), stage.raft("n1", HIGH), stage.raft("n2", HIGH)
+        stage.within("n1", lambda: host.transfer_leadership(HIGH, 2))
+        await stage.until(lambda: two.applied_index >= two.term_start_index > 0, "n2 leads")
+        await stage.put(far, KEY, b"new")
+        await asyncio.sleep(BOUND_S + 0.1)
+        if not one.is_leader:
+            raise NotReached("n1 believes that it leads")
+        read = near.database.get(KEY, max_staleness=BOUND_S)
+        value = await stage.outcome(near.process.call(read), "a read of n1")
+        stage.claim(value != b"old", "n1 has closed what was written since")
+
+    return play(scenario, config=small_logs(NodeConfig(txn=TxnSection(closed_lag_s=LAG_S))))
 
 
 def a_late_append_changes_nothing() -> list[str]:

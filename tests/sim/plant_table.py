@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from tests.sim.plants import MODEL, NOT_BUILT, PLANTS, equivalents, planted
 from tests.sim.plants.base import Caught, shortened
 from tests.stateful import txn_plants
-from tests.stateful.txn_harness import run_seed
+from tests.stateful.txn_harness import find
 
 README: Final = Path(__file__).with_name("README.md")
 BEGIN: Final = "<!-- planted bugs: written by `make plants` -->"
@@ -70,20 +70,20 @@ def prove(job: Job) -> Done:
 
 
 def _in_cluster(job: Job) -> Caught | None:
-    for proof in PLANTS[job.name].proofs:
+    plant = PLANTS[job.name]
+    for proof in plant.proofs:
         if KINDS[proof.kind] == job.kind:
             with planted(job.name):
-                return proof.prove()
+                return proof.prove(plant.shows)
     raise AssertionError(job)
 
 
 def _in_core(job: Job) -> Caught | None:
-    for seed in range(job.budget):
-        try:
-            run_seed(seed, job.name)
-        except Exception as error:  # noqa: BLE001 - a violation, or an assertion of the product
-            return Caught(seed + 1, shortened(f"{type(error).__name__}: {error}"))
-    return None
+    found = find(job.name, job.budget)
+    if found is None:
+        return None
+    seed, error = found
+    return Caught(seed + 1, shortened(f"{type(error).__name__}: {error}"))
 
 
 def table(done: Iterable[Done]) -> str:

@@ -16,6 +16,7 @@ from tests.sim.plants import PLANTS, planted
 SCENARIOS: Final[list[Callable[[], list[str]]]] = [
     directed_kept.what_is_open_is_kept,
     directed_leaders.a_late_append_changes_nothing,
+    directed_leaders.a_replaced_leader_closes_nothing,
     directed_leaders.a_slow_clock_keeps_no_lease,
     directed_leaders.a_stopped_leader_reads_nothing_old,
     directed_leaders.a_term_uses_no_timestamps_of_another,
@@ -44,10 +45,10 @@ def test_the_product_passes(scenario: Callable[[], list[str]]) -> None:
 
 @pytest.mark.parametrize("name", DIRECTED)
 def test_a_planted_bug_is_seen(name: str) -> None:
-    directed = PLANTS[name].directed
-    assert directed is not None
+    plant = PLANTS[name]
+    assert plant.directed is not None
     with planted(name):
-        assert directed.prove() is not None
+        assert plant.directed.prove(plant.shows) is not None
 
 
 def test_every_scenario_shows_a_bug() -> None:

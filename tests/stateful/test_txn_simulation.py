@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.stateful.txn_harness import run_seed
+from tests.stateful.txn_harness import find, run_seed
 from tests.stateful.txn_plants import PLANTS
 
 CHUNK_SEEDS = 5
@@ -65,16 +65,6 @@ def test_a_seed_runs_the_same_way_twice():
     first, second = run_seed(3), run_seed(3)
     assert first.probes == second.probes
     assert first.checker.versions == second.checker.versions
-
-
-def find(plant: str, seeds: int) -> int | None:
-    """The first seed at which a planted bug shows."""
-    for seed in range(seeds):
-        try:
-            run_seed(seed, plant)
-        except Exception:  # noqa: BLE001 - a violation, or an assertion of the product
-            return seed
-    return None
 
 
 @pytest.mark.parametrize(

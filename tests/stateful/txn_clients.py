@@ -155,7 +155,7 @@ class Client:
                 then(reply)
                 return
             if reply.code == "invalid_argument":
-                raise Violation(f"{call.request} was refused: {reply.message}")
+                raise AssertionError(f"{call.request} was refused: {reply.message}")
             tries -= 1
             if tries <= 0:
                 then(reply)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -38,6 +39,7 @@ END_AT_S: Final = 24.0
 EVENTS_MAX: Final = 150_000
 CALL_TIMEOUT_S: Final = 0.3
 BOUNDS: Final = (b"", b"b", b"c", b"")
+NAMED: Final = re.compile(r"[A-Z]+\d+: ")  # as the product's assertions name what they hold
 RARE_WAYS: Final = ("guards_not_from_recent", "guards_walked_slowly")
 KEYS: Final = {  # the last of each is a counter
     1: [b"a", b"a\x00", b"a1", b"a2", b"a2\xff", b"an"],
@@ -381,6 +383,19 @@ def run_seed(seed: int, plant: str | None = None, trace: bool = False) -> World:
         world.probes[name] = reached.get(f"chance:{name}", 0)
     world.probes["guards_in_slices"] = reached.get("guards_in_slices", 0)
     return world
+
+
+def find(plant: str, seeds_max: int) -> tuple[int, Exception] | None:
+    """The first seed, from 0 on, at which a planted bug is noticed, and by what: a promise that is broken, or an assertion of
+    the product that names one. Whatever else fails may be the plant's own mistake, and does not count.
+    """
+    for seed in range(seeds_max):
+        try:
+            run_seed(seed, plant)
+        except Exception as error:  # noqa: BLE001 - what does not count is none of ours
+            if isinstance(error, Violation) or NAMED.match(str(error)):
+                return seed, error
+    return None
 
 
 def _rare_ways(seed: int) -> Callable[[str], bool]:

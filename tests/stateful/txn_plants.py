@@ -302,7 +302,7 @@ def _switch() -> Patches:
 PLANTS: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "stale_min_ts": (_switch, 5),  # timestamps fetched in advance
     "joins_a_sent_batch": (_switch, 40),  # a timestamp that was asked for before the latches
-    "unconfirmed_answers": (_switch, 120),  # a deposed leader's reads are believed
+    "unconfirmed_answers": (_switch, 200),  # a deposed leader's reads are believed
     "proposed_again": (_switch, 120),  # what a term lost is proposed in the next one
     "guards_not_held": (_guards_not_held, 120),
     "guards_not_validated": (_guards_not_validated, 30),

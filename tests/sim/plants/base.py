@@ -2,7 +2,8 @@
 
 A plant is a list of patches of the product, each written as the mistake would be: one rule left out, and nothing else. It
 comes with what shows it: `Seeds`, random clusters under given faults; `Directed`, a scenario that goes straight there; or
-both. A proof is bounded: the number of seeds, or one run.
+both. A proof is bounded: the number of seeds, or one run. What fails must be the rule that the bug breaks: a plant says which
+kinds of problems count, and no other does, or a mistake in the plant itself would be taken for its being noticed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from unittest.mock import patch
 
 from kvstore.sim.scenario import Options
 from tools.simulate import judge
+from tools.simulation.judging import kind_of
 
 Patches = list[tuple[Any, str, Any]]
+Kinds = tuple[str, ...]
 
 EVIDENCE_CHARACTERS_MAX: Final = 110
 
 
 class Caught(NamedTuple):
-    """A plant was noticed. tries: seeds that were played; evidence: the first problem, shortened."""
+    """A plant was noticed. tries: seeds that were played; evidence: the first problem that counts, shortened."""
 
     tries: int
     evidence: str
@@ -39,11 +42,11 @@ class Seeds:
     def kind(self) -> str:
         return "seeds"
 
-    def prove(self) -> Caught | None:
+    def prove(self, shows: Kinds) -> Caught | None:
         for seed in range(1, self.budget + 1):
-            problems = judge(seed, self.options).problems
-            if problems:
-                return Caught(seed, shortened(problems[0]))
+            found = first_of(shows, judge(seed, self.options).problems)
+            if found is not None:
+                return Caught(seed, shortened(found))
         return None
 
 
@@ -61,17 +64,20 @@ class Directed:
     def budget(self) -> int:
         return 1
 
-    def prove(self) -> Caught | None:
-        problems = self.scenario()
-        return Caught(1, shortened(problems[0])) if problems else None
+    def prove(self, shows: Kinds) -> Caught | None:
+        found = first_of(shows, self.scenario())
+        return None if found is None else Caught(1, shortened(found))
 
 
 @dataclass(frozen=True)
 class Plant:
-    """A bug. rule: what is left out, for people. model: the bugs of the protocol's model that it stands for."""
+    """A bug. rule: what is left out, for people. shows: the kinds of problems that count (`kind_of`). model: the bugs of the
+    protocol's model that it stands for.
+    """
 
     rule: str
     patches: Callable[[], Patches]
+    shows: Kinds
     seeds: Seeds | None = None
     directed: Directed | None = None
     model: tuple[str, ...] = ()
@@ -88,6 +94,10 @@ def patched(patches: Patches) -> Iterator[None]:
         for owner, attribute, value in patches:
             stack.enter_context(patch.object(owner, attribute, value))
         yield
+
+
+def first_of(shows: Kinds, problems: list[str]) -> str | None:
+    return next((each for each in problems if kind_of(each) in shows), None)
 
 
 def shortened(problem: str) -> str:
@@ -128,4 +138,8 @@ CLIENTS: Final = Options(
     hold_s=0.5,
 )
 CALM: Final = Options(seconds=4.0, clients=8, ops=80, faults=False)
+RETRIES: Final = Options(seconds=3.0, clients=4, ops=30, faults=False, workloads=("exactly-once",))
 WATCHES: Final = Options(seconds=3.0, clients=4, ops=30, faults=False, workloads=("watches",))
+
+TOO_LOW: Final = ("I7", "I8", "I11", "I12", "I13", "I14", "I19", "M1")
+"""What tells of a timestamp that is below what was issued, read, closed or written before."""

@@ -69,16 +69,19 @@ CACHES: Final[dict[str, Plant]] = {
     "written rows are not followed": Plant(
         "a write leaves the cached rows of its keys as they were",
         _written_rows_are_not_followed,
+        ("I11", "I17", "RC1"),
         Seeds(CALM, 4),
     ),
     "snapshot passes the cache": Plant(
         "a snapshot is installed in the engine, and the cache is not told",
         _installed_behind_the_cache,
+        ("RC1",),
         Seeds(SNAPSHOTS, 60),
     ),
     "row comes in later": Plant(
         "a row that was read is cached in a later call: a write may have come between",
         _row_comes_in_later,
+        ("I11", "I17", "RC1"),
         Seeds(CALM, 4),
     ),
 }

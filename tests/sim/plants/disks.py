@@ -71,6 +71,20 @@ def _idle_heads_left_out() -> Patches:
     return [(Wal, "_stage_head_of", busy_only)]
 
 
+def _idle_votes_left_out() -> Patches:
+    """The hard state that a new segment begins with has the term of an idle group, and not its vote."""
+    stage = Wal._stage_head_of
+
+    def voteless(self: Wal, group: int, state: GroupState) -> None:
+        kept = state.hard_state
+        if state.oldest_segment() is None:
+            state.hard_state = HardState(kept.term, 0, kept.commit)
+        stage(self, group, state)
+        state.hard_state = kept
+
+    return [(Wal, "_stage_head_of", voteless)]
+
+
 def _log_cut_before_flush() -> Patches:
     """The log is cut at what is applied, whether the engine has flushed it or not."""
 
@@ -173,62 +187,82 @@ def _bound_not_persisted() -> Patches:
 
 DISKS: Final[dict[str, Plant]] = {
     "fsync does nothing": Plant(
-        "the log is written and never synced", _fsync_does_nothing, Seeds(CRASHES, 2)
+        "the log is written and never synced",
+        _fsync_does_nothing,
+        ("durable log",),
+        Seeds(CRASHES, 2),
     ),
     "messages pass the gate": Plant(
         "votes and acknowledgements leave before what they promise is on disk",
         _messages_pass_the_gate,
+        ("durable log",),
         directed=Directed(directed_log.an_acknowledged_entry_is_on_two_disks),
     ),
     "late durability counts": Plant(
         "a write that became durable counts for the entries that replaced its own",
         _late_durability_counts,
+        ("state machine safety",),
         directed=Directed(directed_log.durable_is_what_stands_there_now),
     ),
     "vote is forgotten": Plant(
         "a restarted replica knows its term, and not for whom it voted",
         _vote_is_forgotten,
+        ("durable vote",),
         directed=Directed(directed_log.one_vote_in_a_term),
     ),
     "term is forgotten": Plant(
         "a restarted replica begins again in the term of its last entry",
         _term_is_forgotten,
+        ("durable vote",),
         directed=Directed(directed_log.one_vote_in_a_term),
     ),
     "idle heads left out": Plant(
         "a segment begins with the hard states of busy ranges only",
         _idle_heads_left_out,
+        ("# does not start LogMismatch",),
+        directed=Directed(directed_log.idle_ranges_survive_their_segments),
+    ),
+    "idle votes left out": Plant(
+        "a segment begins with the votes of busy ranges only",
+        _idle_votes_left_out,
+        ("durable vote",),
         directed=Directed(directed_log.idle_ranges_survive_their_segments),
     ),
     "log cut before flush": Plant(
         "the log is cut at what is applied, flushed or not",
         _log_cut_before_flush,
+        ("# does not start LogMismatch",),
         Seeds(CRASHES, 8),
     ),
     "applied index leads its rows": Plant(
         "the applied index is written in a batch of its own, before the rows it speaks of",
         _applied_index_leads_its_rows,
+        ("I17",),
         Seeds(CRASHES, 5),
     ),
     "snapshot not flushed": Plant(
         "a snapshot is acknowledged before the engine has it on disk",
         _snapshot_not_flushed,
+        ("# does not start LogMismatch",),
         Seeds(SNAPSHOTS, 60),
         directed=Directed(directed_log.an_installed_snapshot_is_on_disk),
     ),
     "no marker": Plant(
         "nothing on disk says that an installation is unfinished",
         _no_marker,
+        ("I17",),
         directed=Directed(directed_log.half_a_snapshot_is_no_state),
     ),
     "snapshot over newer state": Plant(
         "a snapshot is installed over what was committed meanwhile",
         _snapshot_over_newer_state,
+        ("state machine safety",),
         directed=Directed(directed_log.an_old_snapshot_is_refused),
     ),
     "oracle bound not persisted": Plant(
         "the oracle's bound is applied in memory only",
         _bound_not_persisted,
+        ("I9",),
         directed=Directed(directed_log.the_oracle_remembers_its_bound),
     ),
 }

@@ -38,21 +38,25 @@ KEPT: Final[dict[str, Plant]] = {
     "holds not heeded": Plant(
         "the oracle does not note what clients have open",
         _holds_not_heeded,
+        ("I15",),
         directed=Directed(directed_kept.what_is_open_is_kept),
     ),
     "floor not heeded": Plant(
         "a range collects all that is older than the retention, whatever the oracle says of what is open",
         _floor_not_heeded,
+        ("I15",),
         directed=Directed(directed_kept.what_is_open_is_kept),
     ),
     "newest kept version collected": Plant(
         "the newest version at or below the threshold goes like those before it",
         _core("newest_kept_version_collected"),
+        ("I15",),
         directed=Directed(directed_kept.what_is_open_is_kept),
     ),
     "recent forgets": Plant(
         "what a range no longer remembers of its latest versions is taken for never written",
         _core("recent_forgets"),
+        ("W1",),
         Seeds(WATCHES, 8),
     ),
 }

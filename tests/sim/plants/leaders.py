@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from kvstore.closing import Closer
 from kvstore.store import Store
 from replication.codec import decode_membership
 from replication.errors import NotLeader, ProposalDropped
@@ -80,6 +81,10 @@ def _probe_outlives_its_term() -> Patches:
     return [(RaftNode, "_forget_acknowledgement", forget)]
 
 
+def _replaced_leader_closes() -> Patches:
+    return [(Closer, "_confirmed", lambda _self, _range_id: True)]
+
+
 def _proposed_again() -> Patches:
     """What a term lost is proposed as it is, when this node leads again."""
     leadership, propose = Store.leadership, Store._propose
@@ -106,42 +111,57 @@ LEADERS: Final[dict[str, Plant]] = {
     "reads not confirmed": Plant(
         "whoever thinks that it leads answers reads, without lease and without read index",
         _reads_not_confirmed,
+        ("I11",),
         directed=Directed(directed_leaders.a_slow_clock_keeps_no_lease),
     ),
     "oracle not confirmed": Plant(
         "timestamps are handed out by whoever thinks that it leads the meta range",
         _oracle_not_confirmed,
+        ("I9",),
         directed=Directed(directed_leaders.a_stopped_leader_reads_nothing_old),
         model=("stale_tso",),
     ),
     "lease too long": Plant(
         "the lease outlives the election timeout",
         _lease_too_long,
+        ("lease",),
         directed=Directed(directed_leaders.a_stopped_leader_reads_nothing_old),
     ),
     "lease without drift": Plant(
         "the lease is as long as the election timeout, as if all clocks went alike",
         _lease_without_drift,
+        ("lease",),
         directed=Directed(directed_leaders.a_slow_clock_keeps_no_lease),
+    ),
+    "replaced leader closes": Plant(
+        "a leader tells what it closed without a lease",
+        _replaced_leader_closes,
+        ("I11",),
+        directed=Directed(directed_leaders.a_replaced_leader_closes_nothing),
+        model=("deposed_leader_closes",),
     ),
     "late append truncates": Plant(
         "an append replaces what follows it, though it is held already",
         _late_append_truncates,
+        ("quorum",),
         directed=Directed(directed_leaders.a_late_append_changes_nothing),
     ),
     "old terms are counted": Plant(
         "a leader commits entries of earlier terms by counting",
         _old_terms_are_counted,
+        ("leader completeness",),
         directed=Directed(directed_leaders.an_old_entry_is_not_committed_by_counting),
     ),
     "probe outlives its term": Plant(
         "the probe of a former leader is answered to the next one, which takes it for its own",
         _probe_outlives_its_term,
+        ("probe",),
         Seeds(PARTITIONS, 20),
     ),
     "proposed again": Plant(
         "what a term lost is proposed in the next one as it was",
         _proposed_again,
+        ("I13", "I14", "M1"),
         Seeds(PARTITIONS, 40),
         model=("propose_again_in_later_term",),
     ),

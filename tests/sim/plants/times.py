@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from kvstore.oracle_client import OracleClient
 from tests.sim import directed_leaders
-from tests.sim.plants.base import CALM, ELECTIONS, Directed, Patches, Plant, Seeds
+from tests.sim.plants.base import CALM, ELECTIONS, TOO_LOW, Directed, Patches, Plant, Seeds
 from txn.commands import Command
 from txn.evaluate import Evaluator
 from txn.latches import Pending
@@ -238,40 +238,47 @@ TIMES: Final[dict[str, Plant]] = {
     "oracle serves at once": Plant(
         "a new oracle goes on from the old bound, without one of its own",
         _oracle_serves_at_once,
+        ("I9",),
         Seeds(ELECTIONS, 4),
     ),
     "oracle starts low": Plant(
         "a new oracle begins below the bound of the one before it",
         _oracle_starts_low,
+        ("I9",),
         Seeds(ELECTIONS, 4),
     ),
     "stocked for all": Plant(
         "parts take timestamps that were fetched before they latched",
         _any_part,
+        TOO_LOW,
         Seeds(CALM, 5),
         model=("no_read_watermark",),
     ),
     "stocked after a read": Plant(
         "so does who overwrites what was read",
         _after_a_read,
+        TOO_LOW,
         Seeds(CALM, 20),
         model=("no_read_bump",),
     ),
     "stocked for one range": Plant(
         "so do commits of one range",
         _one_range,
+        TOO_LOW,
         Seeds(CALM, 20),
         model=("one_entry_commit_no_bump",),
     ),
     "stocked for several ranges": Plant(
         "so do parts of larger transactions, though a reader was promised that they come later",
         _several_ranges,
+        TOO_LOW,
         Seeds(CALM, 20),
         model=("no_barrier",),
     ),
     "stocked by a former leader": Plant(
         "so do a leader's first commands, from an earlier term in which its node led",
         _former_leader,
+        TOO_LOW,
         Seeds(ELECTIONS, 40),
         Directed(directed_leaders.a_term_uses_no_timestamps_of_another),
         model=("no_floor",),
@@ -279,36 +286,42 @@ TIMES: Final[dict[str, Plant]] = {
     "stocked after waiting": Plant(
         "so does who waited for another transaction's end",
         _who_waited,
+        TOO_LOW,
         Seeds(CALM, 40),
         model=("waiter_below_commit",),
     ),
     "stocked after a failed condition": Plant(
         "so does who overwrites what a failed condition has shown",
         _after_a_failed_condition,
+        TOO_LOW,
         Seeds(CALM, 40),
         model=("failed_condition_without_ts",),
     ),
     "stocked after a guard": Plant(
         "so does who writes into what a transaction read and validated here",
         _after_a_guard,
+        TOO_LOW,
         Seeds(CALM, 40),
         model=("no_validate_bump",),
     ),
     "joins a sent batch": Plant(
         "a part takes a timestamp that was asked for before it latched, by others of its range",
         _joins_a_sent_batch,
+        TOO_LOW,
         Seeds(CALM, 12),
         model=("barrier_passed_by_fetch",),
     ),
     "timestamps are invented": Plant(
         "a part's timestamp is one above what its keys have, and nobody issued it",
         _invented,
+        ("I7",),
         Seeds(CALM, 5),
         model=("invent_ts",),
     ),
     "old read timestamps": Plant(
         "readers get the timestamp that the readers before them had asked for",
         _old_read_timestamps,
+        ("Serializability",),
         Seeds(CALM, 10),
         model=("stale_tso",),
     ),

@@ -8,10 +8,21 @@ from typing import Any, Final
 import kvstore.closing
 import kvstore.replica
 import txn.apply
+from kvstore.attempts import KeptResult
 from kvstore.reads import Page
 from kvstore.scans import OwnPages
+from kvstore.transactions import Transaction
 from tests.sim import directed_txn
-from tests.sim.plants.base import CALM, CLIENTS, PARTITIONS, Directed, Patches, Plant, Seeds
+from tests.sim.plants.base import (
+    CALM,
+    CLIENTS,
+    PARTITIONS,
+    RETRIES,
+    Directed,
+    Patches,
+    Plant,
+    Seeds,
+)
 from tests.stateful import txn_plants
 from txn import keycode
 from txn.state import Part, RangeState
@@ -70,36 +81,49 @@ def _safe_above_undecided() -> Patches:
     return [(kvstore.replica, "safe_ts", lambda _state, closed_ts: closed_ts)]
 
 
+def _result_not_recalled() -> Patches:
+    async def recall(_self: KeptResult, _tx: Transaction) -> bytes | None:
+        return None
+
+    return [(KeptResult, "recall", recall)]
+
+
 TRANSACTIONS: Final[dict[str, Plant]] = {
     "stale beyond the bound": Plant(
         "a replica answers a read that may be stale, however stale it is",
         _bound_not_kept,
+        ("Too-stale",),
         Seeds(PARTITIONS, 12),
     ),
     "safe above what is undecided": Plant(
         "replicas read at what is closed, whatever is undecided",
         _safe_above_undecided,
+        ("I14",),
         Seeds(CLIENTS, 8),
     ),
     "outbox lost": Plant(
         "the anchor's decision is not posted to the others",
         _outbox_lost,
+        ("I19",),
         directed=Directed(directed_txn.a_decision_reaches_everybody),
     ),
     "outbox dropped early": Plant(
         "an outbox row goes when its message is sent, not when that is acknowledged",
         _core("outbox_dropped_early"),
+        ("I19",),
         directed=Directed(directed_txn.a_decision_reaches_everybody),
     ),
     "hint leaves no status": Plant(
         "a part that a hint resolved is forgotten before the anchor's record is terminal",
         _status_forgotten(hinted_only=True),
+        ("I1",),
         directed=Directed(directed_txn.a_hint_is_remembered_for_recovery),
         model=("recovery_of_dropped_status",),
     ),
     "resolved part leaves no status": Plant(
         "a part is forgotten as soon as it is resolved",
         _status_forgotten(hinted_only=False),
+        ("I1",),
         Seeds(CLIENTS, 8),
         Directed(directed_txn.a_hint_is_remembered_for_readers),
         model=("forget", "reader_of_dropped_status"),
@@ -107,87 +131,109 @@ TRANSACTIONS: Final[dict[str, Plant]] = {
     "guards not validated": Plant(
         "what a transaction read is protected, and not compared with what is there",
         _core("guards_not_validated"),
+        ("I11",),
         Seeds(CALM, 6),
         model=("no_guards",),
     ),
     "guards not held": Plant(
         "what a transaction read is compared, and not protected until it ends",
         _core("guards_not_held"),
+        ("each of two did not see the other",),
         directed=Directed(directed_txn.what_was_read_stays),
         model=("no_guards",),
     ),
     "guards until prepared": Plant(
         "what a transaction read is protected until its part is prepared only",
         _core("guards_until_prepared"),
+        ("each of two did not see the other",),
         directed=Directed(directed_txn.what_was_read_stays),
         model=("no_cmax",),
     ),
     "guards without gaps": Plant(
         "a span that was read is guarded where rows were found, and not between them",
         _guards_without_gaps,
+        ("two found a span empty, and both wrote",),
         directed=Directed(directed_txn.nothing_appears_where_nothing_was),
     ),
     "committed before validated": Plant(
         "what was read in other ranges is never asked about",
         _core("committed_before_validated"),
+        ("FG2",),
         Seeds(CALM, 6),
         model=("no_validate_bump",),
     ),
     "validation passes latches": Plant(
         "a range says that nothing has changed, though a writer's entry is in flight",
         _core("validation_passes_latches"),
+        ("I11",),
         Seeds(CALM, 15),
     ),
     "validation passes intents": Plant(
         "a range says that nothing has changed, though a write is undecided",
         _core("validation_passes_intents"),
+        ("I11",),
         Seeds(CALM, 15),
     ),
     "reads pass latches": Plant(
         "readers do not wait for writers that were there before",
         _core("reads_pass_latches"),
+        ("I11", "I12"),
         Seeds(CALM, 5),
     ),
     "reads pass intents": Plant(
         "readers do not ask about undecided writes",
         _core("reads_pass_intents"),
+        ("I11",),
         Seeds(CALM, 5),
     ),
     "volatile fence": Plant(
         "FENCED is told to whoever recovers, and not written down",
         _core("volatile_fence"),
+        ("I6",),
         Seeds(CLIENTS, 10),
         model=("volatile_fence",),
     ),
     "abort without fence": Plant(
         "the anchor's timer aborts, instead of asking",
         _core("abort_without_fence"),
+        ("I3",),
         Seeds(CLIENTS, 6),
         model=("abort_without_fence",),
     ),
     "evaluated twice": Plant(
         "neither evaluation nor apply looks for what stands already",
         _core("evaluated_twice"),
+        ("I1",),
         Seeds(CLIENTS, 6),
     ),
     "versions forgotten": Plant(
         "a commit of one range that is sent again does not find what it wrote: it is applied twice",
         _core("versions_forgotten"),
+        ("I5",),
         Seeds(CALM, 12),
     ),
     "decided with min": Plant(
         "recovery commits at the smallest timestamp of the parts",
         _core("decided_with_min"),
+        ("I4", "I6"),
         Seeds(CLIENTS, 6),
     ),
     "any prepared is committed": Plant(
         "a reader is told COMMITTED as soon as one part is prepared",
         _core("any_prepared_is_committed"),
+        ("I4", "I6"),
         Seeds(CALM, 6),
     ),
     "invisible while latched": Plant(
         "readers are told that a part is absent, though its entry is in flight",
         _core("invisible_while_latched"),
+        ("I11", "I12"),
         Seeds(CALM, 6),
+    ),
+    "result not recalled": Plant(
+        "a run does not look for what an earlier one with its idempotency key has left",
+        _result_not_recalled,
+        ("Doubled-effect",),
+        Seeds(RETRIES, 4),
     ),
 }
