@@ -86,6 +86,27 @@ def test_adapters_command_lines_and_tools_may_read_clocks_and_draw(path):
     assert broken(path, body) == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import io\nopen('a')\n",
+        "import builtins\nbuiltins.open('a')\n",
+        "import builtins\nreader = open\n",
+        "import asyncio\nasyncio.open_connection('a', 1)\n",
+        "from asyncio import start_server\nstart_server(print)\n",
+        "import asyncio\nasyncio.create_subprocess_exec('a')\n",
+        "import asyncio\nasyncio.to_thread(print)\n",
+    ],
+)
+def test_only_adapters_command_lines_and_testing_open_files_sockets_processes_and_threads(body):
+    for path in ("replication/a.py", "txn/a.py", "kvstore/a.py", "kvstore/sim/a.py"):
+        assert broken(path, body) == [(3, "banned-call")]
+    for path in ("kvstore/adapters/a.py", "kvstore/cli/a.py", "kvstore/testing/a.py"):
+        assert broken(path, body) == []
+    assert broken("tools/a.py", body) == []
+    assert broken("tests/unit/test_a.py", body) == []
+
+
 def test_what_only_looks_alike_is_allowed():
     body = """
 import asyncio
@@ -99,6 +120,10 @@ def f(rng: random.Random, now: float) -> None:
     time.monotonic()
     asyncio.wait_for(None, 1)
     tx.time.time()
+    tx.open(b"a")
+
+
+def open(path: str) -> None: ...
 """
     assert broken("kvstore/a.py", body) == []
 
