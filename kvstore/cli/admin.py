@@ -18,12 +18,14 @@ from rich.live import Live
 
 from kvstore import bootstrap
 from kvstore.cli import data, health, locks, views
-from kvstore.cli.init import initialize
+from kvstore.cli.init import Plan, initialize
 from kvstore.cli.output import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
     Format,
     Notation,
+    can_ask,
+    confirm,
     console,
     fail,
     print_json,
@@ -111,7 +113,7 @@ def _options(
     timeout: Annotated[
         str, typer.Option("--timeout", help="Time for one request (init: for all), such as 500ms.")
     ] = "30s",
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before a change.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask before init.")] = False,
 ) -> None:
     context.obj = Globals(endpoints, output, _duration(timeout), yes)
 
@@ -142,8 +144,17 @@ def init(
     use_hex: UseHex = False,
     use_base64: UseBase64 = False,
 ) -> None:
-    """Make waiting nodes a cluster, once. Idempotent; refuses nodes that hold other data."""
+    """Make waiting nodes a cluster, once. Idempotent; refuses nodes that hold other data.
+
+    On a terminal it shows its plan and asks, unless -y; scripts and pipes are not asked.
+    """
     given: Globals = context.obj
+    aside = given.format is Format.JSON  # standard output is for the JSON
+
+    def approve(plan: Plan) -> None:
+        console(stderr=aside).print(views.plan(plan))
+        if not given.yes:
+            confirm("These nodes become one cluster, for good. Go on?", stderr=aside)
 
     def work() -> None:
         notation = Notation.of(use_hex, use_base64)
@@ -152,6 +163,7 @@ def init(
             [notation.read(key) for key in split or []],
             replicas=replicas,
             timeout_s=given.timeout_s,
+            approve=approve if can_ask(stderr=aside) else None,
         )
         if given.format is Format.JSON:
             print_json(done._asdict())

@@ -1,13 +1,14 @@
 """`kvctl init`: make waiting nodes a cluster, once. Run again, it finishes what was cut off, or says that all is done.
 
 Nodes are only asked who they are until all of them have answered; a plan that was begun with other arguments is refused.
+Who is to approve the plan may take any time: the nodes are asked again afterwards, and must be as they were.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from kvstore import bootstrap
@@ -24,18 +25,29 @@ class Initialized(NamedTuple):
     already: bool  # every node was a member before
 
 
+class Plan(NamedTuple):
+    """What would be sent: `requests`, one for each address in order, to those that are `missing` in the cluster."""
+
+    cluster_id: str
+    requests: list[bootstrap.InitRequest]
+    missing: list[tuple[str, bootstrap.InitRequest]]
+
+
 def initialize(
     addresses: Sequence[str],
     splits: Sequence[bytes],
     *,
     replicas: int,
     timeout_s: float,
+    approve: Callable[[Plan], None] | None = None,
 ) -> Initialized:
     """Ask every node who it is, and send the plan to those that are empty. Nothing is sent unless all of them answer.
 
+    Args: timeout_s: for all, without the time that `approve` takes. approve: is shown the plan if there is anything to
+    send, and raises what it likes to stop it.
     Raises: InvalidArgument for bad addresses or split keys. Unavailable when a node does not answer in time. Refused
-    when one holds data, was a member and lost it, takes another address for its own, or their cluster was begun with other
-    arguments. WrongCluster when they are of several.
+    when one holds data, was a member and lost it, takes another address for its own, their cluster was begun with other
+    arguments, or they changed while `approve` took its time. WrongCluster when they are of several.
     """
     deadline = time.monotonic() + timeout_s
     created_ms, bits = time.time_ns() // 1_000_000, secrets.randbits(64)
@@ -43,6 +55,23 @@ def initialize(
     bootstrap.plan(
         minted, addresses, splits, replicas
     )  # refuses bad arguments before anybody is asked
+    found = _planned(addresses, splits, replicas, minted, deadline)
+    if found.missing and approve is not None:
+        approve(found)
+        deadline = time.monotonic() + timeout_s
+        if _planned(addresses, splits, replicas, minted, deadline) != found:
+            raise Refused(
+                "the nodes changed while the question waited; nothing was changed: run the command again"
+            )
+    _send(found.missing, deadline)
+    ranges = len(found.requests[0].ranges)
+    return Initialized(found.cluster_id, list(addresses), ranges, already=not found.missing)
+
+
+def _planned(
+    addresses: Sequence[str], splits: Sequence[bytes], replicas: int, minted: str, deadline: float
+) -> Plan:
+    """What these nodes lack of the cluster that some of them belong to, or else of the minted one."""
     identities = _identities(list(addresses), deadline)
     cluster_id = _cluster_id_of(addresses, identities) or minted
     if not bootstrap.belongs(cluster_id, addresses, splits, replicas):
@@ -60,8 +89,7 @@ def initialize(
             raise Refused(
                 f"{address} is node {identity.get('node_id')}, not node {request.your_node_id}"
             )
-    _send(missing, deadline)
-    return Initialized(cluster_id, list(addresses), len(requests[0].ranges), already=not missing)
+    return Plan(cluster_id, requests, missing)
 
 
 def _identities(addresses: list[str], deadline: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import binascii
 import enum
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO, Final, NoReturn
+from typing import Any, BinaryIO, Final, NoReturn, TextIO
 
 import msgspec
 import typer
@@ -74,6 +74,30 @@ def console(*, stderr: bool = False) -> Console:
     return Console(
         file=stream, width=width, highlight=False, markup=False, soft_wrap=not stream.isatty()
     )
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody is there; a stream that is closed is None."""
+    return stream is not None and stream.isatty()
+
+
+def can_ask(*, stderr: bool = False) -> bool:
+    """Whether somebody sees what is printed (and the question, if that goes to standard error), and can answer."""
+    return all(
+        is_terminal(each) for each in (sys.stdin, sys.stdout, sys.stderr if stderr else sys.stdout)
+    )
+
+
+def confirm(question: str, *, stderr: bool = False) -> None:
+    """Ask. Raises KVError (not_confirmed) for whatever is not y or yes."""
+    stream = sys.stderr if stderr else sys.stdout
+    stream.write(f"{question} [y/N] ")
+    stream.flush()
+    answer = sys.stdin.readline()
+    if not answer:
+        stream.write("\n")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise KVError("nothing was changed", code="not_confirmed")
 
 
 class Lines:

@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.cli.health import Health, NodeHealth, RangeHealth
+from kvstore.cli.init import Plan
 from kvstore.cli.locks import Locks
 from kvstore.cli.output import Lines, Notation, table
 
 KEY_CHARACTERS_MAX: Final = 40
+RANGES_PLANNED_MAX: Final = 20  # shown of a plan
 _STYLE: Final = {"ok": "bold green", "degraded": "bold yellow", "unavailable": "bold red"}
 
 
@@ -56,6 +58,39 @@ def ranges(rows: Sequence[RangeHealth]) -> Table | Lines:
         for each in rows
     )
     return table(("range", "start", "end", "leader", "term", "nodes", "state"), cells)
+
+
+def plan(found: Plan) -> Group:
+    """What init would make: its nodes, and the first of its ranges with the nodes of their replicas."""
+    made = found.requests[0]
+    missing = {address for address, _ in found.missing}
+    node_rows = [
+        (each.node_id, each.address, "joins" if each.address in missing else "is a member")
+        for each in made.nodes
+    ]
+    range_rows = [
+        (
+            each.range_id,
+            key_text(each.start),
+            key_text(each.end) if each.end else "(end)",
+            ",".join(str(node) for node, _ in each.replicas),
+        )
+        for each in made.ranges[:RANGES_PLANNED_MAX]
+    ]
+    copies = len(made.ranges[0].replicas)
+    head = (
+        f"cluster {found.cluster_id}: {len(made.nodes)} nodes, {len(made.ranges)} ranges, "
+        f"{copies} {'copy' if copies == 1 else 'copies'} of each"
+    )
+    left = len(made.ranges) - len(range_rows)
+    return Group(
+        Text(head),
+        Text(),
+        table(("node", "address", "plan"), node_rows),
+        Text(),
+        table(("range", "start", "end", "nodes"), range_rows),
+        Text(f"and {left} more ranges\n" if left else ""),
+    )
 
 
 def locks(found: Locks, notation: Notation) -> Group:

@@ -6,14 +6,16 @@ No process is started: nodes are what they would answer.
 from __future__ import annotations
 
 import base64
+import io
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from kvstore import bootstrap
 from kvstore.adapters import http_client
-from kvstore.cli import admin, health, views
+from kvstore.cli import admin, health, output, views
 from kvstore.cli.init import initialize
 from kvstore.errors import Refused, Unavailable, WrongCluster
 
@@ -361,3 +363,120 @@ def test_kvctl_init_prints_the_cluster(monkeypatch):
     assert done.exit_code == 0, done.stderr
     assert "is initialized: 3 nodes, 5 ranges" in done.stdout
     assert "already" in CliRunner().invoke(admin.app, words).stdout
+
+
+@pytest.fixture
+def on_a_terminal(monkeypatch):
+    """Somebody sees what `kvctl init` prints, and can answer."""
+    monkeypatch.setattr(output, "is_terminal", lambda _: True)
+
+    def run(nodes, *words, typed=""):
+        monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+        return CliRunner().invoke(admin.app, [*INIT, *words], input=typed)
+
+    return run
+
+
+INIT = ("init", "--nodes", "h:1,h:2,h:3", "--split", "m")
+QUESTION = "These nodes become one cluster, for good. Go on? [y/N] "
+
+
+@pytest.mark.parametrize("typed", ["y\n", "YES\n"])
+def test_on_a_terminal_init_shows_its_plan_and_asks(on_a_terminal, typed):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = on_a_terminal(nodes, typed=typed)
+    assert done.exit_code == 0, done.stderr
+    shown, question, rest = done.stdout.partition(QUESTION)
+    assert question
+    assert "3 nodes, 4 ranges, 3 copies of each" in shown
+    assert [line.split("\t") for line in shown.splitlines() if line.startswith(("1", "4"))] == [
+        ["1", "h:1", "joins"],
+        ["1", r"\xff\x00", r"\xff\x01", "1,2,3"],
+        ["4", r"\xff\x01", "(end)", "1,2,3"],
+    ]
+    assert rest.startswith(f"cluster {nodes.identities[0]['cluster_id']} is initialized")
+    assert nodes.sent == [1, 2, 3]
+
+
+@pytest.mark.parametrize("typed", ["n\n", "\n", "yellow\n", ""])
+def test_without_a_yes_init_changes_nothing(on_a_terminal, typed):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = on_a_terminal(nodes, typed=typed)
+    assert done.exit_code == 1
+    assert done.stderr == "error: not_confirmed: nothing was changed\n"
+    assert nodes.sent == []
+
+
+def test_init_with_y_shows_its_plan_and_does_not_ask(on_a_terminal):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = on_a_terminal(nodes, "-y")
+    assert done.exit_code == 0, done.stderr
+    assert "h:3\tjoins" in done.stdout
+    assert "[y/N]" not in done.stdout
+    assert nodes.sent == [1, 2, 3]
+
+
+def test_an_init_that_has_nothing_left_to_do_asks_nothing(on_a_terminal):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    on_a_terminal(nodes, "-y")
+    again = on_a_terminal(nodes)
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout.endswith("is initialized already: 3 nodes, 4 ranges\n")
+    assert again.stdout.count("\n") == 1
+
+
+def test_an_init_that_was_cut_off_tells_who_is_a_member_already(on_a_terminal):
+    cluster_id = bootstrap.mint_cluster_id(1, 2, ADDRESSES, [b"m"])
+    begun = {"cluster_id": cluster_id, "node_id": 1, "state": "ready", "empty": False}
+    shown = on_a_terminal(Nodes(begun, EMPTY, EMPTY), typed="y\n").stdout
+    assert "h:1\tis a member" in shown
+    assert "h:2\tjoins" in shown
+
+
+def test_the_plan_of_many_ranges_is_cut_short(on_a_terminal):
+    splits = [word for number in range(100, 200) for word in ("--split", str(number))]
+    shown = on_a_terminal(Nodes(EMPTY, EMPTY, EMPTY), *splits, typed="y\n").stdout
+    assert "and 84 more ranges" in shown
+    assert len(shown.splitlines()) < 40
+
+
+def test_with_json_the_plan_and_the_question_stay_out_of_standard_output(on_a_terminal):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = on_a_terminal(nodes, "-o", "json", typed="y\n")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["nodes"] == ADDRESSES
+    assert done.stderr.endswith(QUESTION)
+    assert "h:3\tjoins" in done.stderr
+
+
+def test_nodes_that_changed_while_the_question_waited_are_not_touched(monkeypatch):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+
+    def approve(plan):
+        cluster_id = bootstrap.mint_cluster_id(1, 2, ADDRESSES, [])
+        nodes.identities[0] = {"cluster_id": cluster_id, "node_id": 1, "empty": False}
+
+    with pytest.raises(Refused, match="changed while the question waited"):
+        initialize(ADDRESSES, [], replicas=3, timeout_s=1.0, approve=approve)
+    assert nodes.sent == []
+
+
+@pytest.mark.parametrize("piped", ["stdin", "stdout", "stderr"])
+def test_scripts_and_pipes_are_not_asked(monkeypatch, piped):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO() if name == piped else Terminal())
+    assert output.can_ask(stderr=False) == (piped == "stderr")
+    assert not output.can_ask(stderr=True)
+
+
+def test_without_a_terminal_init_prints_no_plan(monkeypatch):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+    done = CliRunner().invoke(admin.app, [*INIT, "-o", "json"])
+    assert list(json.loads(done.stdout)) == ["cluster_id", "nodes", "ranges", "already"]
+    assert done.stderr == ""
