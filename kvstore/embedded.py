@@ -78,7 +78,9 @@ async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Da
     except BaseException as error:
         await _stop(node)
         if isinstance(error, LogFormatError):
-            raise VersionMismatch(f"{path}: {error}") from error
+            raise VersionMismatch(
+                f"{path}: {error}: open it with the version of Kvorum that wrote it"
+            ) from error
         if isinstance(error, LogMismatch):
             raise CorruptionError(f"{path}: {error}") from error
         raise

@@ -47,16 +47,25 @@ def decode_identity(data: bytes) -> Identity:
     """Raises: DataDirectoryError: not such a file; VersionMismatch: of another format."""
     try:
         tables = tomllib.loads(data.decode())
-        found = tables.get("format", 0)
-        if isinstance(found, int) and found != FORMAT_VERSION and found > 0:
-            raise VersionMismatch(
-                f"{FILE_NAME} has format {found}, this version of Kvorum reads {FORMAT_VERSION}"
-            )
+        _check_format(tables.get("format"))  # first: of another format, all else may be different
         return msgspec.convert(tables, Identity)
     except (ValueError, msgspec.ValidationError) as error:
         raise DataDirectoryError(
             f"{FILE_NAME} is damaged ({error}): put back a good copy, or name another --dir"
         ) from error
+
+
+def _check_format(found: object) -> None:
+    """Of what is no number, `convert` says so."""
+    if not isinstance(found, int) or isinstance(found, bool) or found == FORMAT_VERSION:
+        return
+    if found < 1:
+        raise ValueError(f"there is no format {found}")
+    age = "a newer" if found > FORMAT_VERSION else "an older"
+    raise VersionMismatch(
+        f"{FILE_NAME} has format {found}, of {age} version of Kvorum; this one reads {FORMAT_VERSION}: "
+        "start it with that version"
+    )
 
 
 def identity_of(request: InitRequest) -> Identity:

@@ -145,7 +145,10 @@ def decode_batch_header(data: bytes, segment: int, offset: int) -> BatchHeader |
         head
     )
     if version != FORMAT:
-        raise LogFormatError(f"segment {segment} has format {version}; this version reads {FORMAT}")
+        age = "a newer" if version > FORMAT else "an older"
+        raise LogFormatError(
+            f"segment {segment} has format {version}, of {age} version; this one reads {FORMAT}"
+        )
     if own != segment or at != offset or synced_upto > position(segment, offset):
         return None
     if length < BATCH_HEADER_BYTES + count * RECORD_HEADER_BYTES or length > BATCH_BYTES_MAX:

@@ -361,7 +361,7 @@ class _Replay:
                 group.suspect = False
                 group.hard_round = group.log_round = len(self.damage)
             case _:
-                raise LogFormatError(f"a record of unknown type {record.type}")
+                raise LogFormatError(f"a record of unknown type {record.type}, of a newer version")
 
     def _state_record(self, group: _Group, record: Record) -> None:
         state = group.state

@@ -166,8 +166,7 @@ def advice(error: BaseException) -> tuple[str, str]:
     hints = {
         "data_directory_error": "choose another --dir, or stop the process that uses it",
         "wrong_cluster": "this directory belongs to another cluster: choose another --dir",
-        "version_mismatch": "the data is of a newer version: start it with that version of Kvorum",
-        "LogFormatError": "the log is of a newer version: start it with that version of Kvorum",
+        "LogFormatError": "start it with the version of Kvorum that wrote it",
         "LogMismatch": "`wal` and `rocks` in --dir do not belong together: put both back as they were",
         "LogWriteFailed": "the disk failed: look after it, then start the node again",
         "disk_full": "make room, then start the node again",

@@ -523,8 +523,7 @@ def test_our_packages_are_recognized(monkeypatch):
     [
         (OSError(errno.EADDRINUSE, "in use"), "address_in_use", "another --listen"),
         (WrongCluster("x"), "wrong_cluster", "another --dir"),
-        (errors.VersionMismatch("format 2"), "version_mismatch", "newer version"),
-        (LogFormatError("format 9"), "log_format_error", "newer version"),
+        (LogFormatError("format 9"), "log_format_error", "version of Kvorum that wrote it"),
         (errors.DataDirectoryError("in use"), "data_directory_error", "--dir"),
         (errors.DiskFull("no space"), "disk_full", "make room"),
         (OSError(errno.EADDRNOTAVAIL, "no such address"), "io_error", "no such address"),
@@ -535,6 +534,11 @@ def test_what_ends_a_node_is_told_with_what_to_do(error, code, part):
     found, message = server.advice(error)
     assert found == code
     assert part in message
+
+
+@pytest.mark.parametrize("text", ["format 1, of an older version", "protocol versions 1 to 2 here"])
+def test_a_mismatch_of_versions_is_not_taken_for_newer_data(text):
+    assert server.advice(errors.VersionMismatch(text)) == ("version_mismatch", text)
 
 
 def test_what_a_message_says_already_is_not_said_again():

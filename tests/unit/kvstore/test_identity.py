@@ -1,4 +1,4 @@
-"""Claims: a node's identity survives being written and read; what is damaged or newer is refused with what to do about it;
+"""Claims: a node's identity survives being written and read; what is damaged, older or newer is refused with what to do;
 and the first rows of a cluster are the same on every node that holds a replica of the same range."""
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ def requests():
     return plan(cluster, ADDRESSES, [b"m"])
 
 
+FILE = identity.encode_identity(identity.identity_of(requests()[0]))
+
+
 def test_an_identity_is_read_back_as_it_was_written():
     found = identity.identity_of(requests()[1])
     assert identity.decode_identity(identity.encode_identity(found)) == found
@@ -33,6 +36,11 @@ def test_an_identity_is_read_back_as_it_was_written():
         b"format = ",
         b"format = 2\ncluster_id = 5\n",
         b'format = 2\nnode_id = "x"\n',
+        FILE.replace(b"format = 2", b"format = 0"),
+        FILE.replace(b"format = 2", b"format = -1"),
+        FILE.replace(b"format = 2", b"format = true"),
+        FILE.replace(b"format = 2", b'format = "2"'),
+        FILE.replace(b"format = 2\n", b""),
     ],
 )
 def test_a_damaged_identity_is_refused(text):
@@ -40,14 +48,15 @@ def test_a_damaged_identity_is_refused(text):
         identity.decode_identity(text)
 
 
-def test_another_format_is_refused_and_says_so():
-    data = identity.encode_identity(identity.identity_of(requests()[0]))
-    for other in (1, 3):
-        changed = data.replace(b"format = 2", b"format = %d" % other)
-        with pytest.raises(
-            VersionMismatch, match=f"format {other}, this version of Kvorum reads 2"
-        ):
-            identity.decode_identity(changed)
+@pytest.mark.parametrize(("other", "age"), [(1, "an older"), (3, "a newer")])
+def test_another_format_is_refused_and_says_whose_it_is(other, age):
+    told = (
+        f"format {other}, of {age} version of Kvorum; this one reads 2: start it with that version"
+    )
+    with pytest.raises(VersionMismatch, match=told):
+        identity.decode_identity(FILE.replace(b"format = 2", b"format = %d" % other))
+    with pytest.raises(VersionMismatch, match=told):  # whatever else is in it
+        identity.decode_identity(b"format = %d\n" % other)
 
 
 def test_replicas_of_a_range_begin_with_equal_rows():

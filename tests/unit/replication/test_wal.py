@@ -361,7 +361,7 @@ def test_a_newer_format_is_refused_and_nothing_is_changed():
     head[60:] = struct.pack("<I", crc32c(bytes(head[:60])))
     node.disk.write(1, 0, bytes(head))
     before = node.disk.read(1)
-    with pytest.raises(LogFormatError):
+    with pytest.raises(LogFormatError, match="format 2, of a newer version; this one reads 1"):
         Wal.recover(node.disk)
     assert node.disk.read(1) == before
 
