@@ -100,7 +100,7 @@ def from_wire(code: str, message: str, details: Mapping[str, Any] | None = None)
 
 
 def _summary(cls: type[KVError]) -> str:
-    return (cls.__doc__ or cls.__name__).strip().split("\n")[0]
+    return " ".join((cls.__doc__ or cls.__name__).split("\n\n")[0].split())
 
 
 # --- what the caller asked for is wrong -----------------------------------------------------------
@@ -336,9 +336,7 @@ class NodeStopped(KVError):
 
 
 class NotReady(KVError):
-    """The node does not serve yet: it waits for `kvctl init`, is joining, or replays its log. Try
-    again.
-    """
+    """The node does not serve yet: it waits for `kvctl init`, or replays its log. Try again."""
 
     code = "not_ready"
     retryable = True
@@ -403,8 +401,8 @@ class AuthenticationError(KVError):
 
 
 class VersionMismatch(KVError):
-    """The two sides share no version of the protocol, or a format on disk is newer than this
-    program.
+    """The two sides share no version of the protocol, or what is on disk is of another version of
+    Kvorum, older or newer. Use that version.
     """
 
     code = "version_mismatch"
@@ -436,14 +434,14 @@ class StorageError(KVError):
 
 
 class DiskFull(StorageError):
-    """There is no space left for writes; reads go on. Make room."""
+    """There is no space left for writes. A node that needs them stops: make room, then start it."""
 
     code = "disk_full"
 
 
 class CorruptionError(StorageError):
-    """Stored bytes are not what was written (a checksum fails). The replica is repaired from its
-    peers.
+    """Stored bytes are not what was written (a checksum fails). The node serves them no longer, and
+    nothing repairs them yet.
     """
 
     code = "corruption_error"

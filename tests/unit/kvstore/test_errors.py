@@ -63,6 +63,14 @@ def test_a_code_is_the_snake_case_of_the_class_name(cls: type[KVError]):
         assert cls.code == re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
 
+@pytest.mark.parametrize("cls", EVERY)
+def test_what_an_error_says_by_itself_is_not_cut_short(cls: type[KVError]):
+    documented = " ".join((cls.__doc__ or "").split())
+    message = cls().message
+    assert "\n" not in message
+    assert message.endswith(".") or not documented.startswith(message)
+
+
 def test_every_error_of_the_module_is_in_the_registry():
     defined = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, KVError)]
     assert sorted(EVERY, key=repr) == sorted(defined, key=repr)
