@@ -117,7 +117,6 @@ class StatusCollector(Collector):
         for group, text in _GROUPS.items():
             yield from _group_families(group, text, status.get(group))
         yield from _aborts(status.get("outcomes"))
-        yield from _refusals(status.get("refused"))
 
 
 _NOTED: Final[Mapping[str, tuple[str, Callable[[NodeMeasures], Distribution]]]] = {
@@ -158,7 +157,6 @@ _FENCES: Final = "fences_by_"
 _GROUPS: Final[
     Mapping[str, str]
 ] = {  # a group of figures in the status -> what its help texts begin with
-    "wal": "Of the log",
     "engine": "Of the storage engine",
     "host": "Of the replication host",
     "raft": "Of the replicas here",
@@ -266,18 +264,6 @@ def _distribution(
         buckets[-1] = ("+Inf", buckets[-1][1])
         family.add_metric([value] if label else [], buckets, each.total)
     return family
-
-
-def _refusals(refused: Any) -> Iterable[_Family]:
-    if not isinstance(refused, Mapping):
-        return
-    family = CounterMetricFamily(
-        "kvorum_refused", "Refused before anything was done.", labels=["reason"]
-    )
-    for reason, count in refused.items():
-        if isinstance(count, numbers.Real):
-            family.add_metric([str(reason)], float(count))
-    yield family
 
 
 def _plain(status: Status, field: str, name: str, text: str) -> Iterable[_Family]:

@@ -566,7 +566,8 @@ async def test_status_ranges_and_nodes_tell_what_the_node_knows(http):
     assert nodes["nodes"] == [{"node_id": 1, "address": "127.0.0.1:7400"}]
 
 
-async def test_the_page_escapes_what_it_shows_and_runs_no_scripts(http):
+async def test_the_page_escapes_what_it_shows_and_runs_no_scripts(http, node):
+    node.address = "<script>alert(1)</script>"
     response = await http.get("/")
     text = await response.text()
     assert "<script>" not in text

@@ -50,9 +50,9 @@ async def test_metrics_show_the_status(http):
     assert 'kvorum_node_state{state="ready"} 1.0' in lines
     assert 'kvorum_replicas{role="leader"} 1.0' in lines
     assert "kvorum_apply_backlog_entries 2.0" in lines
-    assert "kvorum_wal_bytes_live 4096.0" in lines
-    assert "kvorum_wal_syncs_total 3.0" in lines
-    assert 'kvorum_refused_total{reason="throttled"} 2.0' in lines
+    assert "kvorum_engine_block_cache_bytes 4096.0" in lines
+    assert "kvorum_engine_flushes_total 3.0" in lines
+    assert "kvorum_host_synced_bytes_total 20480.0" in lines
     assert 'kvorum_build_info{version="0.1.0"} 1.0' in lines
 
 
@@ -124,7 +124,7 @@ async def test_metrics_speak_openmetrics_when_asked(http):
 
 
 @pytest.mark.parametrize(
-    "status", [{}, {"ranges": None, "wal": 3, "refused": []}, {"uptime_s": "x"}]
+    "status", [{}, {"ranges": None, "host": 3, "outcomes": []}, {"uptime_s": "x"}]
 )
 def test_a_status_of_another_shape_breaks_no_scrape(status):
     metrics = NodeMetrics(lambda: status, "0.1.0")
