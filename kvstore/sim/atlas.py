@@ -5,14 +5,14 @@ acknowledged. Of those there may be any number anywhere, since afterwards every 
 Damage (rot, misdirected writes) takes back promises, and repair from peers is not built yet: a damaged range of a node
 stays refused, a node with a damaged engine stays down. So it is confined by four rules.
 
-1. Only the nodes of `frail` are ever damaged, a minority drawn once a seed. A replica set is all nodes, so each range
-   keeps a majority of whole replicas. Why that is enough: let d be the damaged replicas, at most a minority. Whatever was
-   committed is on disk on some majority, hence on at least one whole replica; a refused replica neither votes nor
-   acknowledges, so every later election needs more than half of all, and all of them whole. With three replicas it
-   needs both whole ones, so the one that has the entry is asked, and refuses its vote to a shorter log: the winner has
-   the entry. The same for votes: what a refused replica voted is forgotten, and it cannot vote again. Power failures of
-   the whole ones add nothing: what they promised is durable there. They only cost time, until both are up again.
-   (With five, two refused leave three: again all of them are needed, and every majority held one of them.)
+1. Only the nodes of `frail` are ever damaged, drawn once a seed: a minority of each range's replicas (one node, since a
+   range has at most three), so each range keeps a majority of whole ones. Why that is enough: let d be the damaged
+   replicas, at most a minority. Whatever was committed is on disk on some majority, hence on at least one whole replica;
+   a refused replica neither votes nor acknowledges, so every later election needs more than half of all, and all of them
+   whole. With three replicas it needs both whole ones, so the one that has the entry is asked, and refuses its vote to a
+   shorter log: the winner has the entry. The same for votes: what a refused replica voted is forgotten, and it cannot
+   vote again. Power failures of the whole ones add nothing: what they promised is durable there. They only cost time,
+   until both are up again.
 2. A replica with damage that it has not noticed (it reads its log at its start only) still votes and acknowledges rightly:
    it does so from memory, and writes what follows. It counts among the whole until it restarts, then as refused.
 3. In the log only what the log can prove to have been durable is damaged (`SimDisk.provable`): behind that a lost batch
@@ -36,7 +36,7 @@ class Atlas:
     def __init__(self, cluster: SimCluster, rng: random.Random) -> None:
         self._cluster = cluster
         names = list(cluster.servers)
-        self.frail = rng.sample(names, (len(names) - 1) // 2)
+        self.frail = rng.sample(names, cluster.minority)
 
     def damageable(self, rng: random.Random) -> Server | None:
         """A node to damage; None if there is none, or it is retired already."""

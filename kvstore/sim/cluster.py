@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from kvstore.adapters.memory_engine import ROTTEN
-from kvstore.bootstrap import InitRequest, mint_cluster_id, plan
+from kvstore.bootstrap import REPLICAS_DEFAULT, InitRequest, mint_cluster_id, plan
 from kvstore.client import Database
 from kvstore.config import (
     LogSection,
@@ -118,6 +118,13 @@ class SimCluster:
             name = f"n{number}"
             machine = Machine(name, random.Random(f"{seed}/{name}"), self.trace)
             self.servers[name] = Server(number, machine)
+
+    @property
+    def minority(self) -> int:
+        """So many nodes, whichever, take no range's majority away: a range has REPLICAS_DEFAULT replicas, however many nodes
+        there are.
+        """
+        return (min(REPLICAS_DEFAULT, len(self.servers)) - 1) // 2
 
     # -- life
 

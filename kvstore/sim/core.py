@@ -1,9 +1,9 @@
 """A core that must go on: while everything else heals, a minority of the nodes stays in its fault.
 
 A healed cluster in which everything must end does not show that a majority suffices: the node that was away is there again,
-and may be what the others had waited for. So in a share of the seeds some node, or less than half of five, is left down,
-stopped, or cut off from everybody, both ways or one way. With that, and no other fault, all clients must end, reads and
-writes of all ranges succeed, and nothing stay undecided. Then these nodes heal, too. (As TigerBeetle's VOPR does.)
+and may be what the others had waited for. So in a share of the seeds some node is left down, stopped, or cut off from
+everybody, both ways or one way. With that, and no other fault, all clients must end, reads and writes of all ranges succeed,
+nothing stay undecided, and the others' replicas become equal. Then that node heals, too. (As TigerBeetle's VOPR does.)
 
 Not where damage was done: a core needs whole replicas of every range, and damage takes the minority already (atlas.py).
 A client is never on the wrong side: what is cut are the paths between the frozen nodes and all others.
@@ -27,7 +27,7 @@ class Frozen:
 
     def __init__(self, cluster: SimCluster, kind: str, names: list[str]) -> None:
         assert kind in FROZEN
-        assert len(names) < len(cluster.servers) / 2
+        assert len(names) <= cluster.minority
         self.kind, self.names = kind, names
         self._cluster = cluster
 
@@ -81,7 +81,7 @@ def draw_frozen(cluster: SimCluster, wish: str = "") -> Frozen | None:
     """
     rng = random.Random(f"{cluster.seed}/core")
     drawn, kind = rng.random() < SHARE, rng.choice(FROZEN)
-    minority = (len(cluster.servers) - 1) // 2
+    minority = cluster.minority
     names = rng.sample(list(cluster.servers), rng.randint(min(1, minority), minority))
     if wish == NEVER or not (wish or drawn) or not names:
         return None

@@ -201,8 +201,8 @@ class _Scenario:
     # -- peace
 
     async def _core(self) -> None:
-        """Liveness with a majority: a minority stays in its fault, and clients end, all ranges are read and written, and
-        nothing stays undecided all the same. In some seeds, see core.py."""
+        """Liveness with a majority: a minority stays in its fault, and clients end, all ranges are read and written, nothing
+        stays undecided, and the others' replicas are equal all the same. In some seeds, see core.py."""
         frozen = draw_frozen(self._cluster, self._options.frozen) if self._options.faults else None
         if frozen is None:
             return
@@ -213,8 +213,7 @@ class _Scenario:
         where = f"with {frozen}"
         try:
             if await self._ended(where) and await self._served("core", where):
-                decided = partial(self._decided, frozen.names)
-                await self._until(decided, f"{where} transactions stay undecided")
+                await self._converged(where, frozen.names)
         finally:
             supervisor.cancel()
             frozen.end()
@@ -259,10 +258,15 @@ class _Scenario:
             self._cluster.problem(f"in peace, a read fails: {error!r}", error)
             return
         self._result.finished = True
-        if await self._until(self._decided, "in peace transactions stay undecided"):
-            await self._until(self._level, "in peace replicas do not reach one applied index")
-            self._compare()
+        await self._converged("in peace")
         self._count()
+
+    async def _converged(self, where: str, frozen: Sequence[str] = ()) -> None:
+        """Nothing stays undecided, and the replicas of a range come to be equal, but for those of frozen nodes."""
+        decided, level = partial(self._decided, frozen), partial(self._level, frozen)
+        if await self._until(decided, f"{where} transactions stay undecided"):
+            if await self._until(level, f"{where} replicas do not reach one applied index"):
+                self._compare(frozen)
 
     async def _supervise(self, frozen: Frozen | None = None) -> None:
         """A disk that failed just before peace ends its node a little later: boot it again, as an init system would.
@@ -303,10 +307,8 @@ class _Scenario:
             lines.append(f"{server.name} {status.get('transactions')} {ranges}")
         return "; ".join(lines)
 
-    def _decided(self, frozen: Sequence[str] = ()) -> bool:
-        for server in self._whole():
-            if server.name in frozen:
-                continue
+    def _decided(self, frozen: Sequence[str]) -> bool:
+        for server in self._whole(frozen):
             if not server.running or server.node is None or server.node.store is None:
                 return False
             for number, replica in server.node.store.replicas.items():
@@ -316,16 +318,16 @@ class _Scenario:
                     return False
         return True
 
-    def _whole(self) -> list[Server]:
-        """The nodes that must run in peace."""
-        atlas = self._nemesis.atlas
-        return [each for each in self._cluster.servers.values() if not atlas.gone(each.name)]
+    def _whole(self, frozen: Sequence[str]) -> list[Server]:
+        """The nodes that must run."""
+        gone, servers = self._nemesis.atlas.gone, self._cluster.servers
+        return [each for name, each in servers.items() if not gone(name) and name not in frozen]
 
-    def _level(self) -> bool:
+    def _level(self, frozen: Sequence[str]) -> bool:
         applied: dict[int, tuple[int, int]] = {}
-        for server in self._whole():
-            assert server.node is not None
-            assert server.node.store is not None
+        for server in self._whole(frozen):
+            if not server.running or server.node is None or server.node.store is None:
+                return False
             for number, replica in server.node.store.replicas.items():
                 if self._nemesis.atlas.excused(server.name, number):
                     continue
@@ -333,10 +335,10 @@ class _Scenario:
                     return False
         return True
 
-    def _compare(self) -> None:
+    def _compare(self, frozen: Sequence[str]) -> None:
         """All rows of a range are equal on all replicas."""
         states: dict[int, tuple[str, list[tuple[bytes, bytes]]]] = {}
-        for server in self._whole():
+        for server in self._whole(frozen):
             assert server.node is not None
             assert server.node.store is not None
             for number, replica in server.node.store.replicas.items():
