@@ -278,7 +278,7 @@ def _flaky(fault: Kinds) -> None:
 
 
 def _astray(fault: Kinds) -> None:
-    """Raft's messages are lost, doubled and overtaken: between all nodes, or to and from one, or on one path."""
+    """Messages of Raft and of closed timestamps are lost, doubled and overtaken: of all nodes, of one, or on one path."""
     rng, messages = fault.rng, fault.nemesis.messages
     astray = Astray(
         rng.choice((0.0, 0.02, 0.1, 0.3)),

@@ -1,8 +1,8 @@
 """Faults of whole messages, between a node's streams and its host: lost, doubled, late and past others.
 
-Streams keep order and lose nothing but a tail, as TCP does. Raft does not count on that, and a stream to come may not
-promise it; so here single messages go astray after they were received: a late one may arrive after its sender died, and
-at the next process of its receiver. Frames of snapshots are only lost, as in a full inbox.
+Streams keep order and lose nothing but a tail, as TCP does. Raft and closed timestamps do not count on that, and a stream to
+come may not promise it; so here single messages go astray after they were received: a late one may arrive after its sender
+died, and at the next process of its receiver. Frames of snapshots are only lost, as in a full inbox.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from kvstore.node import Node
+from kvstore.peers import CLOSED_TIMESTAMPS
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.process import world
 from replication.messages import Message
@@ -35,6 +38,7 @@ class MessageFaults:
         self.counters = dict.fromkeys(("lost", "doubled", "late", "late_in_vain"), 0)
         self._cluster = cluster
         self._rng = random.Random(f"{cluster.seed}/messages")
+        self._rng_of_closed = random.Random(f"{cluster.seed}/closed")
         self._paths: dict[tuple[str, str], Astray] = {}
         self._direct: dict[str, Receive] = {}  # of the host that runs, by server
         cluster.on_open.append(self._attach)
@@ -76,39 +80,80 @@ class MessageFaults:
                 direct_chunk(sender, payload)
 
         host.receive, host.receive_snapshot_chunk = receive, receive_chunk
+        self._look_at_closed(server)
+
+    def _look_at_closed(self, server: Server) -> None:
+        """What other leaders have closed comes beside Raft's messages, on the same stream."""
+        node: Any = server.node
+        receiver = node._receiver  # noqa: SLF001
+
+        def looked_at(kind: str, sender: int) -> Callable[[bytes], None]:
+            direct: Callable[[bytes], None] = receiver(kind, sender)
+
+            def receive(payload: bytes) -> None:
+                astray = self._paths.get((f"n{sender}", server.name)) if self._paths else None
+                if astray is None or payload[:1] != CLOSED_TIMESTAMPS:
+                    direct(payload)
+                    return
+                for late_s in self._copies(self._rng_of_closed, astray):
+                    if late_s:
+                        self._later(server, late_s, partial(_hear, payload[1:]))
+                    else:
+                        direct(payload)
+
+            return receive
+
+        node._receiver = looked_at  # noqa: SLF001
 
     def _filter(
         self, server: Server, sender: int, messages: Sequence[Message], astray: Astray
     ) -> list[Message]:
         """What arrives at once; the rest is lost, or on its way."""
-        rng, counters = self._rng, self.counters
         kept: list[Message] = []
         for message in messages:
-            if rng.random() < astray.loss:
-                counters["lost"] += 1
-                continue
-            copies = 1
-            if rng.random() < astray.double:
-                counters["doubled"] += 1
-                copies = 2
-            for _ in range(copies):
-                if rng.random() < astray.late:
-                    counters["late"] += 1
-                    self._later(server, sender, message, rng.uniform(0.0, astray.late_s))
+            for late_s in self._copies(self._rng, astray):
+                if late_s:
+                    self._later(server, late_s, partial(self._receive, server, sender, message))
                 else:
                     kept.append(message)
         return kept
 
-    def _later(self, server: Server, sender: int, message: Message, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        loop.call_later(seconds, self._arrive, server, sender, message, context=world())
+    def _copies(self, rng: random.Random, astray: Astray) -> list[float]:
+        """In how many seconds each copy of a message arrives; 0: at once. None: it is lost."""
+        if rng.random() < astray.loss:
+            self.counters["lost"] += 1
+            return []
+        copies = 1
+        if rng.random() < astray.double:
+            self.counters["doubled"] += 1
+            copies = 2
+        found = []
+        for _ in range(copies):
+            late = rng.random() < astray.late
+            self.counters["late"] += late
+            found.append(rng.uniform(0.0, astray.late_s) if late else 0.0)
+        return found
 
-    def _arrive(self, server: Server, sender: int, message: Message) -> None:
+    def _receive(self, server: Server, sender: int, message: Message, _node: Node) -> None:
+        direct = self._direct.get(server.name)
+        if direct is not None:
+            direct(sender, [message], 0)
+
+    def _later(self, server: Server, seconds: float, arrive: Callable[[Node], None]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, self._arrive, server, arrive, context=world())
+
+    def _arrive(self, server: Server, arrive: Callable[[Node], None]) -> None:
         """At whatever process the machine runs now."""
         process, node = server.process, server.node
-        direct = self._direct.get(server.name)
-        if direct is None or process is None or process.dead or node is None or node.host is None:
+        opened = server.name in self._direct and node is not None and node.host is not None
+        if not opened or process is None or process.dead:
             self.counters["late_in_vain"] += 1
             return
-        loop = asyncio.get_running_loop()
-        loop.call_soon(direct, sender, [message], 0, context=process.context())
+        assert node is not None
+        asyncio.get_running_loop().call_soon(arrive, node, context=process.context())
+
+
+def _hear(payload: bytes, node: Node) -> None:
+    assert node.store is not None
+    node.store.closer.hear(payload)

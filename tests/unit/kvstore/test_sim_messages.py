@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+from kvstore.peers import CLOSED_TIMESTAMPS
 from kvstore.sim import loop as simulated
 from kvstore.sim.messages import Astray, MessageFaults
 from kvstore.sim.points import EXPECTED, RARE, UNREACHED, Points, never_reached
@@ -33,6 +34,7 @@ class Receiver:
     def boot(self) -> None:
         self.got: list[int] = []
         self.chunks: list[bytes] = []
+        self.closed: list[bytes] = []
         self.contexts: list[Process | None] = []
 
         def receive(_sender: int, messages: Sequence[Message], _size_bytes: int = 0) -> None:
@@ -43,10 +45,23 @@ class Receiver:
             receive=receive,
             receive_snapshot_chunk=lambda _sender, chunk: self.chunks.append(chunk),
         )
+        store = SimpleNamespace(closer=SimpleNamespace(hear=self.closed.append))
         self.server.process = Process("n2")
-        self.server.node = SimpleNamespace(host=self.host)
+        self.server.node = SimpleNamespace(
+            host=self.host, store=store, _receiver=lambda _kind, _sender: self._from_peer
+        )
         for look in self.cluster.on_open:
             look(self.server)
+
+    def _from_peer(self, payload: bytes) -> None:
+        assert payload[:1] == CLOSED_TIMESTAMPS
+        self.closed.append(payload[1:])
+
+    def close(self, *payloads: bytes, sender: int = 1) -> None:
+        """Of a stream that this node's process has had from its start."""
+        receive = self.server.node._receiver("raft", sender)
+        for payload in payloads:
+            receive(CLOSED_TIMESTAMPS + payload)
 
     def send(self, *terms: int, sender: int = 1) -> None:
         self.host.receive(sender, [Heartbeat(1, 2, 1, term, 0, 0) for term in terms])
@@ -81,6 +96,25 @@ async def test_doubled_messages_arrive_twice(world: Receiver) -> None:
     world.faults.set("n1", "n2", DOUBLED)
     world.send(1, 2)
     assert world.got == [1, 1, 2, 2]
+
+
+@simulate
+async def test_closed_timestamps_go_astray_as_raft_s_messages_do(world: Receiver) -> None:
+    world.faults.set("n1", "n2", LOST)
+    world.close(b"lost")
+    world.close(b"kept", sender=3)
+    world.faults.set("n1", "n2", DOUBLED)
+    world.close(b"twice")
+    world.faults.set("n1", "n2", LATE)
+    world.close(b"late")
+    world.faults.clear()
+    world.close(b"last")
+    world.server.process.kill()
+    told, world.closed = world.closed, []
+    world.boot()
+    await asyncio.sleep(3.0)
+    assert told == [b"kept", b"twice", b"twice", b"last"]
+    assert world.closed == [b"late"]
 
 
 @simulate
