@@ -355,7 +355,7 @@ class Node:
         store.attach(host, self._remote)
         store.on_deadline = self._arm
         store.on_settled = self.connections.flush
-        store.send_closed = peers.send_closed
+        store.send_closed, peers.on_snapshot_link_lost = peers.send_closed, host.snapshot_link_lost
         self._add_replicas(wal, recovered, born=born)
         for node in found.nodes:
             if node.node_id != found.node_id:

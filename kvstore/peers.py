@@ -44,6 +44,7 @@ class PeerSet:
         self._limits, self._backoff, self._dial_timeout_s = limits, backoff, dial_timeout_s
         self._raft: dict[int, PeerLink] = {}
         self._snapshots: dict[int, PeerLink] = {}
+        self.on_snapshot_link_lost: Callable[[int], None] = lambda _node: None
         self.counters = {"messages_sent": 0, "frames_sent": 0, "frames_dropped": 0}
 
     def add(self, node: int, address: str) -> None:
@@ -58,6 +59,7 @@ class PeerSet:
             lambda: self._hello(kind, node),
             rng=self._rng,
             on_message=_ignore,
+            on_down=None if path == PEER_PATH else lambda _error: self.on_snapshot_link_lost(node),
             limits=self._limits,
             backoff=self._backoff,
             dial_timeout_s=self._dial_timeout_s,

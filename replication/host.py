@@ -14,8 +14,7 @@ batch. Only touched groups are visited; there is one heap of deadlines and one l
 - H2 an entry reaches the machine once, in order, and only when it is durable here (the core hands out no other).
 - H3 after any failure of a write, or of the machine, the host stops at once and says nothing more (pitfall 11).
 - H4 a node whose disk is stuck leads nothing and does not campaign until it moves again (pitfall 15).
-- H5 every queue is bounded: the inbox drops (Raft sends again), applies and snapshots go in slices, what is left after
-  one in a later iteration of the loop.
+- H5 every queue is bounded: the inbox drops (Raft sends again); applies and snapshots go in slices, one an iteration.
 - H6 a group whose log is damaged is refused: it neither votes nor serves (`refused` says why). Damaged entries that
   the engine has are of no consequence: the log begins behind what is applied.
 """
@@ -109,9 +108,8 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[None] | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}  # blocking calls under way
-        self._tasks_begun = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._tasks_begun, self._timer_at = 0, 0.0
         dropped = ("inbox_full", "unknown", "malformed", "no_route")
         names = ("turns", "messages_in", "stalls", *(f"messages_dropped_{why}" for why in dropped))
         self.counters = dict.fromkeys((*names, "snapshots_outrun"), 0)
@@ -135,11 +133,9 @@ class Host:
         applied: (index, term) as the engine has it; membership as of there. installed: the `applied` that the last
         snapshot, or the group's creation, set: where the engine may stand though the log does not know yet.
         installing: the engine found the marker of an unfinished installation: the replica has no state, votes with its
-        log, and asks for a snapshot. A log that is damaged above `applied` makes the group `refused`.
-        Raises: LogMismatch (pitfall 19).
+        log, and asks for a snapshot. Damage of the log above `applied` makes the group `refused`. Raises: LogMismatch.
         """
-        assert group > 0
-        assert group not in self._replicas
+        assert 0 < group not in self._replicas
         self.refused.pop(group, None)
         start = begin_of(recovered, replica, applied, installed=installed, installing=installing)
         if isinstance(start, str):
@@ -157,9 +153,8 @@ class Host:
             measures=self.measures,
         )
         self._replicas[group] = added
-        self._lane.begin_group(
-            group, start.state, (added.raft.last_index, start.last_term), reset=start.reset
-        )
+        last = added.raft.last_index, start.last_term
+        self._lane.begin_group(group, start.state, last, reset=start.reset)
         if installing:
             added.lose_state()
             self.ask_for_state_soon()
@@ -257,6 +252,11 @@ class Host:
     def receive_snapshot_chunk(self, sender_node: int, payload: bytes) -> None:
         """A frame of the snapshot connection, of either direction."""
         self._transfers.receive(sender_node, payload)
+        self.wake()
+
+    def snapshot_link_lost(self, node: int) -> None:
+        """The connection by which frames of snapshots leave for a node has ended."""
+        self._transfers.link_lost(node)
         self.wake()
 
     # ------------------------------------------------------------ life

@@ -143,6 +143,11 @@ class SnapshotSender:
         """The next frame is the offer: `next_frame` takes no data."""
         return self._sequence == 0
 
+    @property
+    def offered(self) -> bool:
+        """The offer alone was framed so far."""
+        return self._sequence == 1
+
     def next_frame(self, data: bytes | None, now: float) -> bytes:
         """Frame the next chunk of the state; None: that was all. The first call frames the offer."""
         assert self.may_send()
@@ -251,6 +256,10 @@ class SnapshotReceiver:
             return None
         self._credited = upto
         return Credit(self.group, self.snapshot, upto)
+
+    def credited(self) -> Credit:
+        """What was said last, once more."""
+        return Credit(self.group, self.snapshot, self._credited)
 
     def deadline(self) -> float | None:
         """When to ask for credit or to give up; None once complete."""

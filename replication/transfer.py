@@ -8,6 +8,7 @@ turns by chunk; a slice is a few chunks or one millisecond. What a stream says i
 - T2 from then on the group applies nothing; if the stream fails, its state is lost (`Owner.lost`), the
   replica goes on voting with its log and asks for another snapshot.
 - T3 the sender hears of success only when the state is flushed and the log says so durably.
+- T4 what is given to a connection that ends may be lost, and nobody says so: a stream begins anew, credit is given again.
 """
 
 from __future__ import annotations
@@ -160,6 +161,18 @@ class Transfers:
             self._inbox.append((node, payload))
         else:
             self.counters["snapshot_frames_bad"] += 1
+
+    def link_lost(self, node: int) -> None:
+        """The connection to a node has ended, and what was given to it last may not have arrived: a stream to there begins
+        anew, and what its own streams were told is said again.
+        """
+        sending = self._sending.get(node)
+        if sending is not None and not (sending.sender.offered and sending.unsent is not None):
+            reached("snapshot_link_lost")
+            sending.sender.fail("the connection ended")
+        for receiving in self._receiving.values():
+            if receiving.receiver.node == node:
+                self._say(node, receiving.receiver.credited())
 
     def ask(self, group: int, own: int, leader: int, node: int) -> None:
         """This node's replica has lost its state: ask the leader for a snapshot."""

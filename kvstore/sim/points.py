@@ -159,6 +159,7 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "snapshot_asked_for",
     "upgraded_lock_was_lost",
     "snapshot_broken",
+    "snapshot_link_lost",
     "snapshot_not_needed",
     "snapshot_replaced",
     "timestamps_leapt",

@@ -10,7 +10,7 @@ from typing import Any
 from replication.codec import decode_messages
 from replication.messages import AppendRequest
 from replication.ready import RaftConfig
-from replication.snapshot import Chunk, End, Wanted, decode
+from replication.snapshot import Chunk, Credit, End, Wanted, decode
 from replication.turns import HostLimits
 from tests.unit.replication.host_driver import Node, World, behind, led, restarted
 
@@ -227,6 +227,76 @@ def test_a_snapshot_whose_senders_term_ended_on_the_way_takes_the_log_along():
     assert slow.values(1) == third.values(1)
     assert slow.values(1)[-1] == b"by two"
     assert slow.host.raft(1).term_at(slow.machine.states[1].installed[0]) is not None
+
+
+def lost_with_its_connection(world: World, lost: Callable[[Any], bool]) -> tuple[int, int]:
+    """Heal; the first such frame of a snapshot vanishes in a connection whose end its sender learns of 5 s later.
+
+    Returns: the sender and the receiver of that frame.
+    """
+    found: list[tuple[int, int]] = []
+    deliver = world.deliver
+
+    def deliver_but_one() -> None:
+        source, target, snapshot, payload = world.frames[0]
+        if snapshot and not found and lost(decode(payload)):
+            found.append((source, target))
+            world.frames.popleft()
+        else:
+            deliver()
+
+    world.heal()
+    world.deliver = deliver_but_one  # type: ignore[method-assign]
+    for _ in range(30):
+        world.advance(0.1)
+        if found:
+            break
+    world.advance(5.0)
+    world.nodes[found[0][0]].host.snapshot_link_lost(found[0][1])
+    return found[0]
+
+
+def test_an_offer_that_is_lost_with_its_connection_is_made_again_as_soon_as_that_is_known():
+    """Seed 1763: the node had lost its power while the leader stood still; of three, the third was gone. Ten seconds more."""
+    world = World(nodes=3)
+    _, slow = behind(world)
+    lost_with_its_connection(world, lambda frame: isinstance(frame, Chunk) and not frame.sequence)
+    world.advance(1.0)
+    assert slow.values(1) == world.leader().values(1)
+
+
+def test_a_chunk_that_is_lost_with_its_connection_is_not_waited_for():
+    world = World(nodes=3)
+    _, slow = behind(world)
+    lost_with_its_connection(world, lambda frame: isinstance(frame, Chunk) and frame.last)
+    world.advance(1.0)
+    assert slow.values(1) == world.leader().values(1)
+    assert slow.host.stats()["snapshots_lost"] == 1
+
+
+def test_credit_that_is_lost_with_its_connection_is_given_again_and_the_stream_goes_on():
+    world = World(nodes=3)
+    _, slow = behind(world)
+    source, _ = lost_with_its_connection(world, lambda frame: isinstance(frame, Credit))
+    assert source == slow.number
+    world.advance(1.0)
+    assert slow.values(1) == world.leader().values(1)
+    assert slow.host.stats()["snapshots_lost"] == 0
+
+
+def test_a_connection_that_ends_harms_no_stream_of_others_and_none_that_has_not_begun():
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    leader.peers.full = True
+    world.heal()
+    world.advance(1.0)
+    for node in world.nodes.values():
+        for other in world.nodes:
+            node.host.snapshot_link_lost(other)
+    leader.peers.full = False
+    world.advance(1.0)
+    assert slow.values(1) == world.leader().values(1)
+    assert leader.host.stats()["snapshots_failed"] == 0
 
 
 def test_a_full_queue_delays_a_stream_and_does_not_break_it():
