@@ -160,7 +160,10 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _failed(self, handle: Any, error: BaseException) -> None:
         """As asyncio's handles tell it."""
-        message = f"Exception in callback {handle!r}"
+        callback = getattr(handle, "_callback", None)  # a handle's own repr has addresses in it
+        message = (
+            f"Exception in callback {getattr(callback, '__qualname__', type(callback).__name__)}"
+        )
         self.call_exception_handler({"message": message, "exception": error, "handle": handle})
 
     def _deadlock(self) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,7 +40,7 @@ from txn.state import RangeRow
 
 PEACE_S: Final = 60.0  # within which everything must be decided, once nothing goes wrong any more
 CALL_S: Final = 20.0  # of who asks in peace, for each call
-LIMIT_S: Final = 600.0
+LIMIT_S: Final = 600.0  # and the time for faults, and a second for each operation of a client
 PAUSE_SHARE: Final = (
     0.75  # of a client's time that passes between operations, if nothing goes wrong
 )
@@ -102,9 +103,12 @@ def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -
 
     with logs.silenced(), probes.counting() as result.probes, probes.choosing(points):
         try:
-            simulated.run(play, seed, time_limit_s=LIMIT_S)
+            simulated.run(play, seed, time_limit_s=LIMIT_S + chosen.seconds + chosen.ops)
         except simulated.SimError as error:
             result.problems.append(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - whoever plays many seeds wants a verdict of each
+            text = "".join(traceback.format_exception(error))
+            result.problems.append(f"{type(error).__name__}: {error}\n{text}")
     for workload in result.workloads:  # what it saw while it ran stands, whatever became of the end
         found = workload.check() if result.finished else first_of_each_kind(workload.problems)
         result.problems += found

@@ -222,7 +222,7 @@ def play(
     async def main(loop: simulated.SimLoop) -> list[str]:
         cluster = SimCluster(str(seed), config=config or small_logs(NodeConfig()))
         observers, stage = Observers(cluster), Stage(cluster)
-        with observers.watching_outcomes():
+        with observers.watching_outcomes(), logs.overheard(cluster.log_record):
             watch = loop.create_task(observers.watch())
             try:
                 await cluster.start()
@@ -232,6 +232,8 @@ def play(
                     raise  # else it was stopped by what it was looking for
             finally:
                 watch.cancel()
+                observers.look()
+                cluster.tell_unseen()
         return [*cluster.problems, *stage.problems]
 
     with logs.silenced():

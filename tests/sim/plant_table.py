@@ -12,7 +12,7 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -24,6 +24,7 @@ from tests.stateful.txn_harness import find
 README: Final = Path(__file__).with_name("README.md")
 BEGIN: Final = "<!-- planted bugs: written by `make plants` -->"
 END: Final = "<!-- end of planted bugs -->"
+PROOF_LIMIT_S: Final = 600.0  # real; a worker that was killed never answers
 KINDS: Final = {"seeds": "seeds", "directed": "directed", "core": "transaction core"}
 
 
@@ -86,6 +87,10 @@ def _in_core(job: Job) -> Caught | None:
     return Caught(seed + 1, shortened(f"{type(error).__name__}: {error}"))
 
 
+def _left(asked: Iterable[Job], done: Mapping[Job, Done]) -> Iterator[str]:
+    return (f"{job.name} ({job.kind})" for job in asked if job not in done)
+
+
 def table(done: Iterable[Done]) -> str:
     """The section's text, from what was found."""
     lines = [
@@ -118,7 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = [job for job in jobs() if given.only in job.name]
     began, done = time.monotonic(), dict[Job, Done]()
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        for each in pool.imap_unordered(prove, asked):
+        proofs = pool.imap_unordered(prove, asked)
+        for _ in asked:
+            try:
+                each = proofs.next(PROOF_LIMIT_S)
+            except multiprocessing.TimeoutError:
+                print(f"no proof has ended for {PROOF_LIMIT_S:g} s: {[*_left(asked, done)]}")
+                return 2
             done[each.job] = each
             what = f"{each.caught.tries}: {each.caught.evidence}" if each.caught else "NOT CAUGHT"
             print(

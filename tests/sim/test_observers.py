@@ -485,6 +485,15 @@ def test_i16_ranges_that_do_not_partition_the_keys(rows: list[RangeRow]) -> None
     assert set(told) == {"I16"}
 
 
+def test_i16_says_nothing_while_no_replica_of_some_range_runs() -> None:
+    told = Told()
+    contents = Contents(told.report)
+    contents.compare_ranges([row_of(2, b"m", b"")], [1, 2])
+    assert told == []
+    contents.compare_ranges([row_of(1, b"", b"n"), row_of(2, b"m", b"")], [1, 2])
+    assert set(told) == {"I16"}
+
+
 def test_rc1_a_cached_row_is_not_the_stored_one() -> None:
     told = Told()
     contents = Contents(told.report)

@@ -19,6 +19,7 @@ from kvstore.client import Database
 from kvstore.errors import CODES, KVError, NoQuorum, SnapshotTooOld
 from kvstore.router import Router
 from kvstore.sim import loop as simulated
+from kvstore.sim import scenario
 from kvstore.sim.cluster import SimCluster
 from kvstore.sim.scenario import Options, Result, run
 from kvstore.testing.history import TxnOp
@@ -169,3 +170,17 @@ def test_a_cluster_that_reads_and_does_not_write_in_peace_is_a_problem(
     result = run(3, SHORT)
     assert told(result, "in peace a new client is not served: NoQuorum('planted')")
     assert not result.finished
+
+
+def test_an_exception_that_ends_the_run_leaves_a_verdict_and_what_was_found_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fails(self: scenario._Scenario, _name: str, _where: str) -> bool:
+        self._cluster.problem("found before")
+        raise TypeError("a mistake of a client")
+
+    monkeypatch.setattr(scenario._Scenario, "_served", fails)
+    result = run(1, replace(SHORT, ops=2))
+    assert told(result, "found before")
+    assert told(result, "TypeError: a mistake of a client")
+    assert result.digest

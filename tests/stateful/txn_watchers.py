@@ -74,7 +74,7 @@ class Watcher:
             self.since = self.began = reply.details["oldest"]
             self.events.clear()
         elif isinstance(reply, Failure) and reply.code == "invalid_argument":
-            raise Violation(f"a watcher was refused: {reply}")
+            raise AssertionError(f"a watcher was refused: {reply}")
         else:
             pause_s += 0.005
         world.after(pause_s, self.poll)

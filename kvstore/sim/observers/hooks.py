@@ -126,7 +126,7 @@ class Observers:
                 if not state.row.installing:
                     self.contents.compare_memory(server.name, state, server.machine.directory.rows)
             self.compare_cache(server)
-        self.contents.compare_ranges(rows)
+        self.contents.compare_ranges(rows, self.cluster.range_ids)
         self.locks.look(tables, self._time(), self.calm_since is not None)
         if self.calm_since is not None:
             timers = self.cluster.config.txn
