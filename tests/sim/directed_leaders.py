@@ -153,6 +153,34 @@ def a_replaced_leader_closes_nothing() -> list[str]:
     return play(scenario, config=small_logs(NodeConfig(txn=TxnSection(closed_lag_s=LAG_S))))
 
 
+def what_a_term_lost_is_lost() -> list[str]:
+    """n1 has a write alone, and its client dies. n2 leads, and takes another write of that key; then n1 leads again."""
+
+    async def scenario(stage: Stage) -> None:
+        dying, writer = await stage.client("dying"), await stage.client("writer")
+        await stage.put(writer, KEY, b"old")
+        await stage.until_led_by("n1", HIGH)
+        await stage.level(HIGH)
+        host, one, two = stage.host("n2"), stage.raft("n1", HIGH), stage.raft("n2", HIGH)
+        place = one.last_index + 1
+        stage.looks["n2"] = stage.looks["n3"] = from_others(HIGH, 1)
+        dying.process.spawn(dying.database.put(KEY, b"lost"))
+        await stage.until(lambda: one.durable_index >= place, "n1 has the entry")
+        dying.process.kill()
+        await asyncio.sleep(1.01)  # from here on, n3 may vote
+        stage.within("n2", lambda: host.campaign(HIGH))
+        await stage.until(lambda: two.applied_index >= two.term_start_index > 0, "n2 leads")
+        stage.looks.clear()
+        await stage.put(writer, KEY, b"new")
+        await stage.prefer("n1", HIGH)
+        await stage.put(writer, KEY + b"+", b"1")
+        found = await stage.get(writer, KEY)
+        stage.claim(found == b"new", f"the last write was acknowledged, and reads {found!r}")
+        await stage.compare(HIGH)
+
+    return play(scenario)
+
+
 def a_late_append_changes_nothing() -> list[str]:
     """n2 acknowledged two appends; the first one arrives once more. Then n1, and what it has, is gone."""
 

@@ -21,6 +21,7 @@ SCENARIOS: Final[list[Callable[[], list[str]]]] = [
     directed_leaders.a_stopped_leader_reads_nothing_old,
     directed_leaders.a_term_uses_no_timestamps_of_another,
     directed_leaders.an_old_entry_is_not_committed_by_counting,
+    directed_leaders.what_a_term_lost_is_lost,
     directed_log.an_acknowledged_entry_is_on_two_disks,
     directed_log.an_installed_snapshot_is_on_disk,
     directed_log.an_old_snapshot_is_refused,

@@ -161,8 +161,8 @@ LEADERS: Final[dict[str, Plant]] = {
     "proposed again": Plant(
         "what a term lost is proposed in the next one as it was",
         _proposed_again,
-        ("I13", "I14", "M1"),
-        Seeds(PARTITIONS, 40),
+        ("M1",),
+        directed=Directed(directed_leaders.what_a_term_lost_is_lost),
         model=("propose_again_in_later_term",),
     ),
 }
