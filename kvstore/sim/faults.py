@@ -40,7 +40,9 @@ class Fault(NamedTuple):
 
 class Nemesis:
     """Args: rng: draws the kinds and their rate. victims: names of client processes that may be paused or killed, asked
-    for at each use. kept: numbers of the faults that take place; None: all. wave: of one cluster each has its own draws."""
+    for at each use. kept: numbers of the faults that take place; None: all. wave: of one cluster each has its own draws.
+    rights_clocks: `heal` sets the clocks right, too, and only nodes' go wrong: what runs beside a client is a user's own code,
+    whose timers would not agree with the loop's clock."""
 
     def __init__(
         self,
@@ -50,6 +52,8 @@ class Nemesis:
         on_client_crash: Callable[[str], None] = lambda _name: None,
         kept: frozenset[int] | None = None,
         wave: int = 0,
+        *,
+        rights_clocks: bool = False,
     ) -> None:
         self.counts: dict[str, int] = {}
         self.happened: dict[int, Fault] = {}  # by number, in their order
@@ -57,6 +61,7 @@ class Nemesis:
         self.atlas = Atlas(cluster, random.Random(f"{cluster.seed}/atlas"))
         self.messages = MessageFaults(cluster)
         self.victims, self.on_client_crash = victims, on_client_crash
+        self.rights_clocks = rights_clocks
         self.traps: dict[str, Trap] = {}  # by server
         self._paused_until: dict[str, float] = {}  # by process
         self.hold_s = rng.choice((0.5, 1.5, 3.0, 5.0))  # how long a fault lasts, about

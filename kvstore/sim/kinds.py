@@ -223,6 +223,8 @@ def _one_way(fault: Kinds) -> None:
 
 def _partial(fault: Kinds) -> None:
     """Two nodes lose each other (or one loses the other), and all others see both."""
+    if len(fault.cluster.servers) < 2:
+        return
     a, b = fault.rng.sample(list(fault.cluster.servers), 2)
     _cut(fault, [a], [b], one_way=fault.rng.random() < 0.4)
 
@@ -259,7 +261,10 @@ def _slow_path(fault: Kinds) -> None:
 
 
 def _break(fault: Kinds) -> None:
-    names = fault.rng.sample(fault.hosts(), 2)
+    hosts = fault.hosts()
+    if len(hosts) < 2:
+        return
+    names = fault.rng.sample(hosts, 2)
     fault.say(" ".join(names))
     for name in names:
         fault.cluster.network.break_connections(name)
@@ -279,14 +284,15 @@ def _flaky(fault: Kinds) -> None:
 
 def _astray(fault: Kinds) -> None:
     """Messages of Raft and of closed timestamps are lost, doubled and overtaken: of all nodes, of one, or on one path."""
-    rng, messages = fault.rng, fault.nemesis.messages
+    rng, messages, names = fault.rng, fault.nemesis.messages, list(fault.cluster.servers)
+    if len(names) < 2:
+        return
     astray = Astray(
         rng.choice((0.0, 0.02, 0.1, 0.3)),
         rng.choice((0.0, 0.05, 0.3)),
         rng.choice((0.0, 0.1, 0.5)),
         rng.choice(LATE_S),
     )
-    names = list(fault.cluster.servers)
     one, other = rng.sample(names, 2)
     paths = [(a, b) for a in names for b in names if a != b]
     where = rng.choice(("all", one, f"{one} to {other}"))
@@ -435,14 +441,23 @@ def _wall_jump(fault: Kinds) -> None:
     fault.say(f"{machine.name} to {jump_s:+g} s")
     machine.wall_jump_s = jump_s
 
+    def end() -> None:
+        machine.wall_jump_s = 0.0
+
+    if fault.nemesis.rights_clocks:
+        fault.nemesis.left.append(end)
+
 
 def _drift(fault: Kinds) -> None:
     machines = [server.machine for server in fault.cluster.servers.values()]
-    machines += [fault.cluster.clients[name].machine for name in fault.nemesis.victims()]
+    if not fault.nemesis.rights_clocks:
+        machines += [fault.cluster.clients[name].machine for name in fault.nemesis.victims()]
     machine = fault.rng.choice(machines)
     rate = 1.0 + fault.rng.uniform(-DRIFT_MAX, DRIFT_MAX)
     fault.say(f"{machine.name} at {rate:.3f}")
     machine.drift(rate)
+    if fault.nemesis.rights_clocks:
+        fault.nemesis.left.append(lambda: machine.drift(1.0))
 
 
 def _flush(fault: Kinds) -> None:

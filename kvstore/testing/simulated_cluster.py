@@ -120,7 +120,8 @@ class Worker(Generic[T]):
         if self.awaited or not self._task.done() or self._task.cancelled():
             return None
         error = self._task.exception()
-        return None if isinstance(error, ProcessDied) else error
+        own_death = isinstance(error, ProcessDied) and self._process.dead
+        return None if own_death else error
 
 
 class SimCluster:
@@ -312,11 +313,12 @@ class SimCluster:
         """Let nothing pass between `a` and `b`, or from `a` to `b` alone, until `heal`.
 
         Args: b: None: everybody else, who comes later too: `connect` and `spawn` return when a node has answered them.
+            Empty: nobody.
         """
         left, right = self._sides(a, b)
         self._tell("partition", left, right)
         keep_cut = self._cluster().network.keep_cut
-        outside(lambda: keep_cut(left, right, one_way=one_way, and_later=not b))
+        outside(lambda: keep_cut(left, right, one_way=one_way, and_later=b is None))
 
     def slow(
         self,
@@ -330,7 +332,7 @@ class SimCluster:
         left, right = self._sides(a, b)
         self._tell("slow", left, right)
         keep_slow = self._cluster().network.keep_slow
-        outside(lambda: keep_slow(left, right, delay_s, and_later=not b))
+        outside(lambda: keep_slow(left, right, delay_s, and_later=b is None))
 
     def heal(self) -> None:
         """The network is whole and quick again. Processes stay as they are; see `recover`."""
@@ -341,7 +343,10 @@ class SimCluster:
         outside(network.set_delay, hosts, hosts, None)
 
     async def recover(self) -> None:
-        """End every fault, also those by name: random ones come no more, the network is whole, and all nodes run."""
+        """End every fault, also those by name: random ones come no more, the network is whole, and all nodes run.
+
+        Raises what a task of the random faults has failed with, if one has.
+        """
         await self._as_world(self._recovered())
 
     async def _recovered(self) -> None:
@@ -398,7 +403,7 @@ class SimCluster:
         of_clients = [name for name in kinds if name in CLIENT_FAULTS]
         of_nodes = [name for name in kinds if name not in CLIENT_FAULTS]
         rng = random.Random(draw.getrandbits(64))
-        nemesis = Nemesis(inner, rng, self._client_hosts, wave=self._waves)
+        nemesis = Nemesis(inner, rng, self._client_hosts, wave=self._waves, rights_clocks=True)
         self._waves += 1
         self._nemeses.append(nemesis)
         workers: asyncio.Task[None] | None = None
@@ -438,11 +443,14 @@ class SimCluster:
         tasks, self._chaos = self._chaos, []
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
         nemeses, self._nemeses = self._nemeses, []
         for nemesis in nemeses:
             await nemesis.heal()
             nemesis.leave()
+        for error in ends:  # of what has failed nobody would hear
+            if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
+                raise error
 
     # --- for who runs the test --------------------------------------------------------------------
 
@@ -500,8 +508,9 @@ class SimCluster:
         self, a: str | Sequence[str], b: str | Sequence[str] | None
     ) -> tuple[list[str], list[str]]:
         left = self._resolved(a)
-        right = self._resolved(b) if b is not None else []
-        return left, right or [each for each in self._hosts() if each not in left]
+        if b is None:
+            return left, [each for each in self._hosts() if each not in left]
+        return left, self._resolved(b)
 
     def _resolved(self, names: str | Sequence[str]) -> list[str]:
         known = {**dict.fromkeys(self._cluster().servers), **self._names}

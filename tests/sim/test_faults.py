@@ -438,3 +438,16 @@ def test_a_seed_reaches_rare_paths_and_counts_them() -> None:
     assert any(name.startswith("chance:") for name in probes)
     calm = run(5, Options(seconds=2.0, clients=2, ops=10, faults=False)).probes
     assert not any(name.startswith("chance:") for name in calm)
+
+
+@pytest.mark.parametrize("kind", ["break", "partial", "astray"])
+def test_what_needs_two_does_nothing_where_there_is_one(kind: str) -> None:
+    async def scene(_loop: simulated.SimLoop) -> None:
+        cluster = SimCluster("alone", nodes=1)
+        await cluster.start()
+        nemesis = Nemesis(cluster, random.Random("alone"))
+        for number in range(1, 5):
+            nemesis.inflict(number, kind)
+        assert nemesis.happened == {}
+
+    simulated.run(scene, 1)

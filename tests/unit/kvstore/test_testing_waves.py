@@ -8,6 +8,8 @@ import asyncio
 import pytest
 
 from kvstore import Database
+from kvstore.sim import kinds
+from kvstore.sim.adapters import WALL_EPOCH_S
 from kvstore.testing import SimCluster, seeds, simulate
 
 
@@ -72,6 +74,57 @@ async def test_at_the_end_of_a_wave_every_fault_of_it_ends(
     await asyncio.sleep(1.0)
     assert cluster.running == cluster.nodes
     await db.put(b"k", b"1", timeout=5.0)
+
+
+@simulate(seeds=2, faults=False)
+async def test_clocks_go_wrong_on_nodes_alone_and_go_right_after_the_wave(
+    cluster: SimCluster,
+) -> None:
+    """By a timer that drifts, `asyncio.sleep(1.0)` would end before a second has passed on the loop's clock."""
+    inner, loop = cluster._cluster(), asyncio.get_running_loop()
+    machines = [server.machine for server in inner.servers.values()]
+
+    async def rests(_own: Database | None = None) -> float:
+        wrong = 0.0
+        for _ in range(20):
+            began = loop.time()
+            await asyncio.sleep(1.0)
+            wrong = max(wrong, abs(loop.time() - began - 1.0))
+        return wrong
+
+    await cluster.connect()  # of this process, as `test`
+    worker = await cluster.spawn(rests)
+    cluster.begin_chaos(("drift", "wall_jump"), mean_s=0.4)
+    assert max(await rests(), await worker.wait()) < 1e-5
+    assert all(any(kind in line for line in cluster.story()) for kind in ("drift", "wall_jump"))
+    before = [machine.monotonic() for machine in machines]
+    await asyncio.sleep(10.0)
+    after = [machine.monotonic() for machine in machines]
+    assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx([10.0] * 3, 1e-6)
+    now_ms = int((WALL_EPOCH_S + loop.time()) * 1000)
+    assert [machine.wall_ms() for machine in machines] == [now_ms] * 3
+    cluster.begin_chaos(("drift", "wall_jump"), mean_s=0.1)
+    await asyncio.sleep(1.0)
+    assert [machine.wall_ms() for machine in machines] != [now_ms + 1000] * 3
+    await cluster.recover()
+    now_ms = int((WALL_EPOCH_S + loop.time()) * 1000)
+    assert [machine.wall_ms() for machine in machines] == [now_ms] * 3
+
+
+def test_random_faults_that_die_are_not_taken_for_their_end(monkeypatch):
+    def broken(_fault: kinds.Kinds) -> None:
+        raise LookupError("a fault that fails")
+
+    monkeypatch.setattr("kvstore.sim.faults.KINDS", {**kinds.KINDS, "break": broken})
+
+    @simulate(seeds=1, faults=False)
+    async def recovers(cluster: SimCluster) -> None:
+        cluster.begin_chaos(("break",), mean_s=0.01)
+        await asyncio.sleep(1.0)
+        await cluster.recover()
+
+    with pytest.raises(LookupError, match="a fault that fails"):
+        recovers()
 
 
 @simulate(seeds=2, faults=("crash", "pause", "partition", "slow_path", "client_pause"))
