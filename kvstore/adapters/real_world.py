@@ -5,14 +5,16 @@ error that says what to use instead; other threads (of a debugger, say) are left
 `os.urandom` (so `uuid4`) draw from the seed, and go on afterwards as if nothing had been.
 
 Clocks are refused to the code under test only: the standard library and installed packages (logging, the test runner)
-may read them. What has been bound before (`from time import time`), `datetime.now`, and what asks the system for random
-bits by itself (`random.Random()`, `secrets`) cannot be seen from here.
+may read them. One that somebody has replaced already (a fixture that freezes time) is left as it is. What has been bound
+before (`from time import time`), `datetime.now`, clocks that are not listed here (`time.localtime`, `process_time`), and what
+asks the system for random bits by itself (`random.Random()`, `secrets`) cannot be seen from here.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import site
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
+from types import BuiltinFunctionType, FrameType
 from typing import Any, Final
 
 CLOCKS: Final = (
@@ -39,16 +41,24 @@ REFUSED: Final[tuple[tuple[Any, str, str], ...]] = (
     (socket.socket, "connect", SOCKET_ADVICE),
     (socket.socket, "connect_ex", SOCKET_ADVICE),
     (socket.socket, "bind", SOCKET_ADVICE),
+    (socket.socket, "sendto", SOCKET_ADVICE),
     (threading.Thread, "start", THREAD_ADVICE),
     (subprocess.Popen, "__init__", PROCESS_ADVICE),
+    (os, "fork", PROCESS_ADVICE),
+    (os, "system", PROCESS_ADVICE),
 )
+OPENING: Final = ("connect", "connect_ex", "bind")
 
 OURS: Final = str(Path(__file__).resolve().parents[1]) + os.sep
 INSTALLED: Final = tuple(
     dict.fromkeys(
         os.path.realpath(path) + os.sep
-        for name in ("stdlib", "platstdlib", "purelib", "platlib")
-        if (path := sysconfig.get_path(name))
+        for path in (
+            *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+            *site.getsitepackages(),
+            site.getusersitepackages(),
+        )
+        if path
     )
 )
 
@@ -58,6 +68,8 @@ def kept_out(seed: str, error: Callable[[str], Exception]) -> Iterator[None]:
     """Until the block ends. Args: seed: of what `random` and `os.urandom` give. error: makes what is raised."""
     with ExitStack() as undo:
         for name in CLOCKS:
+            if not isinstance(getattr(time, name), BuiltinFunctionType):
+                continue
             _replace(undo, time, name, _refused(time, name, CLOCK_ADVICE, error, of_tests=True))
         _replace(undo, time, "sleep", _refused(time, "sleep", SLEEP_ADVICE, error, of_tests=False))
         for owner, name, advice in REFUSED:
@@ -88,7 +100,7 @@ def _refused(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread or (of_tests and _is_installed(sys._getframe(1))):  # noqa: SLF001
             return real(*args, **kwargs)
-        if args and isinstance(args[0], socket.socket):
+        if name in OPENING:
             args[0].close()  # its owner expects an OSError, and would leave it open
         raise error(f"{title} has no place in a simulated test: {advice}")
 

@@ -19,7 +19,7 @@ import inspect
 import traceback
 import unittest
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, TracebackType
 from typing import Any, Final, overload
 
@@ -45,6 +45,7 @@ Played = Callable[..., None]
 SEEDS: Final = 100
 TIMEOUT_S: Final = 120.0
 CLUSTER, DB = "cluster", "db"  # the arguments that are ours
+OF_THE_CLUSTER: Final = ("faults", "nodes", "splits", "call_timeout_s")  # of the options
 FRAMES_MAX: Final = 20
 SETTLE_STEPS: Final = (
     5  # of the loop, after which who waits for a task that has just failed has learned of it
@@ -93,12 +94,15 @@ def simulate(
     """Play an `async def` test on many seeds; `@simulate` alone takes every default.
 
     Args:
-        seeds: 1 to so many, or exactly these. pytest's --kvorum-seeds N and --kvorum-seed N go over it, and so do the
-        environment variables KVORUM_SEEDS and KVORUM_SEED.
+        seeds: 1 to so many, or exactly these. pytest's --kvorum-seed N goes over both, --kvorum-seeds N over the number
+        alone; so do the environment variables KVORUM_SEED and KVORUM_SEEDS.
         faults: True: each seed draws its kinds; False: none; or these kinds (kvstore.testing.FAULTS). They end after at
         most 10 virtual seconds; `await cluster.recover()` ends them before.
         nodes, splits, call_timeout_s: of the cluster, as in SimCluster.
         timeout_s: virtual seconds that one seed may take.
+
+    Raises, at once: ValueError: there is no fault of that name. TypeError: not an `async def`; faults, nodes, splits or
+    call_timeout_s for a test that takes neither `cluster` nor `db`.
 
     Raises, from the test: what the test raises; SimTimeout; SimulationFailed.
     """
@@ -122,6 +126,8 @@ def _decorated(test: Test, options: Options) -> Played:
         raise TypeError(f"@simulate is for `async def`, which {test!r} is not")
     signature = inspect.signature(test)
     ours = [name for name in (CLUSTER, DB) if name in signature.parameters]
+    if not ours:
+        _check_clusterless(options)
 
     @functools.wraps(test)
     def played(*args: Any, **kwargs: Any) -> None:
@@ -137,6 +143,16 @@ def _decorated(test: Test, options: Options) -> Played:
     theirs = [each for name, each in signature.parameters.items() if name not in ours]
     played.__signature__ = signature.replace(parameters=theirs)  # type: ignore[attr-defined]
     return played
+
+
+def _check_clusterless(options: Options) -> None:
+    """Raises: TypeError: something of a cluster was asked for. `faults=False` is what such a test has anyway."""
+    asked = replace(options, faults=options.faults or True)
+    for name in OF_THE_CLUSTER:
+        if getattr(asked, name) != getattr(Options, name):
+            raise TypeError(
+                f"{name}= is of the cluster that @simulate makes, and this test takes neither `cluster` nor `db`"
+            )
 
 
 def _play(

@@ -5,12 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import random
-import socket
-import subprocess
-import threading
-import time
 import traceback
 import unittest
 import uuid
@@ -18,10 +12,10 @@ import uuid
 import pytest
 from _pytest.outcomes import Skipped
 
-from kvstore import Client, Database, logs
+from kvstore import Database, logs
 from kvstore.errors import KVError
 from kvstore.sim.loop import SimError, SimTimeout
-from kvstore.sim.process import PROCESS
+from kvstore.sim.process import PROCESS, ProcessDied
 from kvstore.testing import FAULTS, SimCluster, SimulationFailed, seeds, simulate
 from kvstore.testing.seeds import Wish, chosen, replay_line
 
@@ -187,6 +181,22 @@ def test_what_is_skipped_is_skipped_and_makes_no_sense_is_refused():
         asyncio.run(calls())
 
 
+@pytest.mark.parametrize(
+    ("name", "decorate"),
+    [
+        ("faults", simulate(faults=["crash"])),
+        ("nodes", simulate(nodes=5)),
+        ("splits", simulate(splits=[])),
+        ("call_timeout_s", simulate(call_timeout_s=1.0)),
+    ],
+)
+def test_what_would_be_ignored_without_a_cluster_is_refused(name, decorate):
+    async def test() -> None: ...
+
+    with pytest.raises(TypeError, match=f"{name}= is .*neither `cluster` nor `db`"):
+        decorate(test)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_nodes_log_to_nobody_but_who_has_set_a_level(wanted, caplog):
     @simulate(seeds=1, faults=False)
@@ -321,6 +331,26 @@ def test_a_process_that_fails_after_its_waiter_gave_up_fails_the_test():
     waits()
 
 
+def test_a_process_that_fails_with_the_death_of_another_fails_the_test():
+    """Its own death is no failure."""
+
+    async def forever(own: Database) -> None:
+        await asyncio.sleep(1000.0)
+
+    @simulate(seeds=1, faults=False)
+    async def passes(cluster: SimCluster) -> None:
+        async def waits(own: Database) -> None:
+            await (await cluster.spawn(forever, "short-lived")).wait()
+
+        await cluster.spawn(waits)
+        await asyncio.sleep(1.0)
+        cluster.kill("short-lived")
+        await asyncio.sleep(1.0)
+
+    with pytest.raises(ProcessDied, match="short-lived"):
+        passes()
+
+
 def test_what_starts_side_by_side_has_names_of_its_own_and_is_known():
     names: list[str] = []
 
@@ -365,65 +395,6 @@ def test_every_fault_has_its_effect_somewhere_and_the_note_tells_of_it():
     assert "crash" in note
 
 
-# --- the real world -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "time.time()",
-        "time.monotonic()",
-        "time.perf_counter_ns()",
-        "time.sleep(0.01)",
-        "threading.Thread(target=print).start()",
-        "subprocess.run(['true'], check=False)",
-        "socket.create_connection(('127.0.0.1', 9), 0.1)",
-        "Client('127.0.0.1:9').get(b'k')",
-    ],
-)
-def test_the_real_world_is_refused(asked):
-    names = {
-        "Client": Client,
-        "socket": socket,
-        "subprocess": subprocess,
-        "threading": threading,
-        "time": time,
-    }
-
-    @simulate(seeds=1, faults=False)
-    async def asks() -> None:
-        eval(asked, names)
-
-    before = (time.time, threading.Thread.start, socket.socket.connect, os.urandom)
-    with pytest.raises(SimError, match="has no place in a simulated test"):
-        asks()
-    assert before == (time.time, threading.Thread.start, socket.socket.connect, os.urandom)
-
-
-def test_a_connection_of_asyncio_is_refused():
-    @simulate(seeds=1)
-    async def asks() -> None:
-        await asyncio.open_connection("127.0.0.1", 9)
-
-    with pytest.raises(SimError, match="no sockets"):
-        asks()
-
-
-def test_libraries_may_read_clocks_and_random_goes_on_as_if_nothing_had_been():
-    drawn: list[float] = []
-    names = {"random": random}  # the module's own generator, which users' code draws from
-
-    @simulate(seeds=[5, 5, 6], faults=False)
-    async def draws() -> None:
-        logging.getLogger("mine").info("it is %s", "some time")
-        drawn.append(eval("random.random()", names))
-
-    state = eval("random.getstate()", names)
-    draws()
-    assert eval("random.getstate()", names) == state
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 # --- faults by name -------------------------------------------------------------------------------
 
 
@@ -455,6 +426,15 @@ async def test_a_partition_is_felt_until_it_is_healed(cluster: SimCluster, db: D
     cluster.slow("n3")
     await cluster.recover()
     assert await db.get(b"k") == b"1"
+
+
+@simulate(seeds=1, faults=False)
+async def test_nobody_is_not_everybody_else(cluster: SimCluster, db: Database) -> None:
+    cluster.partition(cluster.nodes, [])
+    cluster.slow(cluster.nodes, [], delay_s=(5.0, 5.0))
+    cluster.partition([], "test")
+    for client in (db, await cluster.connect()):
+        await client.get(b"k", timeout=2.0)
 
 
 @simulate(seeds=2, faults=False)
