@@ -159,7 +159,7 @@ class LocalCluster:
     at first.
     settings: configuration by environment name, such as {"KVORUM_RAFT__ELECTION_TIMEOUT": "300ms"}.
 
-    Blocking methods have a twin for asyncio that ends in `_async`.
+    `start`, `stop`, `restart`, `wait_ready`, `status` and `busiest` have a twin for asyncio that ends in `_async`.
     """
 
     def __init__(
@@ -196,6 +196,11 @@ class LocalCluster:
     def addresses(self) -> list[str]:
         """HOST:PORT of every node, running or not."""
         return [node.address for node in self.nodes]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called, and no start since: no node can be started alone."""
+        return self._stopped
 
     @property
     def endpoints(self) -> str:
@@ -340,12 +345,12 @@ class LocalCluster:
         return self._leaders()[0]
 
     def busiest(self) -> int:
-        """The running node that leads the most ranges (the first of several)."""
+        """The running node that leads the most ranges (the first of several). Raises Unavailable if no node runs."""
         led = list(self.leaders().values())
-        return max(
-            (node.number for node in self._running()),
-            key=lambda number: (led.count(number), -number),
-        )
+        running = [node.number for node in self._running()]
+        if not running:
+            raise Unavailable("no node runs")
+        return max(running, key=lambda number: (led.count(number), -number))
 
     async def start_async(self) -> None:
         """As `start`. If it is cancelled, what it began ends first: nothing is left running."""

@@ -1,6 +1,6 @@
 """The pytest plugin `kvorum`: options for simulated tests, and fixtures with clusters to test against.
 
-    --kvorum-seeds N       each test with @simulate plays N seeds
+    --kvorum-seeds N       each test with @simulate plays N seeds, if it does not say which
     --kvorum-seed N        ... or this one alone
     kvorum_cluster         a LocalCluster, three real processes, for the tests of one module
     kvorum_db              a blocking client of it; each test begins with all nodes running and no keys
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kvorum-seeds",
         type=int,
         metavar="N",
-        help="play N seeds of each simulated test (KVORUM_SEEDS)",
+        help="play N seeds of each simulated test that does not say which (KVORUM_SEEDS)",
     )
     group.addoption(
         "--kvorum-seed",
@@ -90,9 +90,14 @@ def kvorum_cluster(
 
 @pytest.fixture
 def kvorum_db(kvorum_cluster: LocalCluster) -> Iterator[Client]:
-    """A blocking client, of a cluster whose nodes all run and whose key space is empty."""
+    """A blocking client, of a cluster whose nodes all run and whose key space is empty.
+
+    The results of idempotency keys are kept from test to test: use keys that are new in each.
+    """
     from kvstore.sync import Client
 
+    if kvorum_cluster.stopped:
+        kvorum_cluster.start()
     for node in kvorum_cluster.nodes:
         if node.paused and node.running:
             kvorum_cluster.resume(node.number)

@@ -56,7 +56,12 @@ def test_first(kvorum_db, kvorum_cluster):
     kvorum_db.put(b"a", b"1")
     kvorum_cluster.kill(0)
 
-def test_second(kvorum_db):
+def test_second(kvorum_db, kvorum_cluster):
+    assert kvorum_db.scan().to_list() == []
+    kvorum_db.put(b"a", b"1")
+    kvorum_cluster.stop()
+
+def test_after_a_stop(kvorum_db):
     assert kvorum_db.scan().to_list() == []
 
 async def test_third(kvorum_cluster):
@@ -150,7 +155,7 @@ def test_loading_it_imports_nothing_of_the_product():
 def test_the_fixtures_give_whole_and_empty_clusters(project):
     (project / "test_it.py").write_text(REAL)
     done = play(project)
-    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert "5 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow

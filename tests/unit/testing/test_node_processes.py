@@ -173,3 +173,15 @@ async def test_a_restart_that_outlives_the_cluster_starts_nothing(temporary: Pat
         await cluster.restart_async(0)
     assert [node.spawned for node in cluster.docile] == [1, 1]
     assert left_in(temporary) == []
+
+
+def test_where_no_node_runs_none_is_the_busiest(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="no node runs"):
+        LocalCluster(2, directory=tmp_path).busiest()
+
+
+def test_a_cluster_says_whether_it_was_stopped(tmp_path: Path) -> None:
+    cluster, _ = cluster_of(tmp_path)
+    assert not cluster.stopped
+    cluster.stop()
+    assert cluster.stopped
