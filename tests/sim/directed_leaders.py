@@ -164,8 +164,9 @@ def what_a_term_lost_is_lost() -> list[str]:
         host, one, two = stage.host("n2"), stage.raft("n1", HIGH), stage.raft("n2", HIGH)
         place = one.last_index + 1
         stage.looks["n2"] = stage.looks["n3"] = from_others(HIGH, 1)
-        dying.process.spawn(dying.database.put(KEY, b"lost"))
+        write = dying.process.spawn(dying.database.put(KEY, b"lost"))
         await stage.until(lambda: one.durable_index >= place, "n1 has the entry")
+        assert not write.done()
         dying.process.kill()
         await asyncio.sleep(1.01)  # from here on, n3 may vote
         stage.within("n2", lambda: host.campaign(HIGH))
