@@ -92,23 +92,27 @@ class Result:
 
 
 def run(seed: int, options: Options | None = None, sink: TextIO | None = None) -> Result:
-    """Play one seed. Never raises for what the product does: problems are in the result."""
+    """Play one seed. Raises for options that nothing can be made of, never for what the product does: that is in the result."""
     chosen = options or Options()
     result = Result(seed)
 
     points = Points(str(seed), off=not chosen.faults)
 
     async def play(loop: simulated.SimLoop) -> None:
-        await _Scenario(loop, seed, chosen, result, points, sink).play()
+        scenario = _Scenario(loop, seed, chosen, result, points, sink)
+        try:
+            await scenario.play()
+        except simulated.SimError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whoever plays many seeds wants a verdict of each
+            text = "".join(traceback.format_exception(error))
+            result.problems.append(f"{type(error).__name__}: {error}\n{text}")
 
     with logs.silenced(), probes.counting() as result.probes, probes.choosing(points):
         try:
             simulated.run(play, seed, time_limit_s=LIMIT_S + chosen.seconds + chosen.ops)
         except simulated.SimError as error:
             result.problems.append(f"{type(error).__name__}: {error}")
-        except Exception as error:  # noqa: BLE001 - whoever plays many seeds wants a verdict of each
-            text = "".join(traceback.format_exception(error))
-            result.problems.append(f"{type(error).__name__}: {error}\n{text}")
     for workload in result.workloads:  # what it saw while it ran stands, whatever became of the end
         found = workload.check() if result.finished else first_of_each_kind(workload.problems)
         result.problems += found
