@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ import pytest
 
 from kvstore import connections, logs, streams
 from kvstore.client import Database
-from kvstore.errors import CODES, KVError, NoQuorum, SnapshotTooOld
+from kvstore.config import NodeConfig, TxnSection
+from kvstore.errors import CODES, KVError, NoQuorum, OutcomeExpired, SnapshotTooOld
 from kvstore.router import Router
 from kvstore.sim import loop as simulated
 from kvstore.sim import scenario
@@ -184,3 +185,24 @@ def test_an_exception_that_ends_the_run_leaves_a_verdict_and_what_was_found_befo
     assert told(result, "found before")
     assert told(result, "TypeError: a mistake of a client")
     assert result.digest
+
+
+@pytest.mark.parametrize(("retention_s", "seen"), [(3.0, False), (600.0, True)])
+def test_a_new_client_is_told_that_its_write_is_too_old_only_where_that_may_be(
+    monkeypatch: pytest.MonkeyPatch, retention_s: float, seen: bool
+) -> None:
+    """Seed 3324: an election took as long as the seed kept outcomes, and the client was right to be told so."""
+    write, calls = scenario._write_and_read, 0
+
+    async def expired_once(database: Database, keys: Sequence[bytes]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OutcomeExpired
+        await write(database, keys)
+
+    monkeypatch.setattr(scenario, "_write_and_read", expired_once)
+    config = NodeConfig(txn=TxnSection(retention_s=retention_s))
+    result = run(1, replace(SHORT, ops=2, config=config))
+    assert told(result, "is not served: OutcomeExpired") == seen
+    assert bool(result.problems) == seen
