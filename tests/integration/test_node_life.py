@@ -16,23 +16,13 @@ from kvstore.adapters.local_network import LocalNetwork
 from kvstore.adapters.rocks_engine import RocksEngine
 from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
-from kvstore.config import NodeConfig, RaftSection
+from kvstore.config import NodeConfig
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import DiskFull, InvalidArgument, NodeStopped, NotReady, StorageError
 from kvstore.identity import FILE_NAME
 from kvstore.node import Node
 
 REQUEST = plan(mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], []), [ADDRESS])[0]
-
-
-@pytest.fixture
-async def waiting(tmp_path):
-    """A node over an empty directory."""
-    config = NodeConfig(raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05))
-    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
-    await node.start()
-    yield node
-    await node.stop(drain=False)
 
 
 def fail_once(monkeypatch, owner, name):

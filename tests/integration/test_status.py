@@ -10,22 +10,10 @@ import pytest
 
 from kvstore import metrics
 from kvstore.bootstrap import mint_cluster_id, plan
-from kvstore.config import NodeConfig, RaftSection
-from kvstore.embedded import ADDRESS, EmbeddedAdapters
-from kvstore.node import Node
+from kvstore.embedded import ADDRESS
 from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
 
 REQUEST = plan(mint_cluster_id(1_700_000_000_000, 1, [ADDRESS], []), [ADDRESS])[0]
-
-
-@pytest.fixture
-async def waiting(tmp_path):
-    """A node over an empty directory."""
-    config = NodeConfig(raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05))
-    node = Node(str(tmp_path), ADDRESS, "", config, EmbeddedAdapters(config))
-    await node.start()
-    yield node
-    await node.stop(drain=False)
 
 
 @pytest.fixture

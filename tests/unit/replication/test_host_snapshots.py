@@ -257,7 +257,7 @@ def lost_with_its_connection(world: World, lost: Callable[[Any], bool]) -> tuple
 
 
 def test_an_offer_that_is_lost_with_its_connection_is_made_again_as_soon_as_that_is_known():
-    """Seed 1763: the node had lost its power while the leader stood still; of three, the third was gone. Ten seconds more."""
+    """Seed 1763: the node had lost its power while the leader stood still; of three, the third was gone."""
     world = World(nodes=3)
     _, slow = behind(world)
     lost_with_its_connection(world, lambda frame: isinstance(frame, Chunk) and not frame.sequence)
