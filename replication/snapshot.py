@@ -100,7 +100,7 @@ def decode(payload: bytes) -> Frame:
     """Raises: FrameError for bytes that are no frame of this protocol."""
     try:
         frame: Frame = _decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise FrameError(f"not a snapshot frame: {error}") from None
     return frame
 
@@ -217,7 +217,7 @@ class SnapshotReceiver:
         self._verify(first, now)
         try:
             self.offer = _decode_offer(first.data)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise SnapshotBroken(f"not an offer: {error}") from None
 
     def receive(self, chunk: Chunk, now: float) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from replication.codec import decode_messages
 from replication.messages import AppendRequest
 from replication.ready import RaftConfig
-from replication.snapshot import Chunk, Credit, End, Wanted, decode
+from replication.snapshot import Chunk, Credit, End, Wanted, decode, encode
 from replication.turns import HostLimits
 from tests.unit.replication.host_driver import Node, World, behind, led, restarted
 
@@ -553,3 +553,14 @@ def test_a_chunk_after_the_end_does_not_cost_a_state_that_is_being_flushed():
     assert (figures["snapshots_installed"], figures["snapshots_lost"]) == (1, 0)
     assert figures["snapshot_frames_bad"] == 1
     assert leader.host.stats()["snapshots_sent"] == 1
+
+
+def test_a_frame_with_text_that_is_not_utf8_ends_no_node():
+    world = World(nodes=3)
+    host = world.leader().host
+    encoded = encode(End(1, 42, False, "bad"))
+    host.receive_snapshot_chunk(2, encoded.replace(b"bad", b"\xff\xfe\xfd"))
+    world.settle()
+    assert not any(node.fatal for node in world.nodes.values())
+    assert host.stats()["snapshot_frames_bad"] == 1
+    assert world.propose(b"value") is not None

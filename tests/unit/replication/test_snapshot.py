@@ -12,6 +12,7 @@ from replication.snapshot import (
     Chunk,
     Credit,
     End,
+    Frame,
     Offer,
     SnapshotBroken,
     SnapshotLimits,
@@ -214,6 +215,19 @@ def test_bytes_that_are_no_frame_are_refused(payload):
         decode(payload)
     except FrameError:
         pass
+
+
+def not_utf8(frame: Frame, reason: bytes) -> bytes:
+    """The frame as another program could send it: its text of three letters is `reason`."""
+    encoded = encode(frame)
+    assert encoded.count(b"\xa3bad") == 1
+    return encoded.replace(b"\xa3bad", b"\xa3" + reason)
+
+
+def test_a_reason_that_is_not_utf8_is_a_frame_error():
+    assert decode(not_utf8(End(7, 42, False, "bad"), b"yes")) == End(7, 42, False, "yes")
+    with pytest.raises(FrameError):
+        decode(not_utf8(End(7, 42, False, "bad"), b"\xff\xfe\xfd"))
 
 
 def test_every_frame_survives_the_wire():
