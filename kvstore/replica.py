@@ -25,6 +25,7 @@ from txn.messages import Reply, Request
 from txn.state import Answer, RangeRow, RangeState, encode_row
 
 BATCH_BYTES_MAX = 1 << 20  # of an entry's commands and what apply adds; one command at least
+BATCH_COMMANDS_MAX = 512  # of an entry: small ones that each look through a key's history
 
 log = logs.logger("kvstore.replica")
 
@@ -128,7 +129,8 @@ class Replica:
         for pending in pendings:
             assert pending.command is not None
             cost = size_bytes(pending.command) + pending.adds_bytes
-            if commands and size + cost > BATCH_BYTES_MAX:
+            full = size + cost > BATCH_BYTES_MAX or len(commands) >= BATCH_COMMANDS_MAX
+            if commands and full:
                 batches.append((Batch(closed_ts, version, commands), part))
                 commands, part, size = [], [], 0
             commands.append(pending.command)

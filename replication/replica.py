@@ -33,6 +33,7 @@ LIVE_PROBES: Final = (
     20  # a follower is live if it answered one of the last this many that any follower answered
 )
 APPLY_AT_ONCE: Final = 16  # entries, between two looks at what they staged
+APPLY_BYTES_AT_ONCE: Final = 64 << 10  # of these; one at least
 
 
 class Helped(NamedTuple):
@@ -302,8 +303,9 @@ class Applier:
                 continue
             last = 0
             while len(replica.queue) and bytes_left > 0 and entries_left > 0:
-                some = min(entries_left, APPLY_AT_ONCE)
-                entries, size_bytes = replica.queue.take(bytes_left, some)
+                entries, size_bytes = replica.queue.take(
+                    min(bytes_left, APPLY_BYTES_AT_ONCE), min(entries_left, APPLY_AT_ONCE)
+                )
                 bytes_left -= max(size_bytes, self._machine.apply(group, entries))
                 entries_left -= len(entries)
                 self.entries_applied += len(entries)

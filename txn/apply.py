@@ -8,9 +8,11 @@ through the overlay of the write batch that is being built, since two entries of
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final
 
 from txn import keycode, stamps
 from txn.commands import (
@@ -42,6 +44,9 @@ from txn.state import (
 )
 from txn.types import FenceReason, PartStatus, TxnStatus, begin_ts_of
 
+SCAN_BYTES: Final = 1 << 10  # one scan takes about as long as writing so much
+FEW_KEYS: Final = 16  # are put in order one by one; more are sorted
+
 
 class Overlay:
     """Rows of a write batch that is being built, over the stored ones.
@@ -50,14 +55,17 @@ class Overlay:
     the latch that is held until now.
     """
 
-    __slots__ = ("_below", "_get_below", "bytes", "rows", "seen")
+    __slots__ = ("_below", "_get_below", "_ordered", "bytes", "rows", "seen")
 
     def __init__(self, below: Rows) -> None:
-        self.rows: dict[bytes, bytes | None] = {}
+        self.rows: dict[bytes, bytes | None] = {}  # a key that came stays
         self.seen: dict[bytes, bytes | None] = {}
-        self.bytes = 0
+        self.bytes = (
+            0  # of rows; a scan counts for SCAN_BYTES, since who applies in slices goes by this
+        )
         self._below = below
         self._get_below = below.get
+        self._ordered: list[bytes] = []  # the keys of rows, when somebody scanned last
 
     def get(self, key: bytes, /) -> bytes | None:
         if key in self.rows:
@@ -78,11 +86,29 @@ class Overlay:
         self, start: bytes, end: bytes | None, *, reverse: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
         """Merged as it is read: whoever stops early has not read the rest. What is put meanwhile is not in it."""
-        mine = [key for key in self.rows if start <= key and (end is None or key < end)]
+        self.bytes += SCAN_BYTES
+        mine = self._within(start, end)
         if not mine:
             return self._below.scan(start, end, reverse=reverse)
-        mine.sort(reverse=reverse)
+        if reverse:
+            mine.reverse()
         return self._merged([(key, self.rows[key]) for key in mine], start, end, reverse)
+
+    def _within(self, start: bytes, end: bytes | None) -> list[bytes]:
+        """Keys of its own rows, in order. Each is put in order once: one entry may scan after each of thousands of rows."""
+        ordered = self._ordered
+        count = len(self.rows) - len(ordered)
+        if count:
+            fresh = islice(reversed(self.rows), count)
+            if count <= FEW_KEYS:
+                for key in fresh:
+                    insort(ordered, key)
+            else:
+                ordered += fresh
+                ordered.sort()
+        low = bisect_left(ordered, start)
+        high = len(ordered) if end is None else bisect_left(ordered, end, low)
+        return ordered[low:high]
 
     def _merged(
         self,

@@ -30,7 +30,7 @@ from replication.reads import ReadState
 from replication.ready import Ready
 from replication.types import Entry, Membership
 from txn import keycode
-from txn.apply import Overlay
+from txn.apply import SCAN_BYTES, Overlay
 from txn.messages import Timestamps as TimestampsReply
 from txn.state import Part, PreparedRow, RangeRow, RangeState, encode_row
 
@@ -464,7 +464,7 @@ def test_rows_of_an_entry_are_those_of_its_batch_and_apart_from_them() -> None:
     own.close()
     assert batch.rows == {b"Lb": b"now", b"Lc": b"new"}
     assert own.rows == {b"Lb": b"now", b"Lc": b"new"}
-    assert batch.bytes == 8 + 10
+    assert batch.bytes == 8 + 10 + SCAN_BYTES
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
 from kvstore.config import NodeConfig
 from kvstore.errors import StorageError
 from kvstore.node import Node
-from kvstore.replica import BATCH_BYTES_MAX, new_config
+from kvstore.replica import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, new_config
 from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
 from replication.errors import EntryTooLarge, NotLeader
 from replication.probes import choosing, counting
@@ -246,7 +246,8 @@ def test_entries_are_cut_by_all_that_they_hold_whatever_kind_of_command(kind):
     sizes = [len(encode_batch(batch)) for batch in batches]
     assert max(sizes) <= BATCH_BYTES_MAX
     if kind is not OracleBound:  # of which there is never more than one
-        assert len(sizes) <= 4, "and they are not cut much smaller than they may be"
+        least = -(-count // BATCH_COMMANDS_MAX)
+        assert len(sizes) <= max(4, least), "and they are not cut much smaller than they may be"
 
 
 def test_entries_are_cut_by_what_they_make_apply_write():
@@ -256,6 +257,12 @@ def test_entries_are_cut_by_what_they_make_apply_write():
     assert [len(batch.commands) for batch in batches] == [9] * 11 + [1]
     batches = batches_of([command] * 3, 2 * BATCH_BYTES_MAX)
     assert [len(batch.commands) for batch in batches] == [1] * 3, "one command at least"
+
+
+def test_an_entry_has_no_more_than_512_commands():
+    """Ten thousand small refusals were one entry, and what is one entry is applied in one go, on every replica at once."""
+    batches = batches_of([FencePart(ID, b"k", b"k", 1, b"k", ID, 9)] * 1_100)
+    assert [len(batch.commands) for batch in batches] == [512, 512, 76]
 
 
 @pytest.mark.parametrize("length", [0, 1, 300, 70_000])

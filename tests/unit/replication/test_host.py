@@ -141,6 +141,19 @@ def test_an_apply_phase_is_bounded_by_what_small_entries_stage():
     assert machine.finished - before == 6
 
 
+def test_few_large_entries_are_applied_between_two_looks_at_what_they_stage():
+    """Sixteen entries of 50 KB are 8,000 commands, whatever each of them costs."""
+    world = World(nodes=1)
+    world.settle()
+    world.advance(0.01)
+    machine = world.nodes[1].machine
+    machine.log.clear()
+    for size in (50_000, 50_000, 50_000, 100, 100, 1_000_000):
+        world.propose(bytes(size))
+    world.settle()
+    assert [len(indices) for _, _, indices in machine.log] == [1, 1, 3, 1]
+
+
 def test_the_state_is_told_of_leadership_in_pairs():
     world = World(nodes=3)
     first = led(world)

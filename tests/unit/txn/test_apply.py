@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.stateful.txn_ranges import MemoryRows
 from tests.unit.txn.txn_driver import Range, txn_id
 from txn import keycode
-from txn.apply import Overlay
+from txn.apply import SCAN_BYTES, Overlay, apply_batch
 from txn.commands import (
     AbortUnstaged,
     Batch,
@@ -286,3 +287,67 @@ def test_an_overlay_reads_no_further_than_its_reader():
     found = overlay.scan(b"", None)
     assert [next(found)[0] for _ in range(4)] == [b"000", b"001", b"002", b"002x"]
     assert rows.given <= 5
+
+
+class WalkedRows(dict[bytes, bytes | None]):
+    """Counts the keys that somebody walks over."""
+
+    walked = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for key in super().__iter__():
+            self.walked += 1
+            yield key
+
+    def __reversed__(self) -> Iterator[bytes]:
+        for key in super().__reversed__():
+            self.walked += 1
+            yield key
+
+
+def test_refusals_of_one_entry_cost_linear_time():
+    """Thousands who read a hot key before its last write are refused at once, and each is looked for in its history."""
+    place = Range()
+    one(place, commit(50, owner=OTHER))
+    refusals: list[Command] = [
+        FencePart(txn_id(number, begin_ts=20), b"a", b"a", FenceReason.CONFLICT, b"a", OTHER, 50)
+        for number in range(2_000)
+    ]
+    overlay, rows = Overlay(place.rows), WalkedRows()
+    overlay.rows = rows
+    answers = apply_batch(place.state, overlay, Batch(0, 1, refusals))
+    assert {answer.status for answer in answers} == {PartStatus.FENCED}
+    assert len(rows) == 2_000
+    assert rows.walked <= 2 * len(rows)
+
+
+def test_a_look_through_a_history_counts_like_rows_for_who_applies_in_slices():
+    """A refusal stages a hundred bytes, and takes as long as a row of a thousand: the bytes of both bound a slice."""
+    place = Range()
+    overlay = Overlay(place.rows)
+    list(overlay.scan(b"a", b"b"))
+    list(overlay.scan(b"b", None))
+    assert overlay.bytes == 2 * SCAN_BYTES
+
+
+def test_an_overlay_that_grows_between_scans_shows_every_row_of_a_span_in_order():
+    rng = random.Random(1)
+    below = MemoryRows()
+    below.write({b"%02d" % number: b"below" for number in range(0, 100, 3)})
+    overlay, expected = Overlay(below), dict(below.scan(b"", None))
+    for _ in range(200):
+        for _ in range(rng.choice((0, 1, 2, 60))):
+            key = b"%02d" % rng.randrange(100)
+            if rng.random() < 0.3:
+                overlay.delete(key)
+                expected.pop(key, None)
+            else:
+                overlay.put(key, b"%d" % rng.randrange(10))
+                expected[key] = overlay.rows[key] or b""
+        start, end = (b"%02d" % rng.randrange(100) for _ in range(2))
+        inside = [(key, expected[key]) for key in sorted(expected) if start <= key < end]
+        assert list(overlay.scan(start, end)) == inside
+        assert list(overlay.scan(start, end, reverse=True)) == inside[::-1]
+        assert list(overlay.scan(start, None)) == [
+            (key, expected[key]) for key in sorted(expected) if start <= key
+        ]
