@@ -26,6 +26,7 @@ from txn.messages import Failure, Read, Reply, Scan, too_wide
 if TYPE_CHECKING:
     from kvstore.replica import Replica
     from kvstore.store import Store
+    from txn.mvcc import Budget
 
 INTERVAL_S: Final = 0.25
 IDLE_FACTOR: Final = 4  # of the interval, when nothing has happened for IDLE_AFTER_S
@@ -193,11 +194,11 @@ class Closer:
 
 
 class ReplicaReads:
-    """Reads with `stale` set, at any replica of this node."""
+    """Reads with `stale` set, at any replica of this node. budget: what they look at is taken from it."""
 
-    def __init__(self, store: Store, closer: Closer) -> None:
+    def __init__(self, store: Store, closer: Closer, budget: Budget | None = None) -> None:
         self.counters = {"served": 0, "refused": 0}
-        self._store, self._closer = store, closer
+        self._store, self._closer, self._budget = store, closer, budget
 
     def read(self, replica: Replica, request: Read | Scan, now: float) -> Reply | Read | Scan:
         """The answer; or the request for this node's leader of the range, which can answer within the bound."""
@@ -219,7 +220,7 @@ class ReplicaReads:
             known = self._closer.samples.last_asked_at >= now - stale.ms / 1000
             if not known or safe < floor:
                 return self._elsewhere(replica, request, safe, floor if known else 0)
-        reply = read_here(replica.state, self._store.engine, request, safe)
+        reply = read_here(replica.state, self._store.engine, request, safe, self._budget)
         if isinstance(reply, Failure) and reply.code == REPLICA_BEHIND:
             return self._elsewhere(replica, request, safe, floor)
         self.counters["served"] += 1

@@ -41,7 +41,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "requests": {
             **store.counters,
             "open": store.open_requests,
-            "inbox_bytes": store.inbox_bytes,
+            "inbox_bytes": store.inbox_bytes + store.turn.waiting_bytes,
         },
         "replica_reads": {f"{name}_total": n for name, n in store.replica_reads.counters.items()},
         "closed": {f"{name}_total": n for name, n in store.closer.counters.items()},

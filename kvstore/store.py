@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvstore.addressing import key_of
 from kvstore.closing import Closer, ReplicaReads
 from kvstore.holds import Holds
 from kvstore.measures import StoreMeasures
@@ -31,32 +32,20 @@ from txn.apply import Overlay
 from txn.changes import POLLS_MAX, Polls
 from txn.commands import encode_batch
 from txn.evaluate import COUNTERS, Evaluator, Limits
+from txn.latches import Waiter
 from txn.messages import (
-    Changes,
     Directory,
     Failure,
-    Fence,
-    Finalize,
     GetDirectory,
     GetTimestamps,
-    KeepLocks,
-    LockRead,
-    LockWaits,
-    Outcome,
-    Prepare,
-    QueryPart,
-    QuerySettled,
-    QueryTxn,
     RangeInfo,
     Read,
     Reply,
     Request,
-    Resolve,
     Scan,
-    Unlock,
-    Validate,
 )
 from txn.oracle import Oracle
+from txn.reads import Turn, answer_bytes
 from txn.recent import ROWS_MAX as RECENT_ROWS_MAX
 from txn.state import RangeRow
 
@@ -65,6 +54,7 @@ META_START = b"\xff\x00"
 WRITE_BATCH_BYTES_MAX = 1 << 20
 WRITE_BATCH_ROWS_MAX = 2_000
 REQUESTS_PER_TURN = 256  # evaluated before what was decided goes out
+BUSY = "the node is busy"
 
 
 class Asker(Protocol):
@@ -144,6 +134,7 @@ class Store:
         self.oracle = Oracle(window_ms=oracle_window_ms)
         self.open_requests = 0
         self.polls = Polls(watches_max)  # of watches; they wait for long, and do not count as load
+        self.turn = Turn()  # what this one has for reads, and who goes on in the next
         self._watch_recent_rows = watch_recent_rows
         self._requests_max = requests_max
         self._inbox_bytes_max = inbox_bytes_max
@@ -163,15 +154,15 @@ class Store:
         self._staged: dict[int, Replica] = {}  # whose rows are in the overlay
         self._deadlines = Deadlines()
         self._held: dict[
-            int, tuple[Replica, list[tuple[Any, Reply]]]
-        ] = {}  # read-index context -> answers
+            int, tuple[Replica, list[tuple[Any, Reply]], int]
+        ] = {}  # read-index context -> answers, and their bytes
         self._context = 0
         self._by_start: list[Replica] = []
         self._starts: list[bytes] = []
         self._oracle_client = OracleClient(self, Holds(snapshot_hold_s, limits.retention))
         self.closer = Closer(self, closed_lag_s)
         self._closing_due = float("-inf")
-        self.replica_reads = ReplicaReads(self, self.closer)
+        self.replica_reads = ReplicaReads(self, self.closer, self.turn)
 
     def attach(self, host: Host, remote: RemoteCalls) -> None:
         self._host, self._remote = host, remote
@@ -195,14 +186,12 @@ class Store:
         room = (
             0 if chance("throttled") else self._requests_max + self.polls.open - self.open_requests
         )
-        if self.inbox_bytes + size_bytes > self._inbox_bytes_max:
+        if self.inbox_bytes + self.turn.waiting_bytes + size_bytes > self._inbox_bytes_max:
             room = 0
         if len(requests) > room:
             for request in requests[max(0, room) :]:
                 self.counters["requests_throttled"] += 1
-                asker.answer(
-                    Failure(request.id, "throttled", "the node is busy", {"retry_after": 0.02})
-                )
+                asker.answer(Failure(request.id, "throttled", BUSY, {"retry_after": 0.02}))
             requests = requests[: max(0, room)]
         self.open_requests += len(requests)
         self.counters["requests"] += len(requests)
@@ -232,6 +221,7 @@ class Store:
         deadlines = self._deadlines
         if (
             self._inbox
+            or self.turn.waiting
             or self._local
             or self._touched
             or self._oracle_client.has_work
@@ -241,6 +231,7 @@ class Store:
             self._work(now)
 
     def _work(self, now: float) -> None:
+        self._go_on(now)
         for number in self._deadlines.due(now):
             replica = self.replicas.get(number)
             if replica is not None and replica.evaluator is not None:
@@ -275,6 +266,22 @@ class Store:
         self._oracle_client.turn(now, self._touched)
         self._carry_out(now)
 
+    def _go_on(self, now: float) -> None:
+        """Readers for whom earlier turns had nothing left. Who waited for too long is refused: more come than can be served."""
+        turn = self.turn
+        turn.begin()
+        for reader, waiter in turn.go_on():
+            late = now > waiter.until_s(self.limits.read_wait_s)
+            if late or (turn.full and reader is not None):
+                self.counters["requests_throttled"] += 1
+                details = {"retry_after": 0.1}
+                self.answer(waiter.origin, Failure(waiter.request.id, "throttled", BUSY, details))
+            elif reader is None:
+                self._dispatch(waiter.origin, waiter.request, now)
+            else:
+                self.touch(reader.owner.state.row.range_id)
+                reader.go_on(waiter, now)
+
     def _dispatch(self, asker: Asker, request: Request, now: float) -> None:
         if isinstance(request, GetDirectory):
             self.answer(asker, self._directory(request.id))
@@ -287,6 +294,9 @@ class Store:
             return
         kind = request.__class__
         if (kind is Read or kind is Scan) and request.stale is not None:  # type: ignore[union-attr]
+            if self.turn.left <= 0:
+                self.turn.put_off(None, Waiter(request, asker, now))
+                return
             done = self.replica_reads.read(replica, request, now)  # type: ignore[arg-type]
             if not isinstance(done, Read | Scan):
                 self.answer(asker, done)
@@ -332,6 +342,8 @@ class Store:
                         self.answer(origin, reply)
             rounds += 1
             assert rounds < 1_000, "ranges of one node call each other for ever"
+        if self.turn.waiting:
+            self._host.wake()
 
     def _note_deadline(self, replica: Replica, evaluator: Evaluator, now: float) -> None:
         if evaluator.runnable:
@@ -386,7 +398,9 @@ class Store:
             for origin, reply in answers:
                 self.answer(origin, self.not_leader(reply.id, replica))
             return
-        self._held[self._context] = (replica, answers)
+        size = sum(answer_bytes(reply) for _, reply in answers)
+        self.turn.unconfirmed_bytes += size
+        self._held[self._context] = (replica, answers, size)
 
     def answer(self, asker: Asker, reply: Reply) -> None:
         self.open_requests -= 1
@@ -500,6 +514,7 @@ class Store:
                 replica.state, self.engine, replica.output, self.limits, term
             )
             replica.evaluator.counters = self.transaction_counters
+            replica.evaluator.turn = self.turn
             replica.evaluator.floor = 0  # until the oracle has said what is held
             replica.told_closed = 0
             replica.evaluator.feed.node = self.polls
@@ -509,7 +524,8 @@ class Store:
             held = self._held.pop(context, None)
             if held is None:
                 continue
-            replica, answers = held
+            replica, answers, size = held
+            self.turn.unconfirmed_bytes -= size
             if not ok:
                 reached("read_index_failed")
             for origin, reply in answers:
@@ -576,19 +592,3 @@ class Store:
                 )
             )
         return Directory(request_id, self.cluster, self.node, ranges, list(self.addresses.items()))
-
-
-def key_of(request: Request) -> bytes:
-    """The key by which a request without a range id is routed."""
-    if isinstance(request, Read):
-        return request.keys[0] if request.keys else b""
-    if isinstance(request, (Scan, Changes)):
-        return request.start
-    if isinstance(request, Validate):
-        return request.guards[0].start if request.guards else b""
-    if isinstance(request, (Prepare, Resolve, Fence, QueryPart)):
-        return request.locus
-    if isinstance(request, (LockRead, KeepLocks, Unlock, LockWaits)):
-        return request.key
-    assert isinstance(request, (Finalize, QueryTxn, Outcome, QuerySettled))
-    return request.anchor_key

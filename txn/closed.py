@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from txn.commands import Commit, PreparePart
 from txn.messages import Failure, Read, Reply, Scan
+from txn.mvcc import Budget
 from txn.reads import read_keys, read_span
 from txn.types import TIMESTAMP_MAX
 
@@ -93,9 +94,15 @@ class Heard:
         return row.closed_ts
 
 
-def read_here(state: RangeState, rows: Rows, request: Read | Scan, safe: int) -> Reply:
-    """Answer at `request.at` (0: at `safe`) from what is applied here; refuse what lies above `safe`. Never waits."""
+def read_here(
+    state: RangeState, rows: Rows, request: Read | Scan, safe: int, budget: Budget | None = None
+) -> Reply:
+    """Answer at `request.at` (0: at `safe`) from what is applied here; refuse what lies above `safe`. Never waits.
+
+    What is looked at is taken from `budget`.
+    """
     row = state.row
+    budget = Budget() if budget is None else budget
     at = request.at or safe
     if request.version and request.version != row.version:
         return Failure(request.id, "epoch_mismatch")
@@ -106,12 +113,12 @@ def read_here(state: RangeState, rows: Rows, request: Read | Scan, safe: int) ->
     if type(request) is Read:
         if not all(state.owns(key) for key in request.keys):
             return Failure(request.id, "epoch_mismatch")
-        return read_keys(rows, request, at)
+        return read_keys(rows, request, at, budget)
     assert type(request) is Scan
     start, end = request.start, request.end or row.end
     if not state.has_span(start, end):
         return Failure(request.id, "epoch_mismatch")
-    return read_span(rows, request, start, end, at)
+    return read_span(rows, request, start, end, at, budget)
 
 
 def behind(request_id: int, safe: int, wanted: int) -> Failure:

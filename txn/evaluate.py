@@ -61,7 +61,7 @@ from txn.messages import (
 )
 from txn.mvcc import find_txn, latest_ts
 from txn.ports import Output, Rows
-from txn.reads import Reader
+from txn.reads import Reader, Turn
 from txn.recovery import Recovery
 from txn.silence import Silence
 from txn.state import ABSENT, Answer, Part, RangeState
@@ -137,6 +137,7 @@ class Evaluator:
         self.counters = dict.fromkeys(
             COUNTERS, 0
         )  # the store puts its own here, one for all ranges
+        self.turn = Turn()  # the store puts its own here, one for all ranges
         self.recovery = Recovery(self)
         self.reader = Reader(self)
         self.feed = Feed(self)
@@ -208,6 +209,7 @@ class Evaluator:
         for waiters in (
             *self.blocked.values(),
             list(self.untimed),
+            self.turn.of(self.reader),
             self.runnable,
             self.locking.waiters(),
             *self.recovery.waiters(),

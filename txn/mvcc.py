@@ -13,7 +13,20 @@ from txn import keycode
 from txn.ports import Rows
 
 NO_LIMIT: Final = 1 << 62
+ROW_BYTES: Final = (
+    1 << 10
+)  # one row that is looked at takes as long as reading about so much more of it
+SEEK_BYTES: Final = 4 << 10  # and the search for an older version, as so much
 _VALUE, _TOMBSTONE = b"\x00", b"\x01"
+
+
+class Budget:
+    """What looks may still cost: the bytes that they read, and some for each row and each search. It may be overdrawn."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = NO_LIMIT
 
 
 class Version(NamedTuple):
@@ -85,23 +98,29 @@ def scan_at(
     reverse: bool = False,
     hidden_max: int = NO_LIMIT,
     bytes_max: int = NO_LIMIT,
+    budget: Budget | None = None,
 ) -> Iterator[tuple[bytes, Version | None]]:
     """(key, version) of [start, end) at `at` in order; tombstones are left out. end b"": the end of all keys.
 
     It ends early, with the key that it looked at last and None, after hidden_max keys that have no value at `at`, or when the
-    rows that it read have bytes_max, be they returned or not.
+    rows that it read have bytes_max, be they returned or not. All that is looked at is taken from `budget`.
     """
+    budget = Budget() if budget is None else budget
     low, high = keycode.family_span(keycode.LATEST, start, end)
     hidden = size = 0
     for found, row in rows.scan(low, high, reverse=reverse):
-        size += len(row)
+        read = len(row)
+        cost = ROW_BYTES
         version: Version | None
         if int.from_bytes(row[:8], "big") <= at:
             version = decode_latest(row)
         else:
             version = older_at(rows, found[1:], at)
+            cost += SEEK_BYTES
             if version is not None and version.value is not None:
-                size += len(version.value)
+                read += len(version.value)
+        size += read
+        budget.left -= cost + read
         if version is not None and version.value is not None:
             yield found[1:], version
         else:

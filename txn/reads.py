@@ -2,16 +2,23 @@
 
 A read gets its timestamp first, waits for the writers that were latched when it came, and looks; about an undecided intent
 at or below its timestamp its anchor is asked. Every answer rests on what was *not* seen, so leadership is confirmed after it.
+
+All reads of a node share what one turn has for them (`Turn`), since they may look at a thousand rows each, or at megabytes:
+T1 what is looked at in one turn takes tens of milliseconds, and its answers have megabytes, whoever asks for how much.
+T2 who is put off goes on in later turns, before newcomers and in the order in which they were put off, whatever their range.
+   They keep their timestamp and their place among the latches (`Waiter.sequence`), so they see what they would have seen.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from replication.probes import chance, reached
 from txn.latches import Waiter
-from txn.messages import Failure, Read, ReadReply, Reply, Scan, ScanReply, too_wide
-from txn.mvcc import decode_latest, latest_ts, older_at, scan_at
+from txn.messages import Changed, Failure, Read, ReadReply, Reply, Scan, ScanReply, too_wide
+from txn.mvcc import ROW_BYTES, SEEK_BYTES, Budget, decode_latest, latest_ts, older_at, scan_at
 from txn.types import point_end
 
 if TYPE_CHECKING:
@@ -24,6 +31,51 @@ SCAN_ROWS_MAX = 1_000
 SCAN_BYTES_MAX = 256 << 10
 SCAN_HIDDEN_MAX = 2_000  # keys without a value at its timestamp, that one page looks at
 SCAN_READ_BYTES_MAX = 1 << 20  # of rows that one page reads, told or not; one row at least
+TURN_BYTES = 4 << 20  # that reads cost in one turn of a node (`Budget`); the last may go beyond it
+ASK_BYTES = 4 << 10  # what a request costs beside its rows
+ASK_OVERHEAD_BYTES = 200  # what it takes in memory beside its keys
+UNCONFIRMED_BYTES_MAX = 64 << 20  # of answers that wait for a read index; then nobody looks
+
+
+class Turn(Budget):
+    """What one turn of a node has for reads, and who was put off. One for all ranges; the store begins it.
+
+    Until one is begun there is no limit. The owner of the turn wakes itself as long as `waiting` is not empty.
+    """
+
+    __slots__ = ("full", "unconfirmed_bytes", "waiting", "waiting_bytes")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: deque[tuple[Reader | None, Waiter]] = deque()  # the first one first
+        self.waiting_bytes = 0  # of their requests
+        self.unconfirmed_bytes = 0  # of answers that nobody may have before leadership is confirmed
+        self.full = False  # of these: no leader looks in this turn
+
+    def begin(self) -> None:
+        self.left = 1 if chance("turn_small") else TURN_BYTES
+        self.full = self.unconfirmed_bytes >= UNCONFIRMED_BYTES_MAX
+
+    def put_off(self, reader: Reader | None, waiter: Waiter) -> None:
+        """To a later turn. reader: whose; None: nobody's, a replica alone is asked."""
+        reached("read_put_off")
+        self.waiting.append((reader, waiter))
+        self.waiting_bytes += request_bytes(waiter.request)
+
+    def go_on(self) -> Iterator[tuple[Reader | None, Waiter]]:
+        """Who was put off by earlier turns, as long as this one has something left: before anybody else looks."""
+        for _ in range(len(self.waiting)):
+            if self.left <= 0:
+                return
+            reader, waiter = self.waiting.popleft()
+            self.waiting_bytes -= request_bytes(waiter.request)
+            if not waiter.done:
+                waiter.done = True
+                yield reader, waiter
+
+    def of(self, reader: Reader) -> list[Waiter]:
+        """Whom this reader has put off."""
+        return [waiter for owner, waiter in self.waiting if owner is reader]
 
 
 class Reader:
@@ -50,7 +102,17 @@ class Reader:
         if not owner.silence.armed:
             owner.silence.arm(owner.now)
 
+    def go_on(self, waiter: Waiter, now: float) -> None:
+        """In a later turn than the one that put it off."""
+        self.owner.now = now
+        self.again(waiter, now)
+
     def again(self, waiter: Waiter, now: float) -> None:
+        """Look, from the start, unless the turn has nothing left for it."""
+        turn = self.owner.turn
+        if turn.left <= 0 or turn.full:
+            turn.put_off(self, waiter.copy())
+            return
         request = waiter.request
         row = self.owner.state.row
         if now > waiter.until_s(self.owner.limits.read_wait_s):
@@ -97,7 +159,7 @@ class Reader:
                 for part in state.stamped_in(key, point_end(key)):
                     if self.undecided(part, at, waiter):
                         return None
-        return read_keys(self.owner.rows, request, at)
+        return read_keys(self.owner.rows, request, at, self.owner.turn)
 
     def undecided(self, part: Part, at: int, waiter: Waiter) -> bool:
         """Whether the reader has to wait for news of an intent's transaction; then it is arranged that it is woken."""
@@ -124,7 +186,7 @@ class Reader:
         if blocker is not None:
             blocker.waiters.append(waiter.copy())
             return None
-        reply = read_span(self.owner.rows, request, start, end, at)
+        reply = read_span(self.owner.rows, request, start, end, at, self.owner.turn)
         low, high = start, end
         if not reply.done:
             low, high = (reply.covered_to, end) if request.reverse else (start, reply.covered_to)
@@ -137,12 +199,12 @@ class Reader:
         return reply
 
 
-def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
-    """What the keys hold at `at`, whatever is undecided."""
+def read_keys(rows: Rows, request: Read, at: int, budget: Budget) -> ReadReply:
+    """What the keys hold at `at`, whatever is undecided. It is taken from the budget, and never refused for that."""
     versions: list[int] = []
     values: list[bytes | None] = []
     get = rows.get
-    size = 0
+    size, cost = 0, ASK_BYTES
     for key in request.keys:
         if size > READ_BYTES_MAX:
             break  # the reader asks for the rest at the same timestamp
@@ -154,6 +216,7 @@ def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
         else:
             version = older_at(rows, key, at)
             size += len(row)
+            cost += SEEK_BYTES
         if version is None or version.value is None:
             versions.append(0)
             values.append(None)
@@ -161,11 +224,18 @@ def read_keys(rows: Rows, request: Read, at: int) -> ReadReply:
             versions.append(version.commit_ts)
             values.append(version.value)
             size += len(version.value)
+    budget.left -= cost + size + ROW_BYTES * len(versions)
     return ReadReply(request.id, at, versions, values)
 
 
-def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> ScanReply:
-    """What [start, end) holds at `at`, whatever is undecided; at most one page, which may be empty and not the last."""
+def read_span(
+    rows: Rows, request: Scan, start: bytes, end: bytes, at: int, budget: Budget
+) -> ScanReply:
+    """What [start, end) holds at `at`, whatever is undecided; at most one page, which may be empty and not the last.
+
+    It is taken from the budget, and no smaller for that.
+    """
+    budget.left -= ASK_BYTES
     keys: list[bytes] = []
     values: list[bytes] = []
     versions: list[int] = []
@@ -176,6 +246,7 @@ def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> S
     found = scan_at(
         rows, start, end, at,
         reverse=request.reverse, hidden_max=SCAN_HIDDEN_MAX, bytes_max=SCAN_READ_BYTES_MAX,
+        budget=budget,
     )  # fmt: skip
     for key, version in found:
         if len(keys) >= rows_max or (keys and size >= bytes_max):
@@ -196,3 +267,18 @@ def read_span(rows: Rows, request: Scan, start: bytes, end: bytes, at: int) -> S
     else:
         covered_to = seen if request.reverse else point_end(seen)
     return ScanReply(request.id, at, keys, values, versions, done, covered_to)
+
+
+def request_bytes(request: Any) -> int:
+    """About what a read or a scan takes in memory while it waits."""
+    if type(request) is Read:
+        return ASK_OVERHEAD_BYTES + sum(map(len, request.keys))
+    return ASK_OVERHEAD_BYTES + len(request.start) + len(request.end)
+
+
+def answer_bytes(reply: Reply) -> int:
+    """Of what may be large in an answer."""
+    if not isinstance(reply, (ReadReply, ScanReply, Changed)):
+        return 0
+    size = sum(len(value) for value in reply.values if value is not None)
+    return size if isinstance(reply, ReadReply) else size + sum(map(len, reply.keys))

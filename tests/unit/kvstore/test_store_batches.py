@@ -1,5 +1,8 @@
 """Claims: what the engine gets is whole. Wherever a crash cuts the sequence of write batches, each range's applied index says
-exactly which entries its rows hold (pitfall 1); and the log is never cut above what the engine has flushed (pitfall 23)."""
+exactly which entries its rows hold (pitfall 1); and the log is never cut above what the engine has flushed (pitfall 23).
+
+And what one turn reads is bounded (T1, T2), so that no client's reads hold up all others.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from kvstore.config import NodeConfig
 from kvstore.errors import StorageError
 from kvstore.node import Node
 from kvstore.replica import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, new_config
-from kvstore.store import WRITE_BATCH_ROWS_MAX, Store
+from kvstore.store import BUSY, WRITE_BATCH_ROWS_MAX, Store
 from replication.errors import EntryTooLarge, NotLeader
 from replication.probes import choosing, counting
 from replication.types import Entry, EntryKind, Membership
-from txn import keycode
+from txn import keycode, reads
 from txn.commands import (
     AbortUnstaged,
     Batch,
@@ -40,7 +43,8 @@ from txn.commands import (
 )
 from txn.evaluate import Limits
 from txn.latches import Pending
-from txn.messages import Failure, Prepare
+from txn.messages import Failure, Prepare, Read, Stale
+from txn.mvcc import encode_latest
 from txn.state import RangeRow, decode_range_row
 from txn.types import Guard, Participant, Stamp, Write, WriteKind, make_txn_id
 
@@ -344,3 +348,159 @@ def test_what_a_deposed_leader_proposes_has_not_happened():
     assert reached["deposed_before_it_proposed"] == 1
     assert replica.output.replies == [("who asks", Failure(5, "not_leader"))]
     assert evaluator.latches.held() == 0
+
+
+# -- what one turn reads
+
+MIB = 1 << 20
+
+
+class ReadHost:
+    """A host that leads every range; what it is asked for is counted."""
+
+    def __init__(self) -> None:
+        self.leased = True
+        self.woken = False
+        self.refused: dict[int, str] = {}
+        self.contexts: list[tuple[int, int]] = []
+
+    def wake(self) -> None:
+        self.woken = True
+
+    def lease_valid(self, _range: int) -> bool:
+        return self.leased
+
+    def read_index(self, number: int, context: int) -> None:
+        self.contexts.append((number, context))
+
+
+class Reading:
+    """A store that leads both of its ranges, in each of them a row of 1 MiB; and who asks it for them."""
+
+    def __init__(self) -> None:
+        self.engine = RecordingEngine()
+        self.store = store_of(self.engine)
+        self.host = ReadHost()
+        remote = SimpleNamespace(call=lambda *_: None)
+        self.store.attach(cast("Any", self.host), cast("Any", remote))
+        for number, start in RANGES.items():
+            key = keycode.latest_row(start)
+            self.engine.write({key: encode_latest(50, make_txn_id(1, number), bytes(MIB))})
+            self.store.replicas[number].state.row.closed_ts = 60
+            self.store.leadership(number, 2, True)
+            evaluator = self.store.replicas[number].evaluator
+            assert evaluator is not None
+            evaluator.start(0.0)
+        self.replies: list[Any] = []
+        self.store._requests_max = 1_000
+
+    def answer(self, reply: Any) -> None:
+        self.replies.append(reply)
+
+    def ask(self, number: int, request_id: int, *, stale: Stale | None = None) -> None:
+        request = Read(request_id, number, 0, 60, [RANGES[number]], stale)
+        self.store.accept(self, [request])
+
+    def turn(self, now: float = 0.0) -> list[int]:
+        """The numbers of those who are answered in it."""
+        self.host.woken, self.replies = False, []
+        self.store.drain(now)
+        return [reply.id for reply in self.replies]
+
+
+def test_answers_of_one_turn_are_bounded_in_bytes():
+    """60 reads of 4 MiB were 240 MiB in one turn."""
+    place = Reading()
+    for request_id in range(10):
+        place.ask(7, request_id)
+    turns = [place.turn()]
+    while place.host.woken:
+        turns.append(place.turn())
+    assert turns == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert place.store.open_requests == place.store.turn.waiting_bytes == 0
+
+
+def test_who_is_put_off_goes_on_before_newcomers_whatever_their_range():
+    place = Reading()
+    for request_id in range(6):
+        place.ask(8, request_id)
+    place.turn()
+    for request_id in range(10, 16):
+        place.ask(7, request_id)
+    assert place.turn() == [4, 5, 10, 11]
+    place.ask(8, 20)
+    assert place.turn() == [12, 13, 14, 15]
+    assert place.turn() == [20]
+
+
+def test_who_is_put_off_does_not_hold_up_writes():
+    place = Reading()
+    for request_id in range(20):
+        place.ask(7, request_id)
+    writes = [Write(WriteKind.PUT, b"bb", b"v")]
+    identity = make_txn_id(60, 1)
+    place.store.accept(place, [Prepare(100, 7, 0, identity, b"bb", b"bb", writes)])
+    place.turn()
+    evaluator = place.store.replicas[7].evaluator
+    assert evaluator is not None
+    assert identity in evaluator.latches.txns
+
+
+def test_stale_reads_share_what_a_turn_has():
+    place = Reading()
+    place.store.leadership(8, 3, False)
+    for request_id in range(0, 6, 2):
+        place.ask(8, request_id, stale=Stale())
+        place.ask(7, request_id + 1)
+    assert place.turn() == [0, 2, 1, 3], "what needs no leader is answered first"
+    assert place.turn() == [4, 5]
+    assert not place.host.woken
+
+
+def test_who_waits_for_longer_than_a_read_may_is_refused_without_a_look():
+    place = Reading()
+    for request_id in range(10):
+        place.ask(7, request_id)
+    place.turn()
+    assert place.turn(now=6.0) == [4, 5, 6, 7, 8, 9]
+    assert {(reply.code, reply.message) for reply in place.replies} == {("throttled", BUSY)}
+    assert place.store.counters["requests_throttled"] == 6
+    assert place.store.open_requests == place.store.turn.waiting_bytes == 0
+
+
+def test_answers_that_wait_for_a_read_index_are_bounded_in_bytes(monkeypatch):
+    """Without a lease nothing leaves before the others have said who leads; while they are silent, nobody looks."""
+    monkeypatch.setattr(reads, "UNCONFIRMED_BYTES_MAX", 8 * MIB)
+    place = Reading()
+    place.host.leased = False
+    for request_id in range(12):
+        place.ask(7, request_id)
+    assert [place.turn(), place.turn()] == [[], []]
+    assert place.store.turn.unconfirmed_bytes == 8 * MIB
+    place.ask(8, 100)
+    assert place.turn() == [8, 9, 10, 11]
+    assert {reply.code for reply in place.replies} == {"throttled"}
+    assert place.turn() == [100]
+    for number, context in place.host.contexts:
+        place.store.read_confirmed(number, [context], True)
+    assert place.store.turn.unconfirmed_bytes == 0
+    assert len(place.replies) == 1 + 8
+    place.ask(8, 101)
+    place.turn()
+    assert place.store.turn.unconfirmed_bytes == MIB
+
+
+def test_requests_that_are_put_off_count_as_bytes_that_wait():
+    place = Reading()
+    for request_id in range(4):
+        place.ask(7, request_id)
+    long = Read(9, 7, 0, 60, [b"b" + bytes(1_000)] * 250)
+    for _ in range(6):
+        place.store.accept(place, [long])
+    place.turn()
+    assert place.store.turn.waiting_bytes > MIB
+    place.ask(7, 5)
+    assert [reply.code for reply in place.replies if isinstance(reply, Failure)] == ["throttled"]
+    place.turn()
+    place.ask(7, 6)
+    assert place.turn()[-1:] == [6]

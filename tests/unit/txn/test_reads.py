@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.txn.txn_driver import Asked, Pulled, Range, put, settled, stored
+from tests.unit.txn.txn_driver import Asked, Pulled, Range, put, settled, stored, txn_id
 from txn import reads
 from txn.messages import Failure, QueryMode, TxnReply
-from txn.types import TxnStatus, Write, WriteKind
+from txn.mvcc import encode_latest
+from txn.types import PartStatus, TxnStatus, Write, WriteKind
 
 
 def test_a_read_without_a_timestamp_gets_the_last_one_issued():
@@ -253,3 +254,81 @@ def test_a_read_that_rests_after_no_answer_is_answered_when_the_leader_stops():
     assert reader.open
     place.lead()
     assert reader.reply.code == "not_leader"
+
+
+# -- what one turn has for reads (T1, T2)
+
+
+def pages(place: Range, count: int) -> list[Asked]:
+    """So many scans of as many rows as a page has, without a timestamp."""
+    return [place.scan(b"k", b"l", 0, rows_max=1_000) for _ in range(count)]
+
+
+def a_page_of_rows(place: Range) -> None:
+    for number in range(1_000):
+        place.rows.write({b"Lk%04d" % number: encode_latest(50, txn_id(number), b"v" * 100)})
+
+
+def next_turn(place: Range) -> int:
+    """How many go on."""
+    turn = place.evaluator.turn
+    turn.begin()
+    count = 0
+    for reader, waiter in turn.go_on():
+        assert reader is place.evaluator.reader
+        reader.go_on(waiter, place.now)
+        count += 1
+    return count
+
+
+def test_readers_that_get_their_timestamp_at_once_look_in_several_turns():
+    """They gathered behind one question to the oracle; 1,700 pages were one turn of six seconds."""
+    place = Range()
+    a_page_of_rows(place)
+    next_turn(place)
+    asked = pages(place, 10)
+    place.stamp()
+    done = [len([each for each in asked if not each.open])]
+    while any(each.open for each in asked):
+        assert next_turn(place) > 0
+        done.append(len([each for each in asked if not each.open]))
+        assert [each.open for each in asked] == sorted(each.open for each in asked), "in order"
+    assert done == [4, 8, 10]
+    assert all(len(each.reply.keys) == 1_000 and each.confirm for each in asked)
+    assert (place.evaluator.turn.waiting_bytes, next_turn(place)) == (0, 0)
+
+
+def test_a_reader_that_is_put_off_sees_what_it_would_have_seen():
+    place = Range()
+    a_page_of_rows(place)
+    before = stored(place, b"a", b"before")
+    early = place.prepare(1, put(b"b"))  # latched when the reader gets its timestamp
+    next_turn(place)
+    pages(place, 5)
+    read, other = place.read(b"a"), place.read(b"b")
+    place.stamp()
+    assert read.open
+    late = place.prepare(2, put(b"a", b"later"))  # latched afterwards
+    place.stamp()
+    in_flight = place.take()
+    assert len(in_flight) == 2
+    next_turn(place)
+    assert read.reply.versions == [before], "it waits for nobody who came after its timestamp"
+    assert other.open, "and for those who were there"
+    place.commit(in_flight)
+    assert (early.reply.status, late.reply.status) == (PartStatus.COMMITTED,) * 2
+    next_turn(place)
+    assert other.reply.versions == [early.reply.ts]
+    assert other.reply.at < late.reply.ts
+
+
+def test_who_is_put_off_is_told_when_the_leader_stops():
+    place = Range()
+    a_page_of_rows(place)
+    next_turn(place)
+    asked = pages(place, 10)
+    place.stamp()
+    place.evaluator.stop()
+    left = [each.reply for each in asked if isinstance(each.reply, Failure)]
+    assert [each.code for each in left] == ["not_leader"] * 6
+    assert next_turn(place) == 0
