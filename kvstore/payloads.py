@@ -9,8 +9,13 @@ import msgspec
 
 from kvstore.errors import InvalidArgument, KVError, TransactionTooLarge
 from kvstore.limits import MESSAGE_BYTES_MAX
+from replication.errors import FrameError
+from txn.messages import Reply
+
+_REPLIES: Final = 3  # the first byte of a message of replies
 
 _encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(list[Reply]).decode
 
 
 def payloads(
@@ -35,3 +40,13 @@ def payloads(
         half = len(messages) // 2
         yield from payloads(kind, messages[:half], refuse)
         yield from payloads(kind, messages[half:], refuse)
+
+
+def replies_in(payload: bytes) -> list[Reply]:
+    """The answers of one message. Raises: FrameError."""
+    try:
+        if payload[0] != _REPLIES:
+            raise msgspec.DecodeError(f"a message of kind {payload[0]}")
+        return _decode(memoryview(payload)[1:])
+    except (msgspec.DecodeError, IndexError, RecursionError) as error:
+        raise FrameError(f"answers do not decode: {error}") from error

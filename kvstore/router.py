@@ -45,11 +45,11 @@ from kvstore.links import (
     number,
     undialled,
 )
+from kvstore.payloads import replies_in
 from kvstore.ports import Clock
 from kvstore.ranges import META_KEY, RangeCache
 from kvstore.streams import Backoff
 from kvstore.timestamps import LastIssued
-from replication.errors import FrameError
 from txn.messages import (
     Directory,
     Failure,
@@ -66,8 +66,6 @@ from txn.messages import (
     TxnReply,
 )
 
-REPLIES: Final = 3  # the first byte of a message of replies
-
 TRY_TIMEOUT_S: Final = 1.0  # silence for so long, and another replica is asked; doubled each time
 CALLS_MAX: Final = 65_536
 PAYLOAD_BYTES: Final = 1 << 20  # a message is cut when it has grown to this
@@ -81,7 +79,6 @@ _AGAIN: Final = frozenset(
     {"not_leader", "throttled", "unavailable", "no_quorum", "not_ready", "node_stopped"}
 )
 
-_decode: Final = msgspec.msgpack.Decoder(list[Reply])
 _to_ranges = list[RangeInfo]
 
 
@@ -429,12 +426,7 @@ class Router:
     # --- answers ----------------------------------------------------------------------------------
 
     def _on_message(self, link: ClientLink, payload: bytes) -> None:
-        try:
-            if payload[0] != REPLIES:
-                raise msgspec.DecodeError(f"a message of kind {payload[0]}")
-            replies = _decode.decode(memoryview(payload)[1:])
-        except (msgspec.DecodeError, IndexError, RecursionError) as error:
-            raise FrameError(f"answers do not decode: {error}") from error  # ends the stream
+        replies = replies_in(payload)  # what it raises ends the stream
         pop = link.pending.pop
         for reply in replies:
             call = pop(reply.id, None)
