@@ -48,5 +48,5 @@ def replies_in(payload: bytes) -> list[Reply]:
         if payload[0] != _REPLIES:
             raise msgspec.DecodeError(f"a message of kind {payload[0]}")
         return _decode(memoryview(payload)[1:])
-    except (msgspec.DecodeError, IndexError, RecursionError) as error:
+    except (msgspec.DecodeError, IndexError, RecursionError, UnicodeDecodeError) as error:
         raise FrameError(f"answers do not decode: {error}") from error

@@ -33,6 +33,7 @@ from replication.errors import FrameError
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from tests.unit.kvstore.fake_pipes import Pipe
 from txn.messages import (
+    Failure,
     GetDirectory,
     GetTimestamps,
     Outcome,
@@ -464,7 +465,9 @@ def test_another_cluster_is_refused():
 def test_bytes_that_do_not_decode_end_the_connection_and_nothing_else():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await _ready(db)
-        for garbage in (b"\x03\xc1garbage", b""):
+        failure = msgspec.msgpack.encode([Failure(1, "throttled", "oops", {})])
+        no_text = b"\x03" + failure.replace(b"oops", b"oo\xffs")
+        for garbage in (b"\x03\xc1garbage", no_text, b""):
             channel = next(link.channel for link in db.router.links if link.channel is not None)
             assert isinstance(channel, Stream)
             pipe = channel._pipe
