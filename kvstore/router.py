@@ -362,8 +362,7 @@ class Router:
             self._unplaced(call, now)
             return
         if link.ready_bytes > OUTGOING_BYTES_MAX:
-            call.failure = Throttled(BLOCKED_RETRY_S, "too much waits to be sent to the node")
-            self._park(call, now + self._backoff(call.tries))
+            self._hold_back(call, now)
             return
         assert call.request is not None
         call.request = addressed(call.request, call)
@@ -384,6 +383,11 @@ class Router:
         call.tries += 1
         self._park(call, now + self._backoff(call.tries))
 
+    def _hold_back(self, call: Call, now: float) -> None:
+        """Its node has enough to take already (K3)."""
+        call.failure = Throttled(BLOCKED_RETRY_S, "too much waits to be sent to the node")
+        self._park(call, now + self._backoff(call.tries))
+
     # --- connections ------------------------------------------------------------------------------
 
     async def _open_link(self, link: ClientLink) -> None:
@@ -401,8 +405,13 @@ class Router:
         channel.on_close = lambda error: self._on_close(link, channel, error)
         if channel.peer.node:
             self.links.at(link.address, channel.peer.node)
+        now = self.monotonic()
         for call in list(link.pending.values()):
-            self._append(link, call)
+            if link.ready_bytes <= OUTGOING_BYTES_MAX:
+                self._append(link, call)
+            else:
+                del link.pending[call.id]
+                self._hold_back(call, now)
 
     def _on_close(self, link: ClientLink, channel: Channel, error: Exception | None) -> None:
         if link.channel is not channel:

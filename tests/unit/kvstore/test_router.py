@@ -345,20 +345,6 @@ def test_a_call_cancelled_as_its_answer_arrives_is_harmless():
     simulate(test)
 
 
-def test_more_calls_than_the_limit_are_refused():
-    async def test(cluster: FakeCluster, db: Database) -> None:
-        await _ready(db)
-        db.router.calls_max = 3
-        cluster.ignore(Read, times=3)
-        held = [asyncio.ensure_future(db.get(b"k%d" % number)) for number in range(3)]
-        await asyncio.sleep(0.01)
-        with pytest.raises(Throttled):
-            await db.get(b"k")
-        await asyncio.gather(*held)
-
-    simulate(test)
-
-
 def test_close_ends_what_waits_and_says_whether_it_may_have_happened():
     async def test(cluster: FakeCluster, db: Database) -> None:
         await _ready(db)
