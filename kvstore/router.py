@@ -74,6 +74,7 @@ REFRESH_INTERVAL_S: Final = 0.05  # between two questions for the directory
 THROTTLED_S_MAX: Final = 1.0  # a longer wait is not taken from a server
 HOLE_RETRY_S: Final = 0.02  # between two looks at a hole in the ranges
 BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
+TIMER_S_MAX: Final = 1.0  # our clock goes on in a suspend, the loop's does not: it looks so often
 
 _AGAIN: Final = frozenset(
     {"not_leader", "throttled", "unavailable", "no_quorum", "not_ready", "node_stopped"}
@@ -568,8 +569,9 @@ class Router:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer_at = at
-        self._timer = self._loop.call_later(max(0.0, at - self.monotonic()), self._on_timer)
+        now = self.monotonic()
+        self._timer_at = at = min(at, now + TIMER_S_MAX)
+        self._timer = self._loop.call_later(max(0.0, at - now), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 
 import pytest
 
 from kvstore.batch import Batch
 from kvstore.client import SEEN_AGE_S_MAX, Database
-from kvstore.errors import (
-    DeadlineExceeded,
-)
+from kvstore.errors import DeadlineExceeded
 from kvstore.streams import Stream
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
+    Changes,
     GetTimestamps,
     KeepLocks,
     LockRead,
@@ -167,5 +167,50 @@ def test_a_stale_read_that_a_replica_does_not_answer_goes_to_another_one():
             asked = [node for node, request in cluster.requests[before:] if type(request) is Read]
             assert asked[0] != asked[1]
             assert now() - began == pytest.approx(1.0, abs=0.1)
+
+    simulate(test)
+
+
+class SuspendedClock:
+    """One that goes on while the machine is suspended, when the loop's own stands still."""
+
+    def __init__(self) -> None:
+        self.suspended_s = 0.0
+
+    def monotonic(self) -> float:
+        return now() + self.suspended_s
+
+    def wall_ms(self) -> int:
+        return 0
+
+
+def test_after_a_suspend_a_call_is_tried_again_soon_though_a_watch_is_open():
+    """The timer was armed for the poll of the watch, and has its seconds to go; what is due meanwhile does not wait for it."""
+    clock = SuspendedClock()
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        cluster.ignore(Changes, times=10_000)
+        async with db.watch(key=b"k") as watch:
+            pull = asyncio.ensure_future(watch.pull())
+            await asyncio.sleep(1.0)
+            clock.suspended_s += 3_600.0
+            cluster.ignore(Read)
+            asyncio.get_running_loop().call_later(0.02, cluster.network.cut)
+            began = now()
+            assert await db.get(b"a", timeout=5.0) is None
+            assert now() - began < 1.1
+            pull.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await pull
+
+    simulate(test, clock=clock)
+
+
+def test_an_idle_client_has_no_timer():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        await asyncio.sleep(3.0)
+        assert db.router._timer is None
 
     simulate(test)
