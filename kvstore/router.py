@@ -149,29 +149,27 @@ class Router:
         raise Unavailable("the cluster has no ranges yet: it waits for `kvctl init`")
 
     async def close(self, timeout_s: float) -> None:
-        """End every call with ClientClosed, and every connection. Returns within about `timeout_s`."""
+        """End all calls (ClientClosed) and all connections, within about `timeout_s`. A cancelled one ends them at once."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         for link in self.links:
             self._flush_link(link)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        channels: list[Channel] = []
-        for link in self.links:
-            if link.channel is not None:
-                channels.append(link.channel)
-                link.channel.on_close = lambda _error: None
-                link.channel = None
         while (call := self._parked.take(float("inf"))) is not None:
             self._finish(call, ClientClosed())
         for link in self.links:
             while link.pending:  # one by one: who is told of one may forget others
                 self._finish(link.pending.pop(next(iter(link.pending))), ClientClosed())
-        await asyncio.gather(
-            *(channel.close(timeout_s) for channel in channels), return_exceptions=True
-        )
+        for task in self._tasks:
+            task.cancel()
+        ends = [link.channel.close(timeout_s) for link in self.links if link.channel is not None]
+        try:
+            await asyncio.gather(*self._tasks, *ends, return_exceptions=True)
+        finally:
+            for link in self.links:
+                if link.channel is not None:
+                    link.channel.abort()
+                    link.channel = None
 
     @property
     def calls(self) -> int:

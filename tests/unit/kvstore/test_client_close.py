@@ -10,8 +10,9 @@ import pytest
 from kvstore.batch import Batch
 from kvstore.client import Database
 from kvstore.errors import ClientClosed, KVError
+from kvstore.streams import Stream
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import Prepare
+from txn.messages import Prepare, Read
 
 
 def now() -> float:
@@ -90,6 +91,43 @@ def test_a_cancelled_close_closes_all_the_same():
         assert other.router.calls == 0
         await other.close()
         assert closed == ["network"]
+
+    simulate(test, FakeCluster(b"m"))
+
+
+@pytest.mark.parametrize("turns", range(1, 7))
+def test_a_close_that_is_cancelled_as_it_begins_ends_the_calls_all_the_same(turns: int):
+    """Though a dial is under way; and it leaves no connection behind."""
+
+    async def never(_address: str, _node: int) -> Stream:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await db.get(b"a")
+        await db.get(b"z")
+        links = db.router.links.by_node
+        channel, lost = links[1].channel, links[2].channel
+        assert isinstance(channel, Stream)
+        assert lost is not None
+        db.router._dial = never
+        lost.abort()
+        await asyncio.sleep(0.1)
+        cluster.ignore(Read, times=10)
+        reads = [asyncio.ensure_future(db.get(key, timeout=60.0)) for key in (b"a", b"z")]
+        await asyncio.sleep(0.1)
+        assert links[2].dialling
+        assert all(link.pending for link in (links[1], links[2]))
+        closing = asyncio.ensure_future(db.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        for error in await asyncio.gather(*reads, return_exceptions=True):
+            assert isinstance(error, ClientClosed)
+        assert db.router.calls == 0
+        assert not channel.is_open
+        assert not any(link.channel for link in db.router.links)
 
     simulate(test, FakeCluster(b"m"))
 
