@@ -11,9 +11,11 @@ B4  Stamped writes are numbered in order. A key with a stamp cannot be named bef
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
+
+import msgspec
 
 from kvstore import limits
 from kvstore.errors import InvalidArgument, TransactionTooLarge
@@ -36,17 +38,40 @@ _MERGED: Final = (  # two of them, one after the other, are one
     WriteKind.MIN_INT64, WriteKind.MAX_ASCII, WriteKind.MAX_INT64,
 )  # fmt: skip
 _CONDITIONAL: Final = (WriteKind.APPEND, WriteKind.COMPARE_CLEAR)
+FRESH_SHARE: Final = 16  # more new keys than one in so many are sorted together with the others
 
 
-class Point(NamedTuple):
+class Point(msgspec.Struct, eq=False):
+    """What is written to one key. Only the buffer changes one. (A Struct: many are made.)"""
+
     kind: int  # PUT, DELETE, STAMPED_VALUE; or of the first of the operations
-    value: bytes = b""  # of a PUT; of a STAMPED_VALUE its operand
-    operations: list[tuple[int, bytes]] = []  # noqa: RUF012 - kind and operand, in order (B3); ours alone
+    _head: bytes = b""
+    _tail: bytearray | None = None  # what was appended to a PUT since its value was asked for
+    operations: list[tuple[int, bytes]] = []  # kind and operand, in order (B3)
+    operands_bytes: int = 0
+    wide: bool | None = None  # the format of the numbers among the operations; None: there is none
 
+    @property
+    def value(self) -> bytes:
+        """Of a PUT; of a STAMPED_VALUE its operand."""
+        if self._tail:
+            self._head += self._tail
+            self._tail = None
+        return self._head
+
+    @property
+    def value_bytes(self) -> int:
+        return len(self._head) + len(self._tail or b"")
+
+    @property
     def size_bytes(self) -> int:
-        if not self.operations:
-            return len(self.value)
-        return len(self.value) + sum(len(operand) for _, operand in self.operations)
+        return self.value_bytes + self.operands_bytes
+
+    def append(self, piece: bytes) -> None:
+        """To the value of a PUT, without copying it."""
+        if self._tail is None:
+            self._tail = bytearray()
+        self._tail += piece
 
 
 def number_write(key: bytes, kind: NumberKind, by: int, number_format: str) -> Write:
@@ -89,9 +114,21 @@ def value_over(point: Point, below: bytes | None) -> bytes | None:
         return None
     if point.kind == WriteKind.STAMPED_VALUE:
         raise InvalidArgument("a value with a versionstamp is known only after the commit")
+    grown = bytearray()  # what was appended to `below`, which is not copied for every piece
     for kind, operand in point.operations:
-        below = after(kind, operand, below)
-    return below
+        size = len(below or b"") + len(grown)
+        if kind == WriteKind.APPEND:
+            piece = atomics.fitting(operand, size)
+            if piece is not None:
+                below = below or b""
+                grown += piece
+        elif kind != WriteKind.COMPARE_CLEAR or len(operand) == size:  # else it differs
+            below, grown = after(kind, operand, _joined(below, grown)), bytearray()
+    return _joined(below, grown)
+
+
+def _joined(head: bytes | None, tail: bytearray) -> bytes | None:
+    return (head or b"") + tail if tail else head
 
 
 def _start(span: tuple[bytes, bytes]) -> bytes:
@@ -104,9 +141,8 @@ class WriteBuffer:
     def __init__(self) -> None:
         self.anchor_key = b""  # empty: nothing is written yet
         self.points: dict[bytes, Point] = {}
-        self._order: (
-            list[bytes] | None
-        ) = []  # the keys of `points`, sorted; None: to be sorted when it is asked for
+        self._order: list[bytes] = []  # the keys of `points`, sorted, but for the fresh ones
+        self._fresh: list[bytes] = []
         self.clears: list[tuple[bytes, bytes]] = []  # sorted, disjoint
         self.stamps: list[Write] = []  # with the stamp in the key
         self.conditional = False  # whether a key is there may depend on what it holds
@@ -126,9 +162,17 @@ class WriteBuffer:
         kind, key, operand = write.kind, write.key, write.value
         point = self.points.get(key)
         if point is None and not self.cleared(key):
-            self._set(key, Point(kind, b"", [(kind, operand)]))
+            first = Point(
+                kind, operations=[(kind, operand)], operands_bytes=len(operand), wide=_wide(kind)
+            )
+            self._set(key, first)
         elif point is not None and point.operations:
-            self._add(key, point, kind, operand)
+            self._add(point, kind, operand)
+        elif point is not None and point.kind == WriteKind.PUT and kind == WriteKind.APPEND:
+            piece = atomics.fitting(operand, point.value_bytes)
+            if piece is not None:
+                self._grow(len(piece), 0)
+                point.append(piece)
         else:
             below = value_over(point, None) if point is not None else None
             value = after(kind, operand, below)
@@ -138,33 +182,32 @@ class WriteBuffer:
                 self._set(key, Point(WriteKind.PUT, value))
         self.conditional = self.conditional or kind in _CONDITIONAL
 
-    def _add(self, key: bytes, point: Point, kind: int, operand: bytes) -> None:
+    def _add(self, point: Point, kind: int, operand: bytes) -> None:
         """One more operation on a value that is unknown."""
-        operations = point.operations
-        if kind in atomics.NUMBER_KINDS:
-            wide = kind in atomics.INT64_KINDS
-            for known, _ in operations:
-                if known in atomics.NUMBER_KINDS and (known in atomics.INT64_KINDS) != wide:
-                    raise InvalidArgument("one key is a number in two formats")
+        operations, wide = point.operations, _wide(kind)
+        if wide is not None and point.wide is not None and wide != point.wide:
+            raise InvalidArgument("one key is a number in two formats")
         last, before = operations[-1]
         if last == kind and kind in _MERGED:
             ascii_kind = _NUMBERS[_name_of(kind), "ascii"]  # operands are decimals in both formats
             merged = after(ascii_kind, operand, before)
             assert merged is not None
-            self._set(key, Point(point.kind, b"", [*operations[:-1], (kind, merged)]))
+            grown = len(merged) - len(before)
+            self._grow(grown, 0)
+            operations[-1] = (kind, merged)
         else:
-            size = self._size_bytes + len(operand)
-            limits.validate_transaction_size(size, self._rows + 1)
-            self._size_bytes, self._rows = size, self._rows + 1
+            grown = len(operand)
+            self._grow(grown, 1)
             operations.append((kind, operand))
+        point.operands_bytes += grown
+        if wide is not None:
+            point.wide = wide
 
     def stamp_key(self, prefix: bytes, value: bytes) -> int:
         """Returns the number of the write."""
         number = self._next_number()
         write = Write(WriteKind.STAMPED_KEY, prefix, stamps.stamped(number, value))
-        size = self._size_bytes + len(prefix) + stamps.STAMP_BYTES + len(value)
-        limits.validate_transaction_size(size, self._rows + 1)
-        self._size_bytes, self._rows = size, self._rows + 1
+        self._grow(len(prefix) + stamps.STAMP_BYTES + len(value), 1)
         self.stamps.append(write)
         self.anchor_key = self.anchor_key or prefix
         self._stamped = number + 1
@@ -200,9 +243,11 @@ class WriteBuffer:
         if not self.anchor_key:
             self.anchor_key = start
         anchored = self.anchor_key in self.points
-        for key in self._between(start, end):
+        order = self._sorted()
+        gone = slice(bisect_left(order, start), bisect_left(order, end))
+        for key in order[gone]:
             self._forget(key, self.points.pop(key))
-            self._order = None
+        del order[gone]
         if anchored and start <= self.anchor_key < end:  # B2
             self._set(self.anchor_key, Point(WriteKind.DELETE))
 
@@ -233,9 +278,16 @@ class WriteBuffer:
         self.clears[low:high] = [(start, end)]
 
     def _sorted(self) -> list[bytes]:
-        if self._order is None:
-            self._order = sorted(self.points)
-        return self._order
+        """The keys of `points`. Sorted when they are asked for; a few that came since the last time are put in one by one."""
+        order, fresh = self._order, self._fresh
+        if len(fresh) * FRESH_SHARE < len(order):
+            for key in fresh:
+                insort(order, key)
+        else:
+            order += fresh
+            order.sort()
+        fresh.clear()
+        return order
 
     def _between(self, start: bytes, end: bytes) -> list[bytes]:
         """The written keys of [start, end), in order."""
@@ -259,22 +311,30 @@ class WriteBuffer:
 
     def _set(self, key: bytes, point: Point) -> None:
         old = self.points.get(key)
-        size = self._size_bytes + len(key) + point.size_bytes()
-        rows = self._rows + (len(point.operations) or 1)
-        if old is not None:
-            size -= len(key) + old.size_bytes()
-            rows -= len(old.operations) or 1
-        limits.validate_transaction_size(size, rows)
-        self._size_bytes, self._rows = size, rows
         if old is None:
-            self._order = None
+            self._grow(len(key) + point.size_bytes, len(point.operations) or 1)
+            self._fresh.append(key)
+        else:
+            rows = (len(point.operations) or 1) - (len(old.operations) or 1)
+            self._grow(point.size_bytes - old.size_bytes, rows)
         self.points[key] = point
         if not self.anchor_key:
             self.anchor_key = key
 
+    def _grow(self, size_bytes: int, rows: int) -> None:
+        """Raises: TransactionTooLarge, and nothing is counted then."""
+        size_bytes, rows = self._size_bytes + size_bytes, self._rows + rows
+        limits.validate_transaction_size(size_bytes, rows)
+        self._size_bytes, self._rows = size_bytes, rows
+
     def _forget(self, key: bytes, point: Point) -> None:
-        self._size_bytes -= len(key) + point.size_bytes()
-        self._rows -= max(1, len(point.operations))
+        self._size_bytes -= len(key) + point.size_bytes
+        self._rows -= len(point.operations) or 1
+
+
+def _wide(kind: int) -> bool | None:
+    """Whether it is an operation on a number of 8 bytes; None: on no number."""
+    return kind in atomics.INT64_KINDS if kind in atomics.NUMBER_KINDS else None
 
 
 def _name_of(kind: int) -> str:

@@ -141,10 +141,9 @@ class OwnPages:
         buffer = self._buffer
         if not buffer or not buffer.overlays(page.start, page.end):
             return [(key, b"") for key, _ in page.rows] if self._keys_only else page.rows
-        rows: dict[bytes, bytes] = dict(page.rows)
-        for start, end in buffer.clears:
-            if start < page.end and page.start < end:
-                rows = {key: value for key, value in rows.items() if not start <= key < end}
+        rows = dict(page.rows)
+        if buffer.clears:
+            rows = {key: value for key, value in page.rows if not buffer.cleared(key)}
         for key, point in buffer.points_in(page.start, page.end):
             if self._bare and not buffer.conditional:
                 value = None if point.kind == WriteKind.DELETE else b""

@@ -44,10 +44,10 @@ class After(NamedTuple):
 def after(kind: int, operand: bytes, before: bytes | None) -> After:
     """Raises: BadValue."""
     if kind == WriteKind.APPEND:
-        piece = operand[LIMIT_BYTES:]
-        whole = piece if before is None else before + piece
-        fits = len(whole) <= int.from_bytes(operand[:LIMIT_BYTES], "big")
-        return After(whole, YES) if fits else After(before, NO)
+        piece = fitting(operand, len(before or b""))
+        if piece is None:
+            return After(before, NO)
+        return After(piece if before is None else before + piece, YES)
     if kind == WriteKind.COMPARE_CLEAR:
         return After(None, YES) if before == operand else After(before, NO)
     if kind not in NUMBER_KINDS:
@@ -90,3 +90,10 @@ def stored(kind: int, number: int) -> bytes:
 def appended(piece: bytes, limit: int) -> bytes:
     """The operand of an APPEND."""
     return limit.to_bytes(LIMIT_BYTES, "big") + piece
+
+
+def fitting(operand: bytes, before_bytes: int) -> bytes | None:
+    """What an APPEND adds to a value of so many bytes; None: it does not fit."""
+    piece = operand[LIMIT_BYTES:]
+    fits = before_bytes + len(piece) <= int.from_bytes(operand[:LIMIT_BYTES], "big")
+    return piece if fits else None

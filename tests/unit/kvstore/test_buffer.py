@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore import buffer as buffers
 from kvstore import limits
-from kvstore.buffer import NumberKind, ReadSpans, WriteBuffer, number_write
+from kvstore.buffer import (
+    NumberKind,
+    ReadSpans,
+    WriteBuffer,
+    append_write,
+    compare_clear_write,
+    number_write,
+    value_over,
+)
 from kvstore.errors import InvalidArgument, TransactionTooLarge
+from kvstore.reads import Page, SpanPages
+from kvstore.scans import OwnPages
+from txn import atomics
 from txn.types import Write, WriteKind
 
 
@@ -114,3 +131,169 @@ def test_numbers_are_computed_as_the_server_does():
         buffer.atomic(number(b"n", "add", 1, wide=True))
     with pytest.raises(InvalidArgument):
         buffer.atomic(number(b"n", "add", -(1 << 63)))
+
+
+def test_operations_on_one_key_are_numbers_of_one_format_and_the_last_two_of_a_kind_are_one():
+    buffer = WriteBuffer()
+    buffer.atomic(append_write(b"k", b"1", 9))
+    for by in (5, 6, -2):
+        buffer.atomic(number(b"k", "add", by))
+    buffer.atomic(number(b"k", "min", 30))
+    buffer.atomic(number(b"k", "min", 20))
+    with pytest.raises(InvalidArgument):
+        buffer.atomic(number(b"k", "max", 1, wide=True))
+    kinds = [WriteKind.APPEND, WriteKind.ADD_ASCII, WriteKind.MIN_ASCII]
+    assert [write.kind for write in buffer.writes()] == kinds
+    assert [write.value for write in buffer.writes()][1:] == [b"9", b"20"]
+    assert value_over(buffer.points[b"k"], b"4") == b"20"
+    assert value_over(buffer.points[b"k"], None) == b"10"
+
+
+def test_appends_over_what_is_below_are_computed_as_the_server_does():
+    buffer = WriteBuffer()
+    for piece, limit in ((b"cd", 4), (b"", 4), (b"e", 4), (b"e", 5)):
+        buffer.atomic(append_write(b"k", piece, limit))
+    assert value_over(buffer.points[b"k"], b"ab") == b"abcde"
+    assert value_over(buffer.points[b"k"], None) == b"cdee"
+    buffer.atomic(compare_clear_write(b"k", b"abcde"))
+    assert value_over(buffer.points[b"k"], b"ab") is None
+    assert value_over(buffer.points[b"k"], b"a2") == b"a2cde"
+    buffer.atomic(append_write(b"k", b"f", 1))
+    assert value_over(buffer.points[b"k"], b"ab") == b"f"
+
+
+def test_appends_to_an_own_value_are_computed_as_the_server_does():
+    buffer = WriteBuffer()
+    buffer.put(b"k", b"ab")
+    for piece, limit in ((b"cd", 4), (b"", 4), (b"e", 4), (b"e", 5)):
+        buffer.atomic(append_write(b"k", piece, limit))
+    assert buffer.points[b"k"].value == b"abcde"
+    buffer.atomic(append_write(b"k", b"f", 6))
+    buffer.atomic(compare_clear_write(b"k", b"abcde"))
+    assert buffer.writes() == [Write(WriteKind.PUT, b"k", b"abcdef")]
+    buffer.atomic(append_write(b"k", b"7", 7))
+    with pytest.raises(InvalidArgument):
+        buffer.atomic(number(b"k", "add", 1))
+    buffer.atomic(compare_clear_write(b"k", b"abcdef7"))
+    assert buffer.writes() == [Write(WriteKind.DELETE, b"k")]
+    buffer.atomic(append_write(b"k", b"gone", 3))
+    buffer.atomic(append_write(b"k", b"new", 3))
+    assert buffer.writes() == [Write(WriteKind.PUT, b"k", b"new")]
+
+
+def test_what_is_appended_to_an_own_value_counts_as_written():
+    buffer = WriteBuffer()
+    for key in range(8):
+        buffer.put(b"%d" % key, bytes(limits.VALUE_BYTES_MAX - 2))
+    for key in (1, 1, 1, 2, 2, 3, 3, 4, 4):  # the third one does not fit into the value
+        buffer.atomic(append_write(b"%d" % key, b"x", limits.VALUE_BYTES_MAX))
+    writes = buffer.writes()
+    assert sum(len(write.key) + len(write.value) for write in writes) == limits.TXN_BYTES_MAX
+    with pytest.raises(TransactionTooLarge):
+        buffer.atomic(append_write(b"5", b"x", limits.VALUE_BYTES_MAX))
+    assert buffer.writes() == writes
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+class CountedKey(bytes):
+    """A key whose comparisons are counted, those of sorts and searches too."""
+
+    compared = 0
+
+    def __lt__(self, other: bytes) -> bool:
+        CountedKey.compared += 1
+        return bytes.__lt__(self, other)
+
+
+def steps(work: Callable[[], object]) -> int:
+    """The lines of the buffer's code that `work` runs, and the comparisons of CountedKeys."""
+    lines, before = 0, sys.gettrace()
+    CountedKey.compared = 0
+
+    def trace(frame: FrameType, _event: str, _argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != buffers.__file__:
+            return None
+        lines += 1
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return lines + CountedKey.compared
+
+
+def alternating(count: int) -> None:
+    buffer = WriteBuffer()
+    for by in range(count):
+        buffer.atomic(number(b"k", "add", 1))
+        buffer.atomic(number(b"k", "min", by))
+
+
+def merged_after_many(count: int) -> None:
+    buffer = WriteBuffer()
+    for _ in range(count):
+        buffer.atomic(append_write(b"k", b"1", 9))
+    for _ in range(count):
+        buffer.atomic(number(b"k", "add", 1))
+
+
+def clears_between_puts(count: int) -> None:
+    buffer, rng = WriteBuffer(), random.Random(3)
+    for at in range(count):
+        buffer.put(CountedKey(b"a" + rng.randbytes(8)), b"")
+        buffer.clear(b"b%06d" % (2 * at), b"b%06d" % (2 * at + 1))
+
+
+@pytest.mark.parametrize("work", [alternating, merged_after_many, clears_between_puts])
+def test_many_operations_cost_linear_time(work: Callable[[int], None]):
+    few, many = (steps(lambda size=size: work(size)) for size in (100, 800))
+    assert many < 8 * few * 1.5
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_many_appends_do_not_copy_the_value_each_time(monkeypatch: pytest.MonkeyPatch, own: bool):
+    """Neither an own one, nor one that was read below them; nor is it copied to compare it with another one."""
+    copied, after = 0, atomics.after
+
+    def counted(kind: int, operand: bytes, before: bytes | None) -> atomics.After:
+        nonlocal copied
+        copied += len(before or b"")
+        return after(kind, operand, before)
+
+    monkeypatch.setattr(atomics, "after", counted)
+    buffer, value = WriteBuffer(), bytes(100_000)
+    if own:
+        buffer.put(b"k", value)
+    for _ in range(100):
+        buffer.atomic(append_write(b"k", b"x", limits.VALUE_BYTES_MAX))
+        if not own:
+            buffer.atomic(compare_clear_write(b"k", b"other"))
+    assert value_over(buffer.points[b"k"], value) == value + b"x" * 100
+    assert copied == 0
+
+
+def test_a_scan_over_many_deleted_spans_looks_for_each_row_once():
+    """And not at each row for every span."""
+
+    class Below:
+        at = 1
+
+        async def next(self) -> Page:
+            return Page(rows, b"a", b"z", last=True)
+
+    rows = [(CountedKey(b"k%04d" % number), b"") for number in range(1_000)]
+    buffer = WriteBuffer()
+    for at in range(0, 1_000, 2):
+        buffer.clear(b"k%04d" % at, b"k%04d\x00" % at)
+    pages = OwnPages(
+        cast(SpanPages, Below()), buffer, None, lambda: None, None, False, False, False
+    )
+    CountedKey.compared = 0
+    page = asyncio.run(pages.next())
+    assert [key for key, _ in page.rows] == [b"k%04d" % at for at in range(1, 1_000, 2)]
+    assert CountedKey.compared < 30_000
