@@ -1,16 +1,17 @@
 """Claims: what requests take of a gateway is bounded in number and in bytes; who comes when there is no room is told so and
-nothing was done; and what was committed is answered in any case."""
+nothing was done; what was committed is answered in any case; and no request keeps the loop to itself."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+from collections import Counter
 
 import pytest
 from aiohttp import test_utils, web
 
 from kvstore.adapters import http_load, http_server, http_watch
-from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode
+from tests.unit.kvstore.fake_node import FakeDatabase, FakeNode, FakeTransaction
 
 VALUE = bytes(1_000)
 
@@ -181,3 +182,29 @@ async def test_events_for_which_there_is_no_room_can_be_asked_for_again(database
     monkeypatch.setattr(http_watch.WatchPolls, "answer", answer)
     async with serving(database) as http:
         assert await refusal(await http.get("/v1/watch?key=a")) == (429, "throttled")
+
+
+@pytest.mark.parametrize(("operation", "most"), [(WRITE, 100), (*reading(b"a"), 1)])
+async def test_a_long_transaction_lets_others_go_on(database, monkeypatch, operation, most):
+    """Though nothing in it waits: writes are kept, and so is what was read. A read may have to look at all that was written."""
+    turns, done = 0, Counter()
+    work = getattr(FakeTransaction, operation["op"])
+
+    async def others():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    def noted(*arguments):
+        done[turns] += 1
+        return work(*arguments)
+
+    monkeypatch.setattr(FakeTransaction, operation["op"], noted)
+    async with serving(database) as http:
+        going_on = asyncio.ensure_future(others())
+        response = await http.post("/v1/txn", json={"operations": [operation] * 300})
+        going_on.cancel()
+        assert response.status == 200
+    assert done.total() == 300
+    assert max(done.values()) <= most
