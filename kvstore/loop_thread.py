@@ -3,6 +3,11 @@
 A call is a task over there. When its caller is interrupted, or the loop is closed, the task is cancelled and comes to its end
 before the loop stops: half an end would keep a directory locked, or leave a written value without anybody who knows of it.
 Only when that takes longer than END_TIMEOUT_S is it left.
+
+Whatever the work raises is its own caller's: a SystemExit too (user code runs in it), which asyncio would let end the loop, and
+with it the calls of all. A loop belongs to the process that made it: in a child forked from it calls are refused, `close` does
+nothing, and both look at the process before any lock, which a thread that is not there may hold. The thread is a daemon: the
+interpreter's exit does not wait for it.
 """
 
 from __future__ import annotations
@@ -15,12 +20,20 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
-from kvstore.errors import ClientClosed, InvalidArgument
+from kvstore.errors import ClientClosed, InvalidArgument, KVError
 
 END_TIMEOUT_S: Final = 5.0  # for what is cancelled, to come to its end
 JOIN_TIMEOUT_S: Final = 6.0  # for the thread, after all
 
 T = TypeVar("T")
+
+
+class _Exit(Exception):
+    """Carries a SystemExit or KeyboardInterrupt out of a task: as itself it would go through the loop, and end it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
 
 class _Call(Generic[T]):
@@ -53,6 +66,7 @@ class LoopThread:
             asyncio.Task[Any], bool
         ] = {}  # and whether it is to be cancelled at the end
         self._closed = False
+        self._ending: asyncio.Task[None] | None = None
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
@@ -71,12 +85,11 @@ class LoopThread:
 
         Raises: ClientClosed, with maybe_committed if it had begun; what `work` raises.
         """
-        if self._process != os.getpid():  # its thread is not here
+        try:
+            self.require_caller()
+        except KVError:
             work.close()
-            raise ClientClosed("it was opened before the fork: open another client here")
-        if threading.current_thread() is self._thread:
-            work.close()
-            raise InvalidArgument("the client's own thread cannot wait for itself")
+            raise
         call = _Call(work, undo)
         try:
             with self._lock:
@@ -98,6 +111,13 @@ class LoopThread:
         finally:
             self._calls.pop(call, None)
 
+    def require_caller(self) -> None:
+        """Raises: ClientClosed in a process forked from the one of this loop; InvalidArgument on its thread."""
+        if self._process != os.getpid():  # its thread is not here
+            raise ClientClosed("it was opened before the fork: open another client here")
+        if threading.current_thread() is self._thread:
+            raise InvalidArgument("the client's own thread cannot wait for itself")
+
     def _give_up(self, call: _Call[Any]) -> None:
         """Cancel it, and wait for its end: the next call is not to find it under way."""
         if call not in self._calls:
@@ -108,10 +128,14 @@ class LoopThread:
             call.result.exception(END_TIMEOUT_S)
 
     def close(self) -> None:
-        """What other threads still wait for is cancelled, and ends with ClientClosed or as it may. Within JOIN_TIMEOUT_S."""
+        """What other threads still wait for is cancelled, and ends with ClientClosed or as it may. Within JOIN_TIMEOUT_S. May
+        be called again, and by several threads at once: each waits for the end."""
+        if self._process != os.getpid():  # it is the parent's
+            return
         with self._lock:
             self._closed = True
-        self._loop.call_soon_threadsafe(self._end)
+        with suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._end)
         try:
             self._thread.join(JOIN_TIMEOUT_S)
         finally:
@@ -129,7 +153,7 @@ class LoopThread:
     # --- on the loop ------------------------------------------------------------------------------
 
     def _begin(self, call: _Call[Any]) -> None:
-        call.task = task = self._loop.create_task(call.work)
+        call.task = task = self._loop.create_task(_contained(call.work))
         self._note(task, cancelled_at_end=True)
         task.add_done_callback(lambda _: self._ended(call, task))
 
@@ -143,7 +167,7 @@ class LoopThread:
             if task.cancelled():
                 result.cancel()
             elif (error := task.exception()) is not None:
-                result.set_exception(error)
+                result.set_exception(error.error if isinstance(error, _Exit) else error)
             else:
                 result.set_result(task.result())
         self._undo(call, task)
@@ -167,6 +191,8 @@ class LoopThread:
             call.undo = None
 
     def _end(self) -> None:
+        if self._ending is not None:
+            return
         self._loop.call_later(END_TIMEOUT_S, self._loop.stop)
         self._ending = self._loop.create_task(self._cancel_all())
 
@@ -177,6 +203,13 @@ class LoopThread:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._loop.stop()
+
+
+async def _contained(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _Exit(error) from None
 
 
 def _cancel(task: asyncio.Task[Any]) -> None:

@@ -1,10 +1,11 @@
 """Claims of calls of a loop in another thread: what is interrupted or closed comes to its end before the loop stops, its caller
-learns that it may have happened, and what an interrupted caller never saw is undone."""
+learns that it may have happened, what an interrupted caller never saw is undone, and what work raises is its caller's alone."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
@@ -190,6 +191,76 @@ def test_an_interrupt_as_a_call_is_handed_over_leaves_nothing_of_it():
     thread._calls = calls
     thread.close()
     assert not begun
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_work_that_raises_system_exit_ends_its_own_call_alone(error: BaseException):
+    """As `on_progress` of `clear_range` may."""
+    thread = LoopThread("t")
+    waiting, told = threading.Event(), list[ClientClosed]()
+
+    async def work() -> None:
+        waiting.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def ends() -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    other = called_elsewhere(thread, work(), told)
+    assert waiting.wait(10.0)
+    with pytest.raises(type(error)) as raised:
+        thread.call(ends())
+    assert raised.value is error
+    assert thread.call(asyncio.sleep(0, "goes on")) == "goes on"
+    assert other.is_alive()
+    thread.close()
+    other.join(10.0)
+    assert len(told) == 1
+
+
+def test_several_may_close_it_at_once_and_each_waits_for_the_end():
+    thread, ends = LoopThread("t"), asyncio.Event()
+    waiting, closing, ended = threading.Event(), threading.Event(), list[str]()
+
+    async def work() -> None:
+        waiting.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            closing.set()
+            await ends.wait()
+            ended.append("ended")
+
+    def close() -> None:
+        thread.close()
+        ended.append("closed")
+
+    called_elsewhere(thread, work(), [])
+    assert waiting.wait(10.0)
+    closers = [threading.Thread(target=close, daemon=True) for _ in range(2)]
+    for closer in closers:
+        closer.start()
+    assert closing.wait(10.0)
+    thread._loop.call_soon_threadsafe(ends.set)
+    for closer in closers:
+        closer.join(10.0)
+    assert ended == ["ended", "closed", "closed"]
+    thread.close()
+
+
+def test_in_a_forked_process_close_does_nothing_though_a_thread_that_is_not_there_holds_the_lock(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    thread = LoopThread("t")
+    with monkeypatch.context() as patch, thread._lock:
+        patch.setattr(os, "getpid", lambda: 0)
+        closer = threading.Thread(target=thread.close, daemon=True)
+        closer.start()
+        closer.join(10.0)
+        assert not closer.is_alive()
+    assert thread.call(asyncio.sleep(0, "goes on")) == "goes on"
+    thread.close()
 
 
 # --- the client -----------------------------------------------------------------------------------

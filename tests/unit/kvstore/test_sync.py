@@ -333,10 +333,11 @@ def test_leaving_its_block_in_a_forked_process_raises_nothing(
         await database.start()
         return database
 
-    with Client.over(make) as client:
+    with monkeypatch.context() as patch, Client.over(make) as client:
         thread, database = client._open()
-        thread.call(database.close())  # the parent's, of which there is no copy here
-        monkeypatch.setattr(os, "getpid", lambda: 0)
+        patch.setattr(os, "getpid", lambda: 0)
+    thread.call(database.close())  # the parent's, which goes on
+    thread.close()
 
 
 def test_a_failure_to_connect_leaves_no_thread(cluster: FakeCluster):
