@@ -1,16 +1,16 @@
 """The blocking client: the same names as `Database`, for programs without asyncio.
 
 One background thread per client runs an event loop with a Database on it; every call hands work over and waits. It works
-where a loop runs already (a notebook), and from several threads at once. A transaction belongs to one thread at a time.
+where a loop runs already (a notebook), and from several threads at once. A transaction belongs to one thread at a time. How it
+opens and ends: `opening`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar, overload
 
@@ -18,9 +18,10 @@ from kvstore.attempts import KeptResult
 from kvstore.batch import Batch
 from kvstore.buffer import NumberFormat, WriteBuffer
 from kvstore.client import ANY, TIMEOUT_S, AnyVersion, Database, over_websockets
-from kvstore.errors import ClientClosed, KVError
+from kvstore.errors import KVError
 from kvstore.limits import VALUE_BYTES_MAX
 from kvstore.loop_thread import LoopThread
+from kvstore.opening import BlockingLife
 from kvstore.reads import Entry
 from kvstore.scans import RowScan
 from kvstore.transactions import Aborted, Committed, Snapshot, Transaction
@@ -220,10 +221,11 @@ class BlockingTransaction(BufferedWrites):
         self._thread.call(self._tx.__aexit__(kind, error, trace))
 
 
-class Client:
+class Client(BlockingLife):
     """A cluster, for blocking code: `with kvstore.Client("127.0.0.1:7400") as db`. Methods as on `Database`.
 
-    It connects on entering the block, or at the first call; then `close` must be called. Args as of `connect`.
+    It connects on entering the block, or at the first call; then `close` must be called. Args as of `connect`. Calls that come
+    while it connects wait for the same connect. In a forked child, open another one.
     """
 
     def __init__(
@@ -247,58 +249,6 @@ class Client:
         client = cls.__new__(cls)
         client._prepare(make)  # noqa: SLF001 - its own class
         return client
-
-    def _prepare(self, make: Callable[[], Awaitable[Database]]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._opened: tuple[LoopThread, Database] | None = None
-        self._closed = False
-
-    # --- life -------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Connect, unless it is connected."""
-        self._open()
-
-    def _open(self) -> tuple[LoopThread, Database]:
-        opened = self._opened
-        if opened is not None:
-            return opened
-        with self._lock:
-            if self._closed:
-                raise ClientClosed
-            if self._opened is None:
-                thread = LoopThread("kvstore-client")
-                try:
-                    database = thread.call(self._made(), undo=Database.close)
-                except BaseException:
-                    thread.close()
-                    raise
-                self._opened = thread, database
-            return self._opened
-
-    async def _made(self) -> Database:
-        return await self._make()
-
-    def close(self) -> None:
-        """End it, within a bounded time. May be called again."""
-        with self._lock:
-            self._closed = True
-            opened, self._opened = self._opened, None
-        if opened is not None:
-            thread, database = opened
-            try:
-                with suppress(ClientClosed):  # after a fork it is the parent's
-                    thread.call(database.close())
-            finally:
-                thread.close()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # --- reads ------------------------------------------------------------------------------------
 
@@ -487,7 +437,8 @@ class Client:
         prefix: bytes | None = None,
         on_progress: Callable[[int, bytes], None] | None = None,
     ) -> int:
-        """As there; `on_progress` is called on the client's thread, and must not call the client."""
+        """As there; `on_progress` is called on the client's thread, and must not call the client. What it raises
+        ends this call alone."""
         thread, database = self._open()
         return thread.call(database.clear_range(start, end, prefix=prefix, on_progress=on_progress))
 
