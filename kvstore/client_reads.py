@@ -31,7 +31,12 @@ class DatabaseReads:
 
     @overload
     async def get(
-        self, key: bytes, *, max_staleness: float | None = None, timeout: float | None = None
+        self,
+        key: bytes,
+        default: None = None,
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
     ) -> bytes | None: ...
     @overload
     async def get(

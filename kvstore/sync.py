@@ -59,7 +59,7 @@ class BlockingSnapshot:
         return self._thread.call(self._snapshot.version())
 
     @overload
-    def get(self, key: bytes) -> bytes | None: ...
+    def get(self, key: bytes, default: None = None) -> bytes | None: ...
     @overload
     def get(self, key: bytes, default: bytes) -> bytes: ...
     def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
@@ -155,7 +155,7 @@ class BlockingTransaction(BufferedWrites):
         return self._tx.commit_version
 
     @overload
-    def get(self, key: bytes) -> bytes | None: ...
+    def get(self, key: bytes, default: None = None) -> bytes | None: ...
     @overload
     def get(self, key: bytes, default: bytes) -> bytes: ...
     def get(self, key: bytes, default: bytes | None = None) -> bytes | None:
@@ -254,7 +254,12 @@ class Client(BlockingLife):
 
     @overload
     def get(
-        self, key: bytes, *, max_staleness: float | None = None, timeout: float | None = None
+        self,
+        key: bytes,
+        default: None = None,
+        *,
+        max_staleness: float | None = None,
+        timeout: float | None = None,
     ) -> bytes | None: ...
     @overload
     def get(

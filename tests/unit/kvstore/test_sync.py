@@ -419,6 +419,8 @@ async def main() -> None:
         version: int = await db.put(b"k", b"v", if_absent=True)
         value: bytes | None = await db.get(b"k")
         sure: bytes = await db.get(b"k", b"")
+        value = await db.get(b"k", default=None)
+        value = await db.get(b"k", value)
         entry = await db.get_entry(b"k")
         if entry is not None:
             version = await db.put(entry.key, entry.value, if_version=entry.version)
@@ -431,8 +433,10 @@ async def main() -> None:
             batch.delete(b"b")
         view = db.snapshot(at=version)
         print(value, sure, many, rows, await view.get(b"k"), await view.get_many([b"k"]))
+        print(await view.get(b"k", default=None), await view.get(b"k", value))
         async with db.transaction(read_only=True, timeout=1.0, priority=1) as tx:
             first, second = await asyncio.gather(tx.get(b"a"), tx.get(b"b"))
+            first, second = await tx.get(b"a", default=None), await tx.get(b"b", first)
             print(first, second, tx.read_version, tx.commit_version)
         left: int = await transfer(db, b"a", b"b", 5)
 
@@ -457,10 +461,14 @@ def blocking() -> None:
     with kvstore.Client("127.0.0.1:7400") as db:
         number: bytes = bump(db, b"n")
         print(number, db.get(b"k", default=b""))
+        value: bytes | None = db.get(b"k", default=None)
+        value = db.get(b"k", value, timeout=1.0)
+        print(value, db.snapshot().get(b"k", default=None), db.snapshot().get(b"k", value))
         for key, value in db.scan(start=b"a"):
             print(key, value)
         with db.transaction() as tx:
             bump(tx, b"n")
+            value = tx.get(b"n", default=None) or tx.get(b"k", value)
     with kvstore.Client.open("./data") as db:
         db.put(b"k", b"v", if_version=kvstore.ANY)
 
