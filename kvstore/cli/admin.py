@@ -86,6 +86,8 @@ def guarded(work: Callable[[], T]) -> T:
         raise typer.Exit(EXIT_ERROR) from None
     except (OSError, EOFError, UnicodeEncodeError) as error:
         fail(KVError(str(error), code="io_error"))
+    except ImportError as error:
+        fail(KVError(str(error), code="import_error"))
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 

@@ -15,6 +15,7 @@ import msgspec
 
 from kvstore import limits, operations
 from kvstore.cli.output import Format, Notation, console, print_json, standard_input, table
+from kvstore.cli.packages import check_packages
 from kvstore.errors import InvalidArgument, NotFound, TransactionTooLarge
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def run(target: Target, work: Callable[[Database], Awaitable[T]]) -> T:
-    """`work` with a client that is closed afterwards."""
+    """`work` with a client that is closed afterwards. Raises ImportError if its packages are not ours."""
+    check_packages()
 
     async def connected() -> T:
         async with _connect(target) as database:

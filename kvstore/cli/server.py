@@ -24,8 +24,8 @@ import typer
 from kvstore import config as configuration
 from kvstore import logs
 from kvstore.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
+from kvstore.cli.packages import check_packages
 from kvstore.errors import ConfigError, KVError
-from replication.errors import LogFormatError, LogMismatch
 
 if TYPE_CHECKING:
     from kvstore.node import Node
@@ -110,6 +110,10 @@ def demo(
     """Start a cluster on this machine and try it: writes, transfers across ranges, a killed node."""
     from kvstore.cli.demo import run as run_demo
 
+    try:
+        check_packages()
+    except ImportError as error:
+        _end(error, EXIT_USAGE)
     stay = sys.stdout.isatty() and not leave
     try:
         raise typer.Exit(run_demo(nodes, directory, stay=stay))
@@ -134,22 +138,6 @@ def validate(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None
     except KVError as error:
         _end(error, EXIT_USAGE)
     sys.stdout.write(f"{file}: ok\n")
-
-
-def check_packages() -> None:
-    """Another distribution on PyPI installs packages of our names. Raises ImportError if we got hold of theirs."""
-    import kvstore
-    import replication
-    import txn
-
-    home = Path(kvstore.__file__).resolve().parent.parent
-    for package in (replication, txn):
-        file = getattr(package, "__file__", None)
-        ours = file is not None and Path(file).resolve().parent.parent == home
-        if not ours or not (home / package.__name__ / "types.py").exists():
-            raise ImportError(
-                f"the package `{package.__name__}` at {file} is not Kvorum's: install kvorum in an environment of its own"
-            )
 
 
 def advice(error: BaseException) -> tuple[str, str]:
@@ -184,6 +172,7 @@ def advice(error: BaseException) -> tuple[str, str]:
 
 def _run(settings: configuration.NodeConfig, asked: Start) -> int:
     from kvstore.adapters.loop import new_event_loop
+    from replication.errors import LogFormatError, LogMismatch  # not before the check
 
     os.environ.setdefault(
         "PROMETHEUS_DISABLE_CREATED_SERIES", "True"

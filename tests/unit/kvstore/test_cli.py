@@ -509,15 +509,6 @@ def test_an_address_that_is_none_is_told_in_one_line_before_anything_is_touched(
     assert not (tmp_path / "d").exists()
 
 
-def test_our_packages_are_recognized(monkeypatch):
-    server.check_packages()
-    import replication
-
-    monkeypatch.setattr(replication, "__file__", "/elsewhere/replication/__init__.py")
-    with pytest.raises(ImportError, match="environment of its own"):
-        server.check_packages()
-
-
 @pytest.mark.parametrize(
     ("error", "code", "part"),
     [
