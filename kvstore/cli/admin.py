@@ -120,6 +120,7 @@ def _options(
     context.obj = Globals(endpoints, output, _duration(timeout), yes)
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Change nothing.")]
 UseHex = Annotated[bool, typer.Option("--hex", help="Keys and values in hexadecimal.")]
 UseBase64 = Annotated[bool, typer.Option("--base64", help="Keys and values in base64.")]
 Key = Annotated[
@@ -143,18 +144,26 @@ def init(
     replicas: Annotated[
         int, typer.Option(min=1, max=9, help="Copies of each range.")
     ] = bootstrap.REPLICAS_DEFAULT,
+    dry_run: DryRun = False,
     use_hex: UseHex = False,
     use_base64: UseBase64 = False,
 ) -> None:
     """Make waiting nodes a cluster, once. Idempotent; refuses nodes that hold other data.
 
-    On a terminal it shows its plan and asks, unless -y; scripts and pipes are not asked.
+    On a terminal it shows its plan and asks, unless -y; scripts and pipes are not asked. With --dry-run it shows its plan and
+    ends. (A cluster's id is drawn anew at each call.)
     """
     given: Globals = context.obj
     aside = given.format is Format.JSON  # standard output is for the JSON
 
     def approve(plan: Plan) -> None:
-        console(stderr=aside).print(views.plan(plan))
+        if dry_run and aside:
+            missing = [address for address, _ in plan.missing]
+            print_json({"missing": missing, "ranges": len(plan.requests[0].ranges)})
+        else:
+            console(stderr=aside).print(views.plan(plan))
+        if dry_run:
+            raise typer.Exit
         if not given.yes:
             confirm("These nodes become one cluster, for good. Go on?", stderr=aside)
 
@@ -165,7 +174,7 @@ def init(
             [notation.read(key) for key in split or []],
             replicas=replicas,
             timeout_s=given.timeout_s,
-            approve=approve if can_ask(stderr=aside) else None,
+            approve=approve if dry_run or can_ask(stderr=aside) else None,
         )
         if given.format is Format.JSON:
             print_json(done._asdict())
@@ -444,13 +453,21 @@ def export_(
 def import_(
     context: typer.Context,
     file: Annotated[Path | None, typer.Argument(help="Absent or `-`: standard input.")] = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Put every line of an export. Batches are atomic, the whole is not; it may be run again."""
-    guarded(
-        lambda: console(stderr=True).print(
-            f"{data.import_(context.obj.target, file)} rows imported"
-        )
-    )
+    """Put every line of an export. Batches are atomic, the whole is not; it may be run again.
+
+    With --dry-run every line is checked, and no node is asked.
+    """
+
+    def work() -> None:
+        if dry_run:
+            said = f"{data.check_import(file)} rows can be imported"
+        else:
+            said = f"{data.import_(context.obj.target, file)} rows imported"
+        console(stderr=True).print(said)
+
+    guarded(work)
 
 
 def _span(

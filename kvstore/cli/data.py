@@ -231,6 +231,12 @@ def import_(target: Target, path: Path | None) -> int:
     return run(target, work)
 
 
+def check_import(path: Path | None) -> int:
+    """The number of rows that `import_` would put. Raises: as `import_`, for what is wrong with a line."""
+    with _reading(path) as file:
+        return sum(len(batch) for batch in _batches(file))
+
+
 def read_value(text: str | None) -> bytes:
     """The raw bytes of standard input, for an absent value or `-`."""
     assert text in (None, "-")

@@ -480,3 +480,29 @@ def test_without_a_terminal_init_prints_no_plan(monkeypatch):
     done = CliRunner().invoke(admin.app, [*INIT, "-o", "json"])
     assert list(json.loads(done.stdout)) == ["cluster_id", "nodes", "ranges", "already"]
     assert done.stderr == ""
+
+
+def test_a_dry_run_of_init_shows_the_plan_asks_nothing_and_sends_nothing(on_a_terminal):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    done = on_a_terminal(nodes, "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "3 nodes, 4 ranges, 3 copies of each" in done.stdout
+    assert "[y/N]" not in done.stdout
+    assert nodes.sent == []
+
+
+def test_a_dry_run_of_init_without_a_terminal_shows_the_plan_as_well(monkeypatch):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    monkeypatch.setattr(http_client, "request_all", nodes.request_all)
+    assert "h:3\tjoins" in CliRunner().invoke(admin.app, [*INIT, "--dry-run"]).stdout
+    done = CliRunner().invoke(admin.app, [*INIT, "--dry-run", "-o", "json"])
+    assert json.loads(done.stdout) == {"missing": ADDRESSES, "ranges": 4}
+    assert (done.exit_code, done.stderr, nodes.sent) == (0, "", [])
+
+
+def test_a_dry_run_of_an_init_that_has_nothing_left_to_do_says_so(on_a_terminal):
+    nodes = Nodes(EMPTY, EMPTY, EMPTY)
+    on_a_terminal(nodes, "-y")
+    again = on_a_terminal(nodes, "--dry-run")
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout.endswith("is initialized already: 3 nodes, 4 ranges\n")

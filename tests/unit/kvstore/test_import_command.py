@@ -135,3 +135,17 @@ def test_of_a_key_that_is_imported_twice_the_later_line_wins(
     file.write_bytes(lines_of(rows))
     assert kvctl("import", str(file)).stderr == "8 rows imported\n"
     assert database.plain() == dict(rows)
+
+
+def test_a_dry_run_of_an_import_checks_every_line_and_writes_nothing(kvctl, database, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [(b"k%d" % number, b"v") for number in range(data.IMPORT_ROWS + 1)]
+    file.write_bytes(lines_of(rows))
+    before = dict(database.rows)
+    done = kvctl("import", "--dry-run", str(file))
+    assert (done.exit_code, done.stderr) == (0, f"{len(rows)} rows can be imported\n")
+    file.write_bytes(lines_of(rows) + b'{"key":1}\n')
+    done = kvctl("import", "--dry-run", str(file))
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: invalid_argument: line {len(rows) + 1}: ")
+    assert database.rows == before
