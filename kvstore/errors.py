@@ -139,7 +139,7 @@ class ConfigError(InvalidArgument):
 
 
 class NotFound(KVError):
-    """There is no node, range, transaction or job with that id."""
+    """There is no such key: told over HTTP and by `kvctl get`; the clients return None."""
 
     code = "not_found"
 

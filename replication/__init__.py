@@ -1,1 +1,1 @@
-"""Rules of replication: Raft, the node's log, snapshots, the message channel, gossip. Knows bytes only."""
+"""Rules of replication: Raft, the node's log, snapshots, the message channel. Knows bytes only."""
