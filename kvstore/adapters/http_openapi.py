@@ -57,7 +57,7 @@ _KEY: Final[_Json] = {
     "in": "path",
     "required": True,
     "schema": {"type": "string"},
-    "description": f"1 to {limits.KEY_BYTES_MAX} bytes, percent-encoded; %2F and %00 are kept as they are.",
+    "description": f"1 to {limits.KEY_BYTES_MAX} bytes, not 0xFF first, percent-encoded; %2F and %00 are kept as they are.",
 }
 
 

@@ -4,6 +4,8 @@ client sends fits into messages, however long the keys are."""
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,8 +15,10 @@ from hypothesis import strategies as st
 
 from kvstore import limits
 from kvstore.client import Database
+from kvstore.commits import DRIVES_MAX
 from kvstore.errors import InvalidArgument, KeyTooLarge, TransactionTooLarge, ValueTooLarge
 from kvstore.links import ClientLink
+from kvstore.router import CALLS_MAX
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Prepare, Read, Request
 
@@ -157,6 +161,30 @@ def test_limits_fit_into_each_other():
     assert limits.KEY_BYTES_MAX + limits.VALUE_BYTES_MAX < limits.TXN_RANGE_BYTES_MAX
     assert limits.TXN_RANGE_BYTES_MAX < limits.TXN_BYTES_MAX < limits.MESSAGE_BYTES_MAX
     assert limits.TXN_RANGE_ROWS_MAX < limits.TXN_ROWS_MAX
+
+
+LIMITS_PAGE = (Path(__file__).parents[3] / "docs" / "transactions.md").read_text()
+INTERNAL = (
+    "ENTRY_BYTES_MAX",
+    "APPLY_BATCH_BYTES_MAX",
+    "APPLY_BATCH_ROWS_MAX",
+)  # users do not meet them
+TOLD = {name: limit for name, limit in vars(limits).items() if name.endswith("_MAX")}
+TOLD |= {"DRIVES_MAX": DRIVES_MAX, "CALLS_MAX": CALLS_MAX}
+
+
+def figure(name: str, limit: float) -> str:
+    """As the page writes it."""
+    for unit, size in (("MiB", limits.MIB), ("KiB", limits.KIB)):
+        if "_BYTES_" in name and limit % size == 0:
+            return f"{limit // size} {unit}"
+    return f"{limit:g} s" if "_S_" in name else f"{limit:,}"
+
+
+@pytest.mark.parametrize("name", [name for name in TOLD if name not in INTERNAL])
+def test_each_limit_that_users_can_meet_is_told_by_its_figure(name: str):
+    section = LIMITS_PAGE.partition("\n## Limits\n")[2]
+    assert re.search(rf"\b{figure(name, TOLD[name])}\b", section)
 
 
 # --- messages ---------------------------------------------------------------------------------------
