@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from aiohttp import test_utils, web
@@ -130,3 +131,42 @@ def test_a_status_of_another_shape_breaks_no_scrape(status):
     metrics = NodeMetrics(lambda: status, "0.1.0")
     names = [family.name for family in metrics.registry.collect()]
     assert "kvorum_build_info" in names
+
+
+DOCS = Path(__file__).parents[3] / "docs"
+RULE = re.compile(
+    r"      - alert: (?P<alert>Kvorum[A-Za-z]+)\n"
+    r"        expr: (?P<expr>\w.*)\n"
+    r"(        for: \d+[sm]\n)?"
+    r"        labels: {severity: (warning|critical)}\n"
+    r"        annotations:\n"
+    r'          summary: "[^"\\]+"\n'
+    r'          action: "[^"\\]+"\n'
+)
+
+
+def rules():
+    """Each rule of docs/alerts.yml, as it stands there."""
+    _, head, text = (DOCS / "alerts.yml").read_text().partition("\n    rules:\n")
+    assert head
+    return text.split("\n\n")
+
+
+def test_each_alert_is_a_rule_with_a_severity_a_summary_and_what_to_do():
+    """As far as that can be seen without promtool (integration/test_metrics_scrape.py)."""
+    found = [RULE.fullmatch(each.rstrip("\n") + "\n") for each in rules()]
+    assert None not in found
+    names = [each["alert"] for each in found if each]
+    assert len(set(names)) == len(names) >= 10
+    for expression in (each["expr"] for each in found if each):
+        assert ": " not in expression, "it would be no plain scalar of YAML"
+        assert " #" not in expression
+        assert expression.count("(") == expression.count(")")
+
+
+def test_each_alert_asks_for_metrics_that_are_told_of():
+    """On docs/metrics.md; that those are there, test_metrics_scrape.py sees on real nodes."""
+    told = re.findall(r"`(kvorum_\w+)`", (DOCS / "metrics.md").read_text())
+    asked = re.findall(r"kvorum_\w+", "".join(re.findall(r"expr: (.*\n)", "".join(rules()))))
+    assert len(asked) >= 9
+    assert [name for name in asked if name.removesuffix("_bucket") not in told] == []
