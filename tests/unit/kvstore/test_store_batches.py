@@ -1,5 +1,6 @@
 """Claims: what the engine gets is whole. Wherever a crash cuts the sequence of write batches, each range's applied index says
-exactly which entries its rows hold (pitfall 1); and the log is never cut above what the engine has flushed (pitfall 23).
+exactly which entries its rows hold (pitfall 1); the log is never cut above what the engine has flushed (pitfall 23); and what
+the engine says is told only by who still leads after it was asked (pitfall 5).
 
 And what one turn reads is bounded (T1, T2), so that no client's reads hold up all others.
 """
@@ -43,7 +44,7 @@ from txn.commands import (
 )
 from txn.evaluate import Limits
 from txn.latches import Pending
-from txn.messages import Failure, Prepare, Read, Stale
+from txn.messages import Failure, Prepare, Read, ReadReply, Stale
 from txn.mvcc import encode_latest
 from txn.state import RangeRow, decode_range_row
 from txn.types import Guard, Participant, Stamp, Write, WriteKind, make_txn_id
@@ -348,6 +349,39 @@ def test_what_a_deposed_leader_proposes_has_not_happened():
     assert reached["deposed_before_it_proposed"] == 1
     assert replica.output.replies == [("who asks", Failure(5, "not_leader"))]
     assert evaluator.latches.held() == 0
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["the lease ends", "the lease lasts"])
+def test_a_lease_that_ends_while_rows_are_looked_at_does_not_confirm(ends):
+    """It was valid when the request came, and when the look began; another leader may have answered since (N2)."""
+    lease, asked, answers = [True], list[int](), list[Any]()
+
+    class Engine(RecordingEngine):
+        def get(self, key: bytes) -> bytes | None:
+            lease[0] = lease[0] and not (ends and key == b"Lb")
+            return super().get(key)
+
+    host = SimpleNamespace(
+        wake=lambda: None,
+        lease_valid=lambda _group: lease[0],
+        read_index=lambda _group, context: asked.append(context),
+    )
+    store = store_of(Engine())
+    store.attach(cast("Any", host), cast("Any", SimpleNamespace(call=lambda *_: None)))
+    store.apply(7, [entry(7, 11)])
+    store.finish()
+    store.leadership(7, 2, is_leader=True)
+    evaluator = store.replicas[7].evaluator
+    assert evaluator is not None
+    evaluator.start(0.0)
+    evaluator.issued = 2_000
+    lease[0] = True
+    asker = SimpleNamespace(answer=answers.append)
+    store.accept(cast("Any", asker), [Read(5, 7, 1, 2_000, [b"b"])])
+    store.drain(0.0)
+    assert (len(asked), len(answers)) == ((1, 0) if ends else (0, 1))
+    store.read_confirmed(7, asked, True)
+    assert answers == [ReadReply(5, 2_000, [1_100], [b"11"])]
 
 
 # -- what one turn reads

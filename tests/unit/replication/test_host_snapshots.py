@@ -564,3 +564,29 @@ def test_a_frame_with_text_that_is_not_utf8_ends_no_node():
     assert not any(node.fatal for node in world.nodes.values())
     assert host.stats()["snapshot_frames_bad"] == 1
     assert world.propose(b"value") is not None
+
+
+def test_a_second_offer_while_the_first_is_being_flushed_is_refused():
+    """All its rows are in: to begin anew would take a state away that is good (pitfall 10)."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    flushes: list[tuple[Callable[[], None], Callable[[], None]]] = []
+    slow.host.run_blocking = lambda work, then: flushes.append((work, then))  # type: ignore[method-assign]
+    world.heal()
+    world.advance(0.5)
+    [(work, then)] = flushes
+    leader.host.snapshot_link_lost(slow.number)  # so it offers the state anew
+    for _ in range(10):
+        if not slow.host.stats()["snapshots_refused"]:
+            world.advance(0.1)
+    figures = slow.host.stats()
+    assert figures["snapshots_refused"] == 1
+    assert (figures["snapshots_lost"], figures["snapshots_installed"]) == (0, 0)
+    assert len(flushes) == 1
+    work()
+    slow.host._run(lambda _now: then())
+    world.advance(0.5)
+    figures = slow.host.stats()
+    assert (figures["snapshots_lost"], figures["snapshots_installed"]) == (0, 1)
+    assert slow.values(1) == leader.values(1)
+    assert not slow.fatal
