@@ -267,8 +267,9 @@ class Transaction(BufferedWrites):
                 locked = await self._locks.lock(key, bool(shared), until)
                 self._view.rest_on(locked.at)
         except (Deadlock, LockTimeout) as error:
-            self._end()
-            self._ended_by = error
+            if self._stage is Stage.OPEN:  # else a commit beside it decides
+                self._end()
+                self._ended_by = error
             raise
         return await self.get_many(wanted)
 

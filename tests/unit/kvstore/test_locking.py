@@ -12,7 +12,16 @@ from kvstore.client import Database
 from kvstore.errors import LockTimeout, TransactionClosed, TransactionTooOld
 from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
-from txn.messages import LockPending, LockRead, Prepare, Read, ReadReply, Scan, Unlock
+from txn.messages import (
+    Failure,
+    LockPending,
+    LockRead,
+    Prepare,
+    Read,
+    ReadReply,
+    Scan,
+    Unlock,
+)
 
 
 def test_who_goes_on_locking_beside_a_transaction_that_has_ended_locks_nothing_more():
@@ -56,6 +65,39 @@ def test_writes_of_a_transaction_that_a_lock_has_ended_are_not_lost_in_silence(w
         else:
             await skip_if_busy()
         assert cluster.of(Prepare) == []
+
+    simulate(test)
+
+
+def test_a_lock_wait_that_ends_beside_the_commit_does_not_undo_what_was_committed():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        def busy(_: int, request: Prepare) -> Failure:
+            """The commit has to be sent again; meanwhile the lock's wait is over."""
+            asked = cluster.of(LockRead)[-1]
+            cluster.also.append(LockPending(asked.id, b"x"))
+            return Failure(request.id, "throttled", "", {"retry_after": 0.1})
+
+        def unlocked() -> list[bytes]:
+            return [each.key for each in cluster.of(Unlock)]
+
+        cluster.ignore(LockRead, where=lambda request: request.key == b"k")
+        cluster.fault(Prepare, busy)
+        async with db.transaction() as tx:
+            await tx.get_for_update(b"a")
+            tx.put(b"b", b"1")
+            waiting = asyncio.create_task(tx.get_for_update(b"k", timeout=0))
+            await cluster.settled()
+            committing = asyncio.create_task(tx.commit())
+            with pytest.raises(LockTimeout):
+                await waiting
+            await asyncio.sleep(0.05)
+            assert not committing.done()
+            assert unlocked() == []
+            version = await committing
+        assert tx.commit_version == version
+        assert cluster.value(b"b") == b"1"
+        await cluster.settled()
+        assert unlocked() == [b"k"]
 
     simulate(test)
 
