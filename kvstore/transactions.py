@@ -31,7 +31,7 @@ from kvstore.errors import (
     TransactionTooOld,
     Unavailable,
 )
-from kvstore.locking import TransactionLocks, lock_until
+from kvstore.locking import GRACE_S, TransactionLocks, lock_until
 from kvstore.open_views import OpenViews
 from kvstore.reads import Entry, Found, Pages, View
 from kvstore.router import Router
@@ -244,7 +244,8 @@ class Transaction(BufferedWrites):
 
         Nobody else writes a locked key or locks it, except that shared locks go together. The commit validates what was
         read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict.
-        Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's.
+        Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's. An answer that does not
+        come is waited for a second longer.
         Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again; who catches it and has written
         something meets it anew at the end of the block.
         """
@@ -261,7 +262,8 @@ class Transaction(BufferedWrites):
         wanted = validate_keys(keys)
         until = lock_until(self._router.monotonic(), self._timeout_s, timeout, self._deadline)
         if not self._locks.owner:
-            self._begin_locks(await self._committer.begin_ts(self._until()))
+            # as new as for a commit, though the oracle may have to be asked: who gives way to whom goes by its age
+            self._begin_locks(await self._committer.begin_ts(min(self._until(), until + GRACE_S)))
         try:
             for key in sorted(wanted):
                 locked = await self._locks.lock(key, bool(shared), until)

@@ -9,11 +9,13 @@ import pytest
 
 from kvstore import limits
 from kvstore.client import Database
-from kvstore.errors import LockTimeout, TransactionClosed, TransactionTooOld
+from kvstore.errors import DeadlineExceeded, LockTimeout, TransactionClosed, TransactionTooOld
+from kvstore.locking import GRACE_S
 from kvstore.transactions import Transaction
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     Failure,
+    GetTimestamps,
     LockPending,
     LockRead,
     Prepare,
@@ -98,6 +100,21 @@ def test_a_lock_wait_that_ends_beside_the_commit_does_not_undo_what_was_committe
         assert cluster.value(b"b") == b"1"
         await cluster.settled()
         assert unlocked() == [b"k"]
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.1])
+def test_a_lock_waits_no_longer_than_it_was_told_though_the_oracle_is_silent(timeout: float):
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        now = asyncio.get_running_loop().time
+        async with db.transaction() as tx:
+            await asyncio.sleep(1.5)  # what was seen of the oracle is too old for an id
+            cluster.ignore(GetTimestamps, times=100)
+            began = now()
+            with pytest.raises(DeadlineExceeded):
+                await tx.get_for_update(b"a", timeout=timeout)
+            assert now() - began <= timeout + GRACE_S + 0.01
 
     simulate(test)
 
