@@ -45,7 +45,7 @@ LEGS_MAX: Final = 128  # ranges that one watch covers
 PAGE_ROWS: Final = 1_000
 PAGE_BYTES: Final = 256 << 10  # more only if one commit has more
 WAIT_S: Final = 10.0  # of a poll, for something to happen
-MARGIN_S: Final = 5.0  # of a poll, to find its leader and to be answered
+MARGIN_S: Final = 5.0  # of a poll besides, to be answered; with a timeout, what is left of that
 PAUSE_S: Final = 0.05  # after a poll that came to nothing
 FAREWELL_S: Final = 1.0
 
@@ -152,7 +152,6 @@ class Watch:
         self._client_timeout_s = client_timeout_s
         self._timeout_s = timeout_s
         self._wait_s = WAIT_S if timeout_s is None else min(WAIT_S, timeout_s / 2)
-        self._margin_s = MARGIN_S if timeout_s is None else min(MARGIN_S, timeout_s / 2)
         self._version = since or 0
         self._frontier = 0  # what `version` is once `_ready` is handed out
         self._ready: deque[Event] = deque()
@@ -340,7 +339,7 @@ class Watch:
     def _poll(self, leg: Leg, at: int, now: float) -> None:
         router, wait_s = self._router, self._wait_s
         answered = functools.partial(self._answered, leg)
-        deadline = now + wait_s + self._margin_s
+        deadline = now + (wait_s + MARGIN_S if self._timeout_s is None else self._timeout_s)
         try:
             call = router.open(leg.start, leg.end, now, deadline, answered)
         except Throttled:

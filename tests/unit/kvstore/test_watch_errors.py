@@ -61,6 +61,22 @@ def test_one_whose_time_is_over_tells_the_last_that_it_heard(silent: bool, error
     simulate_cluster(test)
 
 
+def test_one_that_moves_on_more_often_is_as_patient_as_was_said():
+    async def test() -> None:
+        router = FakeRouter()
+        watch = watch_of(router, key=b"k", timeout=60.0)
+        watch.move_on(1.0)
+        pulling = asyncio.create_task(watch.pull())
+        await asyncio.sleep(0.01)
+        (call,) = router.open_calls.values()
+        assert call.deadline - router.monotonic() == pytest.approx(60.0, abs=0.01)
+        await watch.close()
+        with pytest.raises(ClientClosed):
+            await pulling
+
+    simulate(test())
+
+
 # --- ranges that are not known just then
 
 

@@ -372,18 +372,19 @@ def test_what_does_not_mend_is_raised_after_what_was_there_and_version_tells_whe
     simulate(test())
 
 
+@pytest.mark.parametrize("timeout", [2.0, 12.0, 60.0, float("inf")])
 @pytest.mark.parametrize("error", [Unavailable(), DeadlineExceeded()])
-def test_what_mends_is_tried_again_for_ever_or_for_as_long_as_was_said(error):
+def test_what_mends_is_tried_again_for_ever_or_for_as_long_as_was_said(error, timeout):
     async def test() -> None:
         router = FakeRouter()
-        watch, impatient = watch_of(router, key=b"k"), watch_of(router, key=b"k", timeout=2.0)
+        watch, impatient = watch_of(router, key=b"k"), watch_of(router, key=b"k", timeout=timeout)
         pulling, giving_up = (
             asyncio.create_task(watch.pull()),
             asyncio.create_task(impatient.pull()),
         )
         await asyncio.sleep(0.01)
         deadlines = [call.deadline - router.monotonic() for call in router.open_calls.values()]
-        assert deadlines == [pytest.approx(15.0, abs=0.01), pytest.approx(2.0, abs=0.01)]
+        assert deadlines == [pytest.approx(15.0, abs=0.01), pytest.approx(timeout, abs=0.01)]
         for _ in range(10):
             router.fail(error)
             await asyncio.sleep(0.1)
