@@ -102,8 +102,7 @@ class Database(DatabaseReads, AtomicCalls):
         link_limits: LinkLimits | None = None,
         on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        if not timeout_s > 0:
-            raise InvalidArgument("timeout must be above 0")
+        timeout_s = limits.validate_timeout(timeout_s)
         self._network = network
         self._clock = clock
         self._rng = rng

@@ -159,11 +159,7 @@ class DatabaseReads:
         return self._router
 
     def _timeout(self, timeout: float | None) -> float:
-        if timeout is None:
-            return self._timeout_s
-        if not timeout > 0:
-            raise InvalidArgument("timeout must be above 0")
-        return timeout
+        return self._timeout_s if timeout is None else limits.validate_timeout(timeout)
 
 
 def checked_version(version: object) -> int:

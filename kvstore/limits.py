@@ -110,6 +110,19 @@ def prefix_end(prefix: bytes) -> bytes | None:
     return head[:-1] + bytes((head[-1] + 1,)) if head else None
 
 
+def validate_timeout(timeout: float, *, zero: bool = False) -> float:
+    """The seconds as a plain float; infinity is a timeout. `zero`: 0 is one, too.
+
+    Raises: InvalidArgument (0, below it, not a number, more than a float holds).
+    """
+    if not (timeout > 0 or (zero and timeout == 0)):
+        raise InvalidArgument(f"timeout must {'not be below' if zero else 'be above'} 0")
+    try:
+        return float(timeout)
+    except OverflowError as error:
+        raise InvalidArgument("timeout is more seconds than a float holds") from error
+
+
 def validate_transaction_size(size_bytes: int, rows: int, participants: int = 1) -> None:
     """Refuse a transaction that is too large as a whole. Raises: TransactionTooLarge."""
     if size_bytes > TXN_BYTES_MAX:

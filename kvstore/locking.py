@@ -19,7 +19,6 @@ from typing import Final, NamedTuple
 from kvstore import limits
 from kvstore.errors import (
     Conflict,
-    InvalidArgument,
     KVError,
     LockTimeout,
     TransactionClosed,
@@ -55,10 +54,13 @@ class Locked(NamedTuple):
 
 
 def lock_until(now: float, timeout_s: float, wanted_s: float | None, deadline: float) -> float:
-    """When to give up waiting for a lock: early enough before the transaction's deadline to be told so."""
-    if wanted_s is not None and not wanted_s >= 0:
-        raise InvalidArgument("timeout must not be below 0")
-    until = now + (timeout_s if wanted_s is None else wanted_s)
+    """When to give up waiting for a lock: early enough before the transaction's deadline to be told so.
+
+    Raises: InvalidArgument.
+    """
+    if wanted_s is not None:
+        timeout_s = limits.validate_timeout(wanted_s, zero=True)
+    until = now + timeout_s
     if deadline == float("inf"):
         return until
     return min(until, deadline - LAST_SHARE * max(0.0, deadline - now))

@@ -38,6 +38,7 @@ from txn.messages import (
 from txn.types import ExpectKind, FenceReason, PartStatus, TxnStatus, begin_ts_of
 
 BIG = bytes(limits.VALUE_BYTES_MAX + 1)
+TOO_LONG = 10**400  # seconds that no float holds
 
 
 def now() -> float:
@@ -219,6 +220,10 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             (InvalidArgument, lambda: db.delete_range(b"b", b"a")),
             (InvalidArgument, lambda: db.put(b"k", b"v", timeout=0)),
             (InvalidArgument, lambda: db.get(b"k", timeout=-1.0)),
+            (InvalidArgument, lambda: db.put(b"k", b"v", timeout=TOO_LONG)),
+            (InvalidArgument, lambda: db.get(b"k", timeout=TOO_LONG)),
+            (InvalidArgument, lambda: db.transaction().get_for_update(b"k", timeout=TOO_LONG)),
+            (InvalidArgument, lambda: db.transaction().get_for_update(b"k", timeout=-1)),
             (InvalidArgument, lambda: db.put(b"k", b"v", if_version=-1)),
             (InvalidArgument, lambda: db.outcome("no token")),
         ]:
@@ -231,6 +236,10 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             lambda: db.scan(prefix=b"\xff"),
             lambda: db.scan(at=0),
             lambda: db.scan(at=1 << 64),
+            lambda: db.transaction(timeout=TOO_LONG),
+            lambda: db.snapshot(timeout=TOO_LONG),
+            lambda: db.watch(key=b"k", timeout=TOO_LONG),
+            lambda: cluster.database(TOO_LONG),
         ]:
             with pytest.raises(InvalidArgument):
                 scan()
