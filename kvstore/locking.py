@@ -4,8 +4,8 @@ The leader of a key's range holds the lock in its memory (txn/locking.py); what 
 leaves here, and that the commit validates. So a lock that is lost costs a Conflict.
 
 C1 A lock's client asks again within LOCK_POLL_S while it waits, and renews its lease every third of it while the
-transaction is open (but for what is only reserved), with one message for each range, whatever the number of
-transactions and locks.
+transaction is open and somebody has it (but for what is only reserved), with one message for each range, whatever the
+number of transactions and locks.
 C2 A transaction that ends without a commit gives everything back, keys included whose answer it never saw; a wait that is
 cancelled leaves its queue. A message of these that gets lost is made good by the lease.
 """
@@ -13,6 +13,7 @@ cancelled leaves its queue. A message of these that gets lost is made good by th
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -185,11 +186,13 @@ class TransactionLocks:
 
 
 class LockKeeper:
-    """All transactions of one client that hold locks. Lives on the router's loop."""
+    """All transactions of one client that hold locks. Lives on the router's loop. A transaction that nobody has any more may be
+    dropped on another thread: what is here is looked through by copies that are made at once.
+    """
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self._open: dict[TransactionLocks, None] = {}
+        self._open: weakref.WeakKeyDictionary[TransactionLocks, None] = weakref.WeakKeyDictionary()
         self._timer: asyncio.TimerHandle | None = None
         self._period_s = KEEP_S
 
@@ -209,8 +212,13 @@ class LockKeeper:
 
     def close(self) -> None:
         """Give everything back."""
-        for locks in list(self._open):
+        for locks in self._living():
             locks.end()
+
+    def _living(self) -> list[TransactionLocks]:
+        """In the order in which they locked first."""
+        found = [reference() for reference in self._open.keyrefs()]
+        return [locks for locks in found if locks is not None]
 
     def by_range(self, keys: Iterable[bytes]) -> Sequence[tuple[int, bytes]]:
         """One key for each range; a key whose range is unknown stands for itself."""
@@ -232,7 +240,7 @@ class LockKeeper:
         self._timer = None
         now = self.router.monotonic()
         owners: dict[int, tuple[bytes, list[bytes]]] = {}
-        for locks in list(self._open):
+        for locks in self._living():
             if now - locks.begun_at > limits.TXN_AGE_S_MAX:
                 locks.end()  # nobody will commit it
                 continue

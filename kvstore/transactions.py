@@ -243,7 +243,8 @@ class Transaction(BufferedWrites):
         """Lock a key until this transaction ends, and read its newest value (not the snapshot's); None: it has none.
 
         Nobody else writes a locked key or locks it, except that shared locks go together. The commit validates what was
-        read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict.
+        read, even if nothing is written: a lock that got lost (a leader died, its lease ended) costs a Conflict. The locks of
+        a transaction that nobody has any more, though it was not ended, end with their lease.
         Args: timeout: seconds to wait; 0: do not. Without it, the transaction's time, or the client's. An answer that does not
         come is waited for a second longer.
         Raises: LockTimeout, Deadlock: this transaction is over then, and `run` tries it again; who catches it and has written

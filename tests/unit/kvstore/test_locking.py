@@ -16,6 +16,8 @@ from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import (
     Failure,
     GetTimestamps,
+    KeepLocks,
+    LockLeases,
     LockPending,
     LockRead,
     Prepare,
@@ -115,6 +117,41 @@ def test_a_lock_waits_no_longer_than_it_was_told_though_the_oracle_is_silent(tim
             with pytest.raises(DeadlineExceeded):
                 await tx.get_for_update(b"a", timeout=timeout)
             assert now() - began <= timeout + GRACE_S + 0.01
+
+    simulate(test)
+
+
+def test_locks_of_a_transaction_that_nobody_has_any_more_end_with_their_lease():
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        async def lock_and_stay(key: bytes) -> None:
+            tx = db.transaction()
+            await tx.get_for_update(key)
+            await asyncio.sleep(1_000)
+
+        def kept() -> list[list[bytes]]:
+            return [each.owners for each in cluster.of(KeepLocks)]
+
+        def keep(_: int, request: KeepLocks) -> LockLeases:
+            return LockLeases(request.id, 10.0, [])
+
+        cluster.fault(KeepLocks, keep, times=100)
+        tasks = [asyncio.create_task(lock_and_stay(key)) for key in (b"a", b"b")]
+        await asyncio.sleep(1.5)
+        owners = [each.owner for each in cluster.of(LockRead)]
+        assert kept() == [owners]
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        del tasks[0]
+        await asyncio.sleep(10.0)
+        assert kept()[1:] == [[owners[1]]] * 3
+        assert len(db._committer.keeper) == 1
+        tasks[0].cancel()
+        await asyncio.wait(tasks)
+        tasks.clear()
+        await asyncio.sleep(100.0)
+        assert len(kept()) <= 5
+        assert len(db._committer.keeper) == 0
+        assert db._committer.keeper._timer is None
 
     simulate(test)
 
