@@ -7,7 +7,7 @@ has no room; a client that does not even take that, or the answers to its writes
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -30,6 +30,9 @@ from txn.messages import (
 REQUESTS: Final = 2  # the first byte of a message
 REPLIES: Final = b"\x03"
 REQUESTS_MAX: Final = 10_000  # in flight, of one connection
+REQUESTS_PER_MESSAGE_MAX: Final = (
+    16_384  # a client cuts its messages at 1 MiB, and counts 96 bytes for a request
+)
 UNSENDABLE: Final = "the answer is too large for a message, or nothing that one can hold"
 RETRY_AFTER_S: Final = 0.02
 MESSAGE_BYTES: Final = 4 << 20  # a message of answers is cut when it has grown to about this
@@ -39,7 +42,9 @@ FULL: Final = "this connection has no room for the answer until earlier ones wer
 FULL_RETRY_AFTER_S: Final = 0.1  # the client takes megabytes first
 FAILURE_BYTES: Final = 256  # more than the answer that says so
 
-_decode: Final = msgspec.msgpack.Decoder(list[Request])
+_decode: Final = msgspec.msgpack.Decoder(
+    Annotated[list[Request], msgspec.Meta(max_length=REQUESTS_PER_MESSAGE_MAX)]
+)
 
 
 class ClientConnection:
@@ -60,7 +65,7 @@ class ClientConnection:
         return self._stream.queue_bytes
 
     def on_message(self, payload: bytes) -> None:
-        """Raises FrameError for what is not a list of requests: the stream ends, the node goes on."""
+        """Raises FrameError for what is not a list of requests, or too long a one: the stream ends, the node goes on."""
         if not payload or payload[0] != REQUESTS:
             raise FrameError("not a message of requests")
         try:

@@ -30,6 +30,7 @@ from kvstore.router import Router
 from replication.probes import chance, reached
 from txn.messages import (
     LOCK_POLL_S,
+    NAMED_MAX,
     KeepLocks,
     LockLeases,
     LockPending,
@@ -249,11 +250,13 @@ class LockKeeper:
         for key, several in owners.values():
             if chance("locks_not_kept"):
                 continue
-            try:
-                request = KeepLocks(0, 0, 0, key, several)
-                self.router.send(request, key, b"", now + self._period_s, on_reply=self._on_leases)
-            except KVError:
-                pass  # the next round asks again; a lease is three of them
+            until = now + self._period_s
+            for first in range(0, len(several), NAMED_MAX):
+                request = KeepLocks(0, 0, 0, key, several[first : first + NAMED_MAX])
+                try:
+                    self.router.send(request, key, b"", until, on_reply=self._on_leases)
+                except KVError:
+                    pass  # the next round asks again; a lease is three of them
         if self._open:
             self._arm()
 

@@ -620,11 +620,13 @@ class Evaluator:
         for guards in request.elsewhere:
             if state.owns(guards[0].start):  # it has come here meanwhile
                 return "epoch_mismatch", ""
-        if size > RANGE_BYTES_MAX or len(request.writes) > RANGE_ROWS_MAX:
-            return (
-                "transaction_too_large",
-                f"at most {RANGE_BYTES_MAX} bytes and {RANGE_ROWS_MAX} rows in one range",
-            )
+        if (
+            size > RANGE_BYTES_MAX
+            or len(request.writes) > RANGE_ROWS_MAX
+            or len(request.expects) > RANGE_ROWS_MAX
+        ):
+            most = f"{RANGE_BYTES_MAX} bytes, {RANGE_ROWS_MAX} rows and as many conditions"
+            return "transaction_too_large", f"at most {most} in one range"
         return None
 
     def _latch_blocker(self, request: Prepare) -> Pending | None:

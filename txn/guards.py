@@ -1,9 +1,10 @@
 """Whether what a transaction has read is still the newest, asked when its part is prepared (DESIGN.md section 4.4c).
 
-Story. A guard is a span and the timestamp at which it was read. A point is one look-up. A wider span is answered by what was
-committed lately (`Recent`): it knows every version above its `low` (V1), so what it does not show is not there. Only who read
-before that needs the rows themselves. They may be millions, and the node has others to serve: SLICE of them are walked at
-once. If there are more, the part takes its latches, and the rest is walked in slices before it asks for a timestamp.
+Story. A guard is a span and the timestamp at which it was read. A point is one look-up, and counts as one row. A wider span is
+answered by what was committed lately (`Recent`): it knows every version above its `low` (V1), so what it does not show is not
+there. Only who read before that needs the rows themselves. They may be millions, and the node has others to serve: SLICE of
+them are looked at in one go. If there are more, the part takes its latches, and the rest is looked at in slices before it
+asks for a timestamp.
 
 C1 what was walked stays as it is: the part's guards are latched, and nobody writes there until it is applied or given up.
 C2 meanwhile collection may take a tombstone that is newer than the read; then gc_threshold is above the read, and that is
@@ -75,6 +76,8 @@ class GuardCheck:
         start, end, read_ts = guard.start, guard.end, guard.read_ts
         rows = self.owner.rows
         if end == point_end(start):
+            if left <= 0:
+                return None, start, 0
             row = rows.get(b"L" + start)
             if row is not None and latest_ts(row) > read_ts:
                 return (start, latest_ts(row), row[8:24]), None, left

@@ -24,7 +24,7 @@ from replication.probes import chance, reached
 from txn import stamps
 from txn.deadlocks import DETECTOR_KEY, EDGES_MAX, REPORT_S, WAITED_S, Detector
 from txn.latches import Pending, Waiter
-from txn.locks import LockTable, Verdict, Wait
+from txn.locks import BLOCKERS_MAX, LockTable, Verdict, Wait
 from txn.messages import (
     FRESH_LEASE_S,
     LOCK_POLL_S,
@@ -400,6 +400,11 @@ class Locking:
 
     def waits(self, request: LockWaits, origin: Any, now: float) -> None:
         """At the detector."""
+        edges = request.edges
+        if len(edges) > EDGES_MAX or any(len(edge.blockers) > BLOCKERS_MAX for edge in edges):
+            failure = Failure(request.id, "invalid_argument", "malformed report of waits")
+            self.ev.out.reply(origin, failure, False)
+            return
         self.ev.out.reply(origin, Victims(request.id, self.detector.report(request, now)), False)
 
 

@@ -3,16 +3,24 @@
 Array-like msgspec structs; fields are only appended, with defaults. `id` pairs an answer with its request on one stream.
 Every request names the range it was computed for: `range_id` (0: whoever holds the key) and `version` of the range's epoch
 (0: do not check). All are idempotent: a retry carries the same txn_id.
+
+A list of a request (`Named`) has at most NAMED_MAX elements: a longer one does not decode, and none of it is looked at.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from txn.types import Expect, Guard, Participant, Write, is_txn_id
+
+T = TypeVar("T")
+
+NAMED_MAX = 20_000  # a transaction guards what it has read, 10,000 spans, and locked, 10,000 keys
+PARTICIPANTS_MAX = 128  # of one transaction
+Named = Annotated[list[T], msgspec.Meta(max_length=NAMED_MAX)]
 
 
 class Stale(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -25,7 +33,7 @@ class Stale(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     ms: int = 0  # only with `at` 0
     at_least: int = 0
-    ranges: list[int] = []  # that are going to be read at the same timestamp
+    ranges: Named[int] = []  # that are going to be read at the same timestamp
     last: bool = False
 
 
@@ -36,7 +44,7 @@ class Read(msgspec.Struct, array_like=True, frozen=True, tag=1, gc=False):
     range_id: int
     version: int
     at: int
-    keys: list[bytes]
+    keys: Named[bytes]
     stale: Stale | None = None
 
 
@@ -68,17 +76,17 @@ class Prepare(msgspec.Struct, array_like=True, frozen=True, tag=3, gc=False):
     txn_id: bytes
     locus: bytes
     anchor_key: bytes
-    writes: list[Write]
-    expects: list[Expect] = []
-    guards: list[Guard] = []
-    participants: list[
+    writes: Named[Write]
+    expects: Named[Expect] = []
+    guards: Named[Guard] = []
+    participants: Named[
         Participant
     ] = []  # only in the anchor's part of a transaction over several ranges
     one_range: bool = True
     age: int = 0  # begin_ts of the first attempt, and its priority: the older waits, the younger is refused
     lock_owner: bytes = b""  # the id under which its locks are held; b"": it has none
-    elsewhere: list[
-        list[Guard]
+    elsewhere: Named[
+        Named[Guard]
     ] = []  # what it has read in other ranges, one list for each (Validate)
 
 
@@ -178,7 +186,7 @@ class Validate(msgspec.Struct, array_like=True, frozen=True, tag=13, gc=False):
     at: int
     txn_id: bytes
     age: int
-    guards: list[Guard]
+    guards: Named[Guard]
 
 
 class Changes(msgspec.Struct, array_like=True, frozen=True, tag=20, gc=False):
@@ -246,7 +254,7 @@ class KeepLocks(msgspec.Struct, array_like=True, frozen=True, tag=41, gc=False):
     range_id: int
     version: int
     key: bytes
-    owners: list[bytes]
+    owners: Named[bytes]
 
 
 class Unlock(msgspec.Struct, array_like=True, frozen=True, tag=42, gc=False):
@@ -267,7 +275,7 @@ class LockEdge(msgspec.Struct, array_like=True, frozen=True, gc=False):
     waiter: bytes
     age: int
     committing: bool
-    blockers: list[bytes]
+    blockers: Named[bytes]
 
 
 class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
@@ -281,7 +289,7 @@ class LockWaits(msgspec.Struct, array_like=True, frozen=True, tag=43, gc=False):
     term: int  # of its leader
     number: int  # of the report in that term, from 1 on
     after: int  # the report whose answer had come when this one was made; 0: none
-    edges: list[LockEdge]
+    edges: Named[LockEdge]
 
 
 READ_KEYS_MAX = 256  # of one Read; a reply may hold fewer values, and the rest is asked for again
@@ -509,11 +517,13 @@ def fast(elsewhere: list[list[Guard]]) -> bool:
     spans = size = 0
     for guards in elsewhere:
         spans += len(guards)
+        if spans > FAST_SPANS_MAX:
+            return False
         for guard in guards:
             size += len(guard.start) + len(guard.end)
             if guard.start >= guard.end:
                 return False
-    return all(elsewhere) and spans <= FAST_SPANS_MAX and size <= FAST_BYTES_MAX
+    return all(elsewhere) and size <= FAST_BYTES_MAX
 
 
 def well_formed(request: Prepare) -> bool:
@@ -532,5 +542,7 @@ def well_formed(request: Prepare) -> bool:
             return False
     if request.one_range or request.locus != request.anchor_key:
         return not request.participants
+    if len(request.participants) > PARTICIPANTS_MAX:
+        return False
     loci = {each.locus for each in request.participants}
     return request.anchor_key in loci and len(loci) == len(request.participants)

@@ -109,6 +109,8 @@ async def test_somebody_who_is_no_member_gets_no_peer_stream(tmp_path):
         b"\x02" + encode([[99, 1]]),
         b"\x02" + encode([[1, "not a number"]]),
         b"\x02" + b"\x91" * 5_000,
+        b"\x02" + encode([[11, 1]] * 20_000),
+        b"\x02" + encode([[1, 1, 0, 0, 0, [b""] * 30_000]]),
         b"\x01" + encode([]),
     ],
 )

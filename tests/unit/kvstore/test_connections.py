@@ -1,5 +1,6 @@
 """Claims of a client's connection: its answers of one turn leave in messages that the stream takes, in order; of reads that
-the stream has no room for, the largest are told Throttled, an answer to a write never is."""
+the stream has no room for, the largest are told Throttled, an answer to a write never is. And of what comes in: a message
+holds no more requests than a client puts into one."""
 
 from __future__ import annotations
 
@@ -9,15 +10,26 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvstore.connections import REPLIES, ClientConnection, Connections
+from kvstore.connections import (
+    REPLIES,
+    REQUESTS,
+    REQUESTS_PER_MESSAGE_MAX,
+    ClientConnection,
+    Connections,
+)
 from kvstore.limits import KEY_BYTES_MAX, MESSAGE_BYTES_MAX, MIB
+from kvstore.links import REQUEST_OVERHEAD_BYTES
+from kvstore.router import PAYLOAD_BYTES
+from replication.errors import FrameError
 from txn.messages import (
     FAST_BYTES_MAX,
     Changed,
     Failure,
+    GetDirectory,
     PrepareReply,
     ReadReply,
     Reply,
+    Request,
     ScanReply,
     Validated,
 )
@@ -65,10 +77,28 @@ class FillingStream:
         self.is_open = False
 
 
-def connected(stream: LastingStream | FillingStream) -> ClientConnection:
+class AcceptingStore:
+    """Notes what is given to it, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.accepted: list[Request] = []
+
+    def accept(self, _asker: ClientConnection, requests: list[Request], _size_bytes: int) -> None:
+        self.accepted += requests
+
+    def wake(self) -> None:
+        pass
+
+
+def connected(
+    stream: LastingStream | FillingStream, store: Any = None, requests_max: int = 100_000
+) -> ClientConnection:
     untyped: Any = stream
-    store: Any = None
-    return ClientConnection(Connections(), store, untyped)
+    return ClientConnection(Connections(requests_max), store, untyped)
+
+
+def message(requests: list[Request]) -> bytes:
+    return bytes([REQUESTS]) + msgspec.msgpack.encode(requests)
 
 
 def answers_on(stream: LastingStream | FillingStream) -> list[Reply]:
@@ -171,3 +201,21 @@ def test_a_client_that_takes_nothing_at_all_is_cut_off():
         connection.answer(PrepareReply(number, PartStatus.COMMITTED, 9, results=[bytes(MIB)]))
     connection.flush()
     assert not stream.is_open
+
+
+# -- what comes in
+
+
+def test_a_message_of_more_requests_than_any_client_sends_at_once_ends_its_stream_unread():
+    store = AcceptingStore()
+    connection = connected(LastingStream(), store)
+    requests: list[Request] = [GetDirectory(1)] * REQUESTS_PER_MESSAGE_MAX
+    connection.on_message(message(requests))
+    assert len(store.accepted) == REQUESTS_PER_MESSAGE_MAX
+    with pytest.raises(FrameError, match="length <= 16384"):
+        connection.on_message(message([*requests, GetDirectory(1)]))
+    assert len(store.accepted) == REQUESTS_PER_MESSAGE_MAX
+
+
+def test_our_client_cuts_its_messages_before_they_hold_too_many_requests():
+    assert PAYLOAD_BYTES // REQUEST_OVERHEAD_BYTES + 1 < REQUESTS_PER_MESSAGE_MAX

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 
-from kvstore import limits
+from kvstore import limits, locking
 from kvstore.client import Database
 from kvstore.errors import DeadlineExceeded, LockTimeout, TransactionClosed, TransactionTooOld
 from kvstore.locking import GRACE_S
@@ -225,5 +225,22 @@ def test_a_read_that_is_answered_after_the_commit_raises_for_nothing_guards_it(k
             tx.put(b"a", b"1")
         with pytest.raises(TransactionClosed):
             await task
+
+    simulate(test)
+
+
+def test_one_message_renews_no_more_leases_than_a_range_takes_at_once(monkeypatch):
+    monkeypatch.setattr(locking, "NAMED_MAX", 2)
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        cluster.fault(KeepLocks, lambda _, request: LockLeases(request.id, 10.0, []), times=3)
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(5):
+                tx = await stack.enter_async_context(db.transaction())
+                await tx.get_for_update(b"a%d" % number)
+            await asyncio.sleep(1.5 * locking.KEEP_S)
+            kept = cluster.of(KeepLocks)
+            assert [len(each.owners) for each in kept] == [2, 2, 1]
+            assert len({owner for each in kept for owner in each.owners}) == 5
 
     simulate(test)

@@ -285,3 +285,26 @@ def test_a_fast_guard_over_too_many_rows_is_refused_and_holds_nothing():
     assert place.ask(few).reply.unchanged
     assert not place.evaluator.latches.txns
     assert place.evaluator.guard_check.deadline() is None
+
+
+@pytest.mark.usefixtures("ten_at_once")
+def test_single_keys_are_looked_up_in_slices_too():
+    place, before = place_of(35)
+    several = [
+        Guard(b"k%03d" % number, point_end(b"k%03d" % number), before) for number in range(35)
+    ]
+    check = GuardCheck(place.evaluator)
+    assert check.look(several) == (None, several[10:])
+    asked = place.prepare(1, put(b"mine"), guards=several, begin_ts=before)
+    slices = 0
+    while not place.evaluator.await_fresh:
+        place.settle()
+        place.pass_time(STEP_S)
+        slices += 1
+    assert slices == 3
+    assert settled(place, asked).reply.status == PartStatus.COMMITTED
+    version = stored(place, b"k034", b"new")
+    refused = walked(
+        place, place.prepare(2, put(b"mine"), guards=several, begin_ts=place.clock)
+    ).reply
+    assert (refused.key, refused.other_version) == (b"k034", version)

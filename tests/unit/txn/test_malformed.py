@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import msgspec
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
 from txn.commands import Decide
+from txn.deadlocks import EDGES_MAX
+from txn.locks import BLOCKERS_MAX
 from txn.messages import (
     LOCK_POLL_S,
+    NAMED_MAX,
+    PARTICIPANTS_MAX,
     READ_KEYS_MAX,
     Fence,
     Finalize,
+    KeepLocks,
+    LockEdge,
     LockPending,
     LockRead,
+    LockWaits,
     Outcome,
     Prepare,
     QueryMode,
     QueryPart,
     QueryTxn,
+    Read,
+    Request,
     Resolve,
+    Stale,
+    Validate,
+    Victims,
+    fast,
 )
-from txn.types import TIMESTAMP_MAX, Participant, PartStatus, TxnStatus, point_end
+from txn.types import (
+    TIMESTAMP_MAX,
+    Expect,
+    ExpectKind,
+    Guard,
+    Participant,
+    PartStatus,
+    TxnStatus,
+    point_end,
+)
+from txn.values import RANGE_ROWS_MAX
 
 
 def participants(*loci: bytes) -> list[Participant]:
@@ -174,3 +199,74 @@ def test_a_read_names_no_more_keys_than_a_client_does():
     keys = [b"%04d" % number for number in range(READ_KEYS_MAX + 1)]
     assert place.read(*keys, at=50).reply.code == "invalid_argument"
     assert place.read(*keys[:-1], at=50).reply.at == 50
+
+
+encode = msgspec.msgpack.encode
+decode: Any = msgspec.msgpack.Decoder(list[Request]).decode
+ID = txn_id(1)
+GUARD = Guard(b"a", b"b", 1)
+MANY: Any = {
+    "keys": lambda count: Read(0, 0, 0, 0, [b""] * count),
+    "ranges": lambda count: Read(0, 0, 0, 0, [], Stale(ranges=[1] * count)),
+    "writes": lambda count: Prepare(0, 0, 0, ID, b"a", b"a", [put(b"a")] * count),
+    "expects": lambda count: Prepare(0, 0, 0, ID, b"a", b"a", [], [Expect(0, b"a")] * count),
+    "guards": lambda count: Prepare(0, 0, 0, ID, b"a", b"a", [], [], [GUARD] * count),
+    "participants": lambda count: Prepare(
+        0, 0, 0, ID, b"a", b"a", [], [], [], participants(b"a") * count
+    ),
+    "elsewhere": lambda count: Prepare(0, 0, 0, ID, b"a", b"a", [], elsewhere=[[]] * count),
+    "guards elsewhere": lambda count: Prepare(
+        0, 0, 0, ID, b"a", b"a", [], elsewhere=[[GUARD] * count]
+    ),
+    "validated": lambda count: Validate(0, 0, 0, 1, ID, 1, [GUARD] * count),
+    "owners": lambda count: KeepLocks(0, 0, 0, b"a", [ID] * count),
+    "edges": lambda count: LockWaits(
+        0, 0, 0, b"a", 1, 1, 1, 0, [LockEdge(1, ID, 1, False, [])] * count
+    ),
+    "blockers": lambda count: LockWaits(
+        0, 0, 0, b"a", 1, 1, 1, 0, [LockEdge(1, ID, 1, False, [ID] * count)]
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_list_that_is_longer_than_any_client_makes_is_not_decoded(what):
+    longest = MANY[what](NAMED_MAX)
+    assert decode(encode([longest])) == [longest]
+    with pytest.raises(msgspec.ValidationError, match=f"length <= {NAMED_MAX}"):
+        decode(encode([MANY[what](NAMED_MAX + 1)]))
+
+
+def test_a_part_has_no_more_conditions_than_rows():
+    place = Range()
+    expects = [Expect(ExpectKind.ABSENT, b"%04d" % number) for number in range(RANGE_ROWS_MAX)]
+    assert place.prepare(1, put(b"a"), expects=expects).open
+    more = place.prepare(2, put(b"b"), expects=[*expects, expects[0]])
+    assert more.reply.code == "transaction_too_large"
+
+
+def test_a_record_names_no_more_participants_than_a_transaction_has():
+    place = Range()
+    others = tuple(b"x%03d" % number for number in range(PARTICIPANTS_MAX))
+    assert place.anchor(1, put(b"a"), others=others).reply.code == "invalid_argument"
+    assert place.anchor(2, put(b"a"), others=others[:-1]).open
+
+
+def test_spans_that_no_range_is_asked_about_are_not_walked():
+    class Walked(list[Guard]):
+        def __iter__(self) -> Any:
+            raise AssertionError("walked")
+
+    assert not fast([Walked([GUARD] * NAMED_MAX)])
+
+
+@pytest.mark.parametrize(("edges", "blockers"), [(EDGES_MAX + 1, 0), (1, BLOCKERS_MAX + 1)])
+def test_a_report_of_more_waits_than_a_leader_makes_is_refused(edges, blockers):
+    place = Range()
+
+    def report(number: int, edges: int, blockers: int) -> Any:
+        each = LockEdge(1, ID, 1, False, [txn_id(2)] * blockers)
+        return place.ask(LockWaits(0, 0, 0, b"a", 7, 1, number, 0, [each] * edges)).reply
+
+    assert report(1, edges, blockers).code == "invalid_argument"
+    assert isinstance(report(2, min(edges, EDGES_MAX), min(blockers, BLOCKERS_MAX)), Victims)
