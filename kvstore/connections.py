@@ -2,7 +2,8 @@
 
 Nobody's answers wait in memory: what a client reads faster than it takes it is told Throttled, as far as the bounded queue
 has no room; a client that does not even take that, or the answers to its writes, is cut off. One that asks for more than
-`requests_max` things at once is told Throttled, so that it cannot take all that the node has room for.
+`requests_max` things at once is told Throttled, so that it cannot take all that the node has room for; polls of watches that
+wait are not counted.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ClientConnection:
         self._store = store
         self._stream = stream
         self._replies: list[Reply] = []
-        self._open = 0  # requests that are not answered
+        self._open = 0  # requests that are not answered, polls among them
 
     @property
     def queue_bytes(self) -> int:
@@ -74,6 +75,8 @@ class ClientConnection:
             raise FrameError(f"requests do not decode: {error}") from error
         self._open += len(requests)
         excess = self._open - self._connections.requests_max
+        if excess > 0:
+            excess -= self._store.polls.of(self)  # they wait for long, and do not count as load
         if excess > 0:
             self._refuse(requests[-excess:])
             requests = requests[:-excess]

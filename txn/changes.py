@@ -70,12 +70,26 @@ Item = tuple[int, bytes]  # version, key
 
 
 class Polls:
-    """Of a whole node: how many are in flight, and what became of others."""
+    """Of a whole node: how many are in flight, whose they are, and what became of others."""
 
     def __init__(self, polls_max: int = POLLS_MAX) -> None:
         self.open = 0
+        self.askers: dict[Any, int] = {}  # how many each has in flight; none has 0
         self.polls_max = polls_max
         self.counters = dict.fromkeys(COUNTERS, 0)
+
+    def began(self, asker: Any) -> None:
+        self.open += 1
+        self.askers[asker] = self.of(asker) + 1
+
+    def ended(self, asker: Any) -> None:
+        self.open -= 1
+        left = self.askers.pop(asker) - 1
+        if left:
+            self.askers[asker] = left
+
+    def of(self, asker: Any) -> int:
+        return self.askers.get(asker, 0)
 
 
 class Poll(Waiter):
@@ -228,7 +242,8 @@ class Feed:
         return [*self._parked, *self._searching]
 
     def stop(self) -> None:
-        self.node.open -= len(self._open)
+        for poll in self._open:
+            self.node.ended(poll.origin)
         self._ev.state.recent.fresh = None
 
     def ask(self, request: Changes, origin: Any, now: float) -> None:
@@ -246,7 +261,7 @@ class Feed:
         if not request.end:  # to the end of the range: what lies beyond is for others to tell
             request = msgspec.structs.replace(request, end=ev.state.row.end)
         poll = Poll(request, origin, now, ev.latches.sequence)
-        node.open += 1
+        node.began(origin)
         self._open[poll] = None
         if request.watch:
             self._by_watch[request.watch] = poll
@@ -320,7 +335,7 @@ class Feed:
         """Answer, and forget."""
         poll.done = True
         del self._open[poll]
-        self.node.open -= 1
+        self.node.ended(poll.origin)
         self._parked.pop(poll, None)
         self._searching.pop(poll, None)
         self._ev.untimed.pop(poll, None)

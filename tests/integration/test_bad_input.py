@@ -4,7 +4,7 @@ end, the node goes on, and nothing was done."""
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,6 +177,23 @@ async def test_more_requests_than_one_connection_may_have_in_flight_are_throttle
         assert node.store.open_requests == 0
         found = await asyncio.gather(*(db.get(b"before") for _ in range(100)))
         assert len({*found}) == 1  # a client tries again, and others have room
+
+
+async def test_watches_that_wait_leave_their_connection_its_requests(tmp_path):
+    async with one_node(tmp_path, LimitsSection(requests_per_connection=10)) as (node, db):
+        async with AsyncExitStack() as stack:
+            watches = [await stack.enter_async_context(db.watch(key=b"watched")) for _ in range(20)]
+            pulls = [asyncio.ensure_future(anext(aiter(each))) for each in watches]
+            async with asyncio.timeout(5):
+                while node.store.polls.open < 20:  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.01)
+            refused = node.status()["connections"]["throttled_total"]
+            assert await asyncio.gather(*(db.get(b"before") for _ in range(10))) == [b"1"] * 10
+            assert node.status()["connections"]["throttled_total"] == refused
+            await db.put(b"watched", b"1")
+            async with asyncio.timeout(5):
+                await asyncio.gather(*pulls)
+        assert not node.store.polls.askers
 
 
 async def test_more_bytes_than_wait_for_a_turn_are_throttled_and_there_is_room_afterwards(tmp_path):

@@ -1,6 +1,6 @@
 """Claims of a client's connection: its answers of one turn leave in messages that the stream takes, in order; of reads that
 the stream has no room for, the largest are told Throttled, an answer to a write never is. And of what comes in: a message
-holds no more requests than a client puts into one."""
+holds no more requests than a client puts into one, and watches that wait are no requests in flight."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from kvstore.limits import KEY_BYTES_MAX, MESSAGE_BYTES_MAX, MIB
 from kvstore.links import REQUEST_OVERHEAD_BYTES
 from kvstore.router import PAYLOAD_BYTES
 from replication.errors import FrameError
+from txn.changes import Polls
 from txn.messages import (
     FAST_BYTES_MAX,
     Changed,
+    Changes,
     Failure,
     GetDirectory,
     PrepareReply,
@@ -82,6 +84,7 @@ class AcceptingStore:
 
     def __init__(self) -> None:
         self.accepted: list[Request] = []
+        self.polls = Polls()
 
     def accept(self, _asker: ClientConnection, requests: list[Request], _size_bytes: int) -> None:
         self.accepted += requests
@@ -219,3 +222,25 @@ def test_a_message_of_more_requests_than_any_client_sends_at_once_ends_its_strea
 
 def test_our_client_cuts_its_messages_before_they_hold_too_many_requests():
     assert PAYLOAD_BYTES // REQUEST_OVERHEAD_BYTES + 1 < REQUESTS_PER_MESSAGE_MAX
+
+
+def test_polls_leave_a_connection_its_requests():
+    """A thousand watches of ten ranges wait with ten thousand polls: all that a connection may have in flight."""
+    store, stream = AcceptingStore(), LastingStream()
+    connection = connected(stream, store, requests_max=10)
+    polls: list[Request] = [Changes(number, 0, 0, 1, b"", b"", 1, 1) for number in range(1, 11)]
+    connection.on_message(message(polls))
+    for _ in polls:
+        store.polls.began(connection)  # they wait at their ranges
+    requests: list[Request] = [GetDirectory(number) for number in range(11, 22)]
+    connection.on_message(message(requests))
+    assert store.accepted == [*polls, *requests[:-1]]
+    connection.flush()
+    assert [each.id for each in answers_on(stream)] == [21]
+    for number in range(1, 12):  # all polls are answered, and one of the requests
+        if number <= 10:
+            store.polls.ended(connection)
+        connection.answer(Failure(number, "unavailable"))
+    connection.on_message(message(requests[:2]))
+    assert len(store.accepted) == 21
+    assert store.polls.of(connection) == 0

@@ -25,4 +25,5 @@ def events(asked: Asked) -> list[tuple[int, bytes, bytes | None]]:
 def nothing_left(place: Range) -> bool:
     feed = place.evaluator.feed
     kept = (feed._open, feed._by_watch, feed._parked, feed._points, feed._spans, feed._searching)
-    return feed.node.open == 0 and not any(kept) and place.state.recent.fresh is None
+    waiting = feed.node.open or feed.node.askers
+    return not waiting and not any(kept) and place.state.recent.fresh is None

@@ -465,6 +465,7 @@ def test_the_next_poll_of_a_watch_takes_the_place_of_one_that_waits():
     assert second.reply.upto == since
     assert last.reply.versions == []
     assert place.evaluator.feed.node.open == 1
+    assert place.evaluator.feed.node.askers == {other: 1}
 
 
 @pytest.mark.parametrize("where", ["parked", "latched", "undecided", "untimed", "searching"])
