@@ -1,7 +1,8 @@
 """Every limit that users can meet, with its unit in the name, and the checks that refuse what
 exceeds one.
 
-The checks run in the client before anything is sent, and again where a request arrives. Keys are
+The checks run in the client before anything is sent, and for HTTP at the node. What is written is
+measured again by the range that it is written in (txn/values.py), whoever sends it. Keys are
 ordered as unsigned bytes; those that begin with 0xFF are the system's, so the users' key space is
 [b"", USER_KEY_END).
 """

@@ -92,8 +92,12 @@ def appended(piece: bytes, limit: int) -> bytes:
     return limit.to_bytes(LIMIT_BYTES, "big") + piece
 
 
+def limit_of(operand: bytes) -> int:
+    """How many bytes the whole value may have after an APPEND."""
+    return int.from_bytes(operand[:LIMIT_BYTES], "big")
+
+
 def fitting(operand: bytes, before_bytes: int) -> bytes | None:
     """What an APPEND adds to a value of so many bytes; None: it does not fit."""
     piece = operand[LIMIT_BYTES:]
-    fits = before_bytes + len(piece) <= int.from_bytes(operand[:LIMIT_BYTES], "big")
-    return piece if fits else None
+    return piece if before_bytes + len(piece) <= limit_of(operand) else None

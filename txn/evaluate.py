@@ -76,7 +76,14 @@ from txn.types import (
     point_end,
 )
 from txn.validation import Validation
-from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX, compute
+from txn.values import (
+    KEY_BYTES_MAX,
+    RANGE_BYTES_MAX,
+    RANGE_ROWS_MAX,
+    VALUE_BYTES_MAX,
+    compute,
+    wrong_size,
+)
 
 WAITERS_MAX = 20_000
 PASSES_MAX = 64  # over those who wait, in one turn
@@ -602,7 +609,16 @@ class Evaluator:
             return "throttled", "too many undecided transactions in the range"
         size = 0
         for write in request.writes:
-            size += len(write.key) + len(write.value)
+            key_bytes, value_bytes = len(write.key), len(write.value)
+            size += key_bytes + value_bytes
+            if (
+                write.kind > WriteKind.DELETE
+                or not 0 < key_bytes <= KEY_BYTES_MAX
+                or value_bytes > VALUE_BYTES_MAX
+            ):
+                wrong = wrong_size(write)
+                if wrong is not None:
+                    return wrong
             if write.kind == WriteKind.DELETE_RANGE:
                 if not state.owns_span(write.key, write.value) or write.key >= write.value:
                     return "epoch_mismatch", ""

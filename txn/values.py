@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from txn.latches import Pending
     from txn.messages import Prepare
 
+KEY_BYTES_MAX = 4 << 10  # of a row; one byte at least
+VALUE_BYTES_MAX = 1 << 20
+BOUND_BYTES_MAX = KEY_BYTES_MAX + 1  # of a span: point_end of every key
 RANGE_ROWS_MAX = 5_000  # of one transaction in one range
 RANGE_BYTES_MAX = 4 << 20
 RANGE_LOOKED_MAX = 50_000  # by its delete_ranges, deleted rows included: it is one turn of the node
@@ -34,6 +37,31 @@ PART_BYTES_MAX = (
 MOVED_BYTES_MAX = 32 << 20  # of what its keys hold: each replica moves it to HISTORY in one write
 KEYS_UNSEEN_MAX = MOVED_BYTES_MAX // RANGE_BYTES_MAX - 1  # whatever so few hold, it is less
 GUARD_BYTES = 16  # of a guard in an entry, beside its bounds
+
+
+def wrong_size(write: Write) -> tuple[str, str] | None:
+    """The refusal, if what it stores has a size that no client sends: stored, no client could name the key any more."""
+    key_bytes, value_bytes, key_bytes_max = len(write.key), len(write.value), KEY_BYTES_MAX
+    kind = write.kind
+    if (
+        kind == WriteKind.DELETE_RANGE
+    ):  # its value is a bound, and so is its key, which may be empty
+        key_bytes, value_bytes = max(1, key_bytes, value_bytes), 0
+        key_bytes_max = BOUND_BYTES_MAX
+    elif kind == WriteKind.STAMPED_KEY:
+        key_bytes += stamps.STAMP_BYTES
+        value_bytes -= stamps.NUMBER_BYTES
+    elif kind == WriteKind.STAMPED_VALUE:
+        value_bytes += stamps.STAMP_BYTES - stamps.NUMBER_BYTES
+    elif kind == WriteKind.APPEND:  # what it may grow to
+        value_bytes = max(value_bytes - atomics.LIMIT_BYTES, atomics.limit_of(write.value))
+    if not key_bytes or (kind == WriteKind.STAMPED_KEY and not write.key):
+        return "invalid_argument", "a key has at least one byte"
+    if key_bytes > key_bytes_max:
+        return "key_too_large", f"a key has at most {KEY_BYTES_MAX} bytes"
+    if value_bytes > VALUE_BYTES_MAX:
+        return "value_too_large", f"a value has at most {VALUE_BYTES_MAX} bytes"
+    return None
 
 
 def failed_condition(expects: Sequence[Expect], rows: Rows) -> tuple[bytes, int] | None:

@@ -9,7 +9,7 @@ from tests.unit.txn.txn_driver import Range, put, settled, stored
 from txn.atomics import NO, YES, After, BadValue, after, appended
 from txn.commands import Commit
 from txn.types import FenceReason, Guard, PartStatus, Write, WriteKind, point_end
-from txn.values import RANGE_BYTES_MAX
+from txn.values import RANGE_BYTES_MAX, VALUE_BYTES_MAX
 
 FIVE = (5).to_bytes(8, "big")
 
@@ -140,9 +140,9 @@ def test_a_guard_over_the_key_is_a_read_all_the_same():
 
 def test_rows_that_grow_beyond_what_a_range_takes_are_refused():
     place = Range()
-    half = RANGE_BYTES_MAX // 2
-    for key in (b"a", b"b"):
-        stored(place, key, bytes(half))
-    grown = [Write(WriteKind.APPEND, key, appended(b"x", RANGE_BYTES_MAX)) for key in (b"a", b"b")]
+    keys = [b"%d" % number for number in range(RANGE_BYTES_MAX // VALUE_BYTES_MAX + 1)]
+    for key in keys:
+        stored(place, key, bytes(VALUE_BYTES_MAX - 1))
+    grown = [Write(WriteKind.APPEND, key, appended(b"x", VALUE_BYTES_MAX)) for key in keys]
     reply = settled(place, place.prepare(1, *grown)).reply
     assert (reply.status, reply.reason) == (PartStatus.FENCED, FenceReason.TOO_LARGE)

@@ -25,7 +25,7 @@ from txn.types import (
     age_of,
     point_end,
 )
-from txn.values import RANGE_BYTES_MAX, RANGE_ROWS_MAX
+from txn.values import RANGE_ROWS_MAX, VALUE_BYTES_MAX
 
 # -- E2: timestamps
 
@@ -442,7 +442,7 @@ def test_another_epoch_is_not_served():
 @pytest.mark.parametrize(
     "writes",
     [
-        [put(b"a", bytes(RANGE_BYTES_MAX))],
+        [put(b"%d" % number, bytes(VALUE_BYTES_MAX)) for number in range(4)],
         [put(b"%d" % number) for number in range(RANGE_ROWS_MAX + 1)],
     ],
 )

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.unit.txn.txn_driver import Asked, Range, put, settled, txn_id
+from txn import atomics, stamps
 from txn.commands import Decide
 from txn.deadlocks import EDGES_MAX
 from txn.locks import BLOCKERS_MAX
@@ -45,9 +46,11 @@ from txn.types import (
     Participant,
     PartStatus,
     TxnStatus,
+    Write,
+    WriteKind,
     point_end,
 )
-from txn.values import RANGE_ROWS_MAX
+from txn.values import BOUND_BYTES_MAX, KEY_BYTES_MAX, RANGE_ROWS_MAX, VALUE_BYTES_MAX
 
 
 def participants(*loci: bytes) -> list[Participant]:
@@ -270,3 +273,60 @@ def test_a_report_of_more_waits_than_a_leader_makes_is_refused(edges, blockers):
 
     assert report(1, edges, blockers).code == "invalid_argument"
     assert isinstance(report(2, min(edges, EDGES_MAX), min(blockers, BLOCKERS_MAX)), Victims)
+
+
+# -- sizes
+
+
+def longest_key(kind: int, more: int) -> Write:
+    if kind == WriteKind.STAMPED_KEY:
+        return Write(
+            kind, bytes(KEY_BYTES_MAX - stamps.STAMP_BYTES + more), stamps.stamped(0, b"v")
+        )
+    operand = atomics.appended(b"v", 10) if kind == WriteKind.APPEND else b"1"
+    return Write(kind, bytes(KEY_BYTES_MAX + more), operand)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WriteKind if kind != WriteKind.DELETE_RANGE])
+def test_a_key_longer_than_any_client_sends_is_refused(kind):
+    """It would be stored, and no client could name it any more: neither to read nor to delete it."""
+    place = Range()
+    assert place.prepare(1, longest_key(kind, 1)).reply.code == "key_too_large"
+    assert place.prepare(2, longest_key(kind, 0)).open
+    assert place.prepare(3, Write(kind, b""), locus=b"a").reply.code == "invalid_argument"
+
+
+@pytest.mark.parametrize(
+    "longest",
+    [
+        lambda more: put(b"a", bytes(VALUE_BYTES_MAX + more)),
+        lambda more: Write(
+            WriteKind.STAMPED_KEY, b"a", stamps.stamped(0, bytes(VALUE_BYTES_MAX + more))
+        ),
+        lambda more: Write(
+            WriteKind.STAMPED_VALUE,
+            b"a",
+            stamps.stamped(0, bytes(VALUE_BYTES_MAX - stamps.STAMP_BYTES + more)),
+        ),
+        lambda more: Write(
+            WriteKind.APPEND, b"a", atomics.appended(bytes(VALUE_BYTES_MAX + more), VALUE_BYTES_MAX)
+        ),
+        lambda more: Write(WriteKind.APPEND, b"a", atomics.appended(b"v", VALUE_BYTES_MAX + more)),
+    ],
+)
+def test_a_value_longer_than_any_client_sends_is_refused(longest):
+    place = Range()
+    assert place.prepare(1, longest(1)).reply.code == "value_too_large"
+    assert place.prepare(2, longest(0)).open
+
+
+@pytest.mark.parametrize("which", ["start", "end"])
+def test_a_bound_longer_than_any_client_sends_is_refused(which):
+    def clear(size: int) -> Write:
+        bound = b"b" * size
+        bounds = (bound, b"c") if which == "start" else (b"a", bound)
+        return Write(WriteKind.DELETE_RANGE, *bounds)
+
+    place = Range()
+    assert place.prepare(1, clear(BOUND_BYTES_MAX + 1)).reply.code == "key_too_large"
+    assert place.prepare(2, clear(BOUND_BYTES_MAX)).open

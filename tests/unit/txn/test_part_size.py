@@ -8,8 +8,10 @@ import pytest
 from kvstore import limits
 from tests.unit.txn.txn_driver import Range, put, settled, stored
 from txn.apply import Overlay, apply_batch
+from txn.atomics import appended
 from txn.commands import Batch, encode_batch, size_bytes
 from txn.latches import SEEN_BYTES_MAX
+from txn.messages import NAMED_MAX, PARTICIPANTS_MAX
 from txn.reads import SCAN_READ_BYTES_MAX
 from txn.types import (
     TIMESTAMP_MAX,
@@ -22,12 +24,15 @@ from txn.types import (
     WriteKind,
 )
 from txn.values import (
+    BOUND_BYTES_MAX,
     GUARD_BYTES,
+    KEY_BYTES_MAX,
     KEYS_UNSEEN_MAX,
     MOVED_BYTES_MAX,
     PART_BYTES_MAX,
     RANGE_BYTES_MAX,
     RANGE_ROWS_MAX,
+    VALUE_BYTES_MAX,
 )
 
 LONG = bytes(4_000)
@@ -81,6 +86,13 @@ def test_the_limits_are_those_that_clients_check():
         limits.TXN_RANGE_BYTES_MAX,
         limits.TXN_RANGE_ROWS_MAX,
     )
+    assert (KEY_BYTES_MAX, VALUE_BYTES_MAX, BOUND_BYTES_MAX) == (
+        limits.KEY_BYTES_MAX,
+        limits.VALUE_BYTES_MAX,
+        limits.BOUND_BYTES_MAX,
+    )
+    assert PARTICIPANTS_MAX == limits.TXN_PARTICIPANTS_MAX
+    assert NAMED_MAX >= limits.TXN_READ_SPANS_MAX + limits.TXN_LOCKS_MAX
     assert MOVED_BYTES_MAX == limits.TXN_RANGE_MOVED_BYTES_MAX
     assert limits.VALUE_BYTES_MAX * 31 < MOVED_BYTES_MAX, (
         "transactions of large values are possible"
@@ -160,18 +172,22 @@ def test_conditions_on_what_is_not_written_are_kept_as_guards_and_count():
     place = Range()
     expects = [Expect(ExpectKind.ABSENT, b"g%04d" % number + LONG) for number in range(500)]
     fields = {"one_range": False, "anchor_key": b"zz"}
-    assert refused(place, put(b"b", bytes(RANGE_BYTES_MAX - 1)), expects=expects, **fields)
+    writes = [put(b"b%d" % number, bytes(VALUE_BYTES_MAX - 2)) for number in range(4)]
+    assert refused(place, *writes, expects=expects, **fields)
     place = Range()
-    assert not refused(place, put(b"b", bytes(RANGE_BYTES_MAX // 2)), expects=expects, **fields)
+    assert not refused(place, *writes[:2], expects=expects, **fields)
 
 
 def test_values_that_grow_count_with_what_is_found():
     place = Range()
     fill(place, b"a", 1_000)
-    stored(place, b"n", bytes(RANGE_BYTES_MAX - 1_000))
-    operand = RANGE_BYTES_MAX.to_bytes(4, "big") + b"x"
-    assert refused(place, clear(b"a", b"b"), Write(WriteKind.APPEND, b"n", operand))
-    assert place.state.row.newest == 102, "nothing was written"
+    keys = [b"n%d" % number for number in range(4)]
+    for key in keys:
+        stored(place, key, bytes(VALUE_BYTES_MAX - 1))
+    newest = place.state.row.newest
+    grown = [Write(WriteKind.APPEND, key, appended(b"x", VALUE_BYTES_MAX)) for key in keys]
+    assert refused(place, clear(b"a", b"b"), *grown)
+    assert place.state.row.newest == newest, "nothing was written"
 
 
 PART = {"one_range": False, "anchor_key": b"zz"}
@@ -210,7 +226,7 @@ def test_one_key_of_the_largest_value_may_always_be_written():
     for fields in ({}, PART):
         for write in (put(b"k0000"), Write(WriteKind.DELETE, b"k0000"), clear(b"k", b"l")):
             place = Range()
-            large(place, 1, RANGE_BYTES_MAX - 100)
+            large(place, 1)
             assert not refused(place, write, **fields)
 
 
