@@ -12,7 +12,8 @@ L1  Nothing is delivered before the handshake is done, nor from or after a frame
     unknown kind or not legal in the present state: that is a FrameError and the end of the connection, of which the
     other side is told the reason (MalformedFrame).
 L2  What waits to be sent is at most `queue_bytes_max`, and one ping, one pong, one hello or refusal; what waits to be
-    reassembled at most `message_bytes_max` for each lane, in parts of at least MORE_BYTES_MIN.
+    reassembled at most `message_bytes_max` for each lane, in parts of at least MORE_BYTES_MIN. A message that was begun
+    goes on within PART_STALLS times `stall_timeout_s`, or the peer is given up (PeerStalled), whatever else it sends.
 L3  A side that sent or heard nothing for a while pings (at most two ping intervals pass). A peer from which nothing
     comes for `stall_timeout_s` after a ping left, or that takes nothing for so long while something waits, is given up
     (PeerStalled). A pause of our own process (a tick that comes late) is not held against the peer.
@@ -57,6 +58,9 @@ MORE_BYTES_MIN: Final = (
     4 * KIB
 )  # a frame with MORE is not smaller: else tiny parts would bloat reassembly
 HELLO_BYTES_MAX: Final = 16 * KIB
+# A part of a message comes within so many `stall_timeout_s` of the one before: at most one frame of the other lane is
+# between them, and before each of the two the peer may be silent for two ping intervals and a `stall_timeout_s`.
+PART_STALLS: Final = 4
 LANES: Final = 2
 MESSAGE_OVERHEAD_BYTES: Final = (
     64  # what a queued message costs beyond its bytes, so that tiny ones are bounded too
@@ -184,7 +188,7 @@ class LinkCore:
 
     __slots__ = (
         "_check", "_control", "_dialler", "_hello", "_lane", "_last_progress", "_last_received", "_last_sent",
-        "_offset", "_part_bytes", "_parts", "_ping", "_pinged_at", "_queues", "_started", "_ticked", "_writing",
+        "_offset", "_part_at", "_part_bytes", "_parts", "_ping", "_pinged_at", "_queues", "_started", "_ticked", "_writing",
         "bytes_in", "bytes_out", "frames_in", "frames_out", "limits", "peer", "queue_bytes", "refused_sends",
         "rtt_s", "state", "version",
     )  # fmt: skip
@@ -215,6 +219,7 @@ class LinkCore:
         self._lane = 0  # the lane that was served last
         self._parts: tuple[list[bytes], ...] = tuple([] for _ in range(LANES))
         self._part_bytes = [0] * LANES
+        self._part_at = [now] * LANES  # when the last part came, of a lane that waits for more
         self._ping: bytes | None = None  # body of the last ping, while it is not answered
         self._pinged_at: float | None = None  # when the first ping since the last frame was taken
         self._writing = False  # the wire holds up a frame that was taken
@@ -370,7 +375,7 @@ class LinkCore:
         if flags == 0:
             return self._on_last(body, lane)
         if flags == MORE:
-            self._on_part(body, lane)
+            self._on_part(body, lane, now)
         elif flags == PING:
             self._on_ping(body, now)
         elif flags == PONG:
@@ -381,9 +386,10 @@ class LinkCore:
             self._on_refusal(body)
         return None
 
-    def _on_part(self, body: bytes, lane: int) -> None:
+    def _on_part(self, body: bytes, lane: int, now: float) -> None:
         if len(body) < MORE_BYTES_MIN:
             raise self._fail(f"a part of {len(body)} bytes")
+        self._part_at[lane] = now
         self._add_part(body, lane)
 
     def _on_last(self, body: bytes, lane: int) -> bytes:
@@ -470,7 +476,7 @@ class LinkCore:
         return at
 
     def tick(self, now: float) -> None:
-        """Ping when due. Raises PeerStalled: the handshake, the writer or the reader came to nothing in time."""
+        """Ping when due. Raises PeerStalled: the handshake, the writer, the reader or a message came to nothing in time."""
         due = self.deadline()
         if due is None or now < due:
             return
@@ -482,6 +488,7 @@ class LinkCore:
         if now - due > limits.ping_interval_s:  # we were paused, not the peer
             self._last_progress = now
             self._pinged_at = None
+            self._part_at = [now] * LANES
         elif self._waits() and now - self._last_progress >= limits.stall_timeout_s:
             reached("peer_takes_nothing")
             waiting = self.queue_bytes
@@ -493,8 +500,18 @@ class LinkCore:
             reached("peer_silent")
             self.close()
             raise PeerStalled(f"nothing came for {limits.stall_timeout_s:g} s, pings unanswered")
+        elif self._unfinished(now - PART_STALLS * limits.stall_timeout_s):
+            self.close()
+            limit_s = PART_STALLS * limits.stall_timeout_s
+            raise PeerStalled(f"a message that was begun did not go on for {limit_s:g} s")
         quiet_since = min(self._last_sent, self._last_received)
         if now - quiet_since >= limits.ping_interval_s / 2 and PING not in self._control:
             if not self._waits():
                 self._last_progress = now
             self._ping = self._control[PING] = _PING_BODY.pack(now)
+
+    def _unfinished(self, since: float) -> bool:
+        """Whether a message was begun, and no part of it has come since then."""
+        return any(
+            parts and at <= since for parts, at in zip(self._parts, self._part_at, strict=True)
+        )
