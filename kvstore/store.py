@@ -23,6 +23,7 @@ from kvstore.oracle_client import OracleClient
 from kvstore.ports import Clock, Engine
 from kvstore.replica import Replica, ReplicaConfig
 from kvstore.snapshots import RangeSink, RangeSource
+from kvstore.waiting import Heavy, Waiting
 from replication.errors import EntryTooLarge, NotLeader, ProposalDropped
 from replication.host import Host
 from replication.probes import chance, reached
@@ -34,6 +35,7 @@ from txn.commands import encode_batch
 from txn.evaluate import COUNTERS, Evaluator, Limits
 from txn.latches import Waiter
 from txn.messages import (
+    Changes,
     Directory,
     Failure,
     GetDirectory,
@@ -139,6 +141,7 @@ class Store:
         self._requests_max = requests_max
         self._inbox_bytes_max = inbox_bytes_max
         self.inbox_bytes = 0  # of frames of requests that wait for a turn
+        self.waiting = Waiting(inbox_bytes_max)
         self._host: Host
         self._remote: RemoteCalls
         self._overlay = Overlay(engine)
@@ -183,10 +186,10 @@ class Store:
 
     def accept(self, asker: Asker, requests: Sequence[Request], size_bytes: int = 0) -> None:
         """Requests of one frame of `size_bytes`. More than fit, in number or in bytes, are refused at once with Throttled."""
-        room = (
-            0 if chance("throttled") else self._requests_max + self.polls.open - self.open_requests
-        )
-        if self.inbox_bytes + self.turn.waiting_bytes + size_bytes > self._inbox_bytes_max:
+        room = self._requests_max + self.polls.open - self.open_requests
+        share = self.waiting.share(size_bytes, len(requests))
+        fits = self.inbox_bytes + self.turn.waiting_bytes + size_bytes <= self._inbox_bytes_max
+        if chance("throttled") or not fits or (share and not self.waiting.has_room(size_bytes)):
             room = 0
         if len(requests) > room:
             for request in requests[max(0, room) :]:
@@ -198,6 +201,8 @@ class Store:
         for request in requests:
             if isinstance(request, GetTimestamps):  # others' turns wait for it: it does not queue
                 self._oracle_client.asked(asker, request)
+            elif share and not isinstance(request, Changes):  # polls are bounded by their number
+                self._inbox.append((Heavy(self.waiting, asker, share), request))
             else:
                 self._inbox.append((asker, request))
         queued = self._handled + len(self._inbox)
