@@ -53,6 +53,8 @@ class Leader:
         )
         self._lease_start: float | None = None  # None: to be computed
         self._lease_given_up = False
+        # A beat that an append stands for leaves two periods between two probes: the answer has to come in time still.
+        self._appends_are_beats = 3 * config.heartbeat_s <= config.election_timeout_s
         self._beat_at = next_beat(state.now, config.heartbeat_s)
         self._notice_at = FOREVER
         self._transfer_until = FOREVER
@@ -431,7 +433,8 @@ class Leader:
         self._next_probe()
         for peer in self.peers.values():
             peer.check_due = peer.paused or peer.match < state.log.last_index
-            if peer.check_due or not (peer.append_since_beat and peer.heard_since_beat):
+            busy = peer.append_since_beat and peer.heard_since_beat
+            if peer.check_due or not (busy and self._appends_are_beats):
                 peer.beat_due = self.beats_due = True
             peer.append_since_beat = peer.heard_since_beat = False
             if peer.snapshot_deadline is not None and state.now >= peer.snapshot_deadline:

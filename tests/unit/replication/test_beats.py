@@ -1,5 +1,7 @@
-"""Claims of `next_beat` (replication/leading.py): beats are no further apart than the period, and those of all groups of a
-node fall together, whenever each began to lead; so they leave in one frame for each peer."""
+"""Claims of a leader's beats (replication/leading.py): they are no further apart than the period, and those of all groups
+of a node fall together, whenever each began to lead; so they leave in one frame for each peer. Whoever is up and answers
+them keeps the leader in office.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from replication.leading import next_beat
 from replication.messages import Heartbeat, VoteResponse
 from replication.raft import RaftConfig, RaftNode
 from replication.types import HardState
-from tests.scripts.raft_cluster import plain
+from tests.scripts.raft_cluster import Cluster, plain
 
 BEAT_S = RaftConfig().heartbeat_s
 
@@ -74,3 +76,14 @@ def test_leaders_that_were_elected_at_different_times_beat_together():
     for raft in (first, second):
         raft.tick(at)
         assert sum(type(message) is Heartbeat for message in drain(raft)) == 2
+
+
+def test_a_lone_write_costs_no_leadership_at_the_slowest_heartbeat():
+    """An append, the no-op of the election too, stood for the beat after it: no probe for a whole election timeout."""
+    cluster = Cluster(plain([1, 2, 3]), config=RaftConfig(election_timeout_s=1.0, heartbeat_s=0.5))
+    leader = cluster.elect(1)
+    cluster.run(2.1)
+    cluster.propose(1, b"x")
+    cluster.run(5.0)
+    assert leader.is_leader
+    assert leader.term == 1
