@@ -62,7 +62,7 @@ class Leader:
         self._own = Progress(0)  # the own disk and the own presence, counted as any other
         self._own.match = log.durable_index
         self._own.acked_probe = PROBES_MAX
-        self._own.acked_sent_at = FOREVER
+        self._own.acked_sent_at = self._own.heard_at = FOREVER
         self.peers: dict[int, Progress] = {}
         self._incoming: list[Progress] = []
         self._outgoing: list[Progress] = []
@@ -264,6 +264,10 @@ class Leader:
 
     def _contact(self, peer: Progress, probe: int) -> None:
         """A follower acknowledged a probe: it still followed this term after the probe was sent."""
+        now = self._state.now
+        if now >= self._quorum_at:  # what it says may have waited here while this process slept
+            self._check_quorum()
+        peer.heard_at = now
         peer.heard_since_beat = True
         if not peer.acked_probe < probe <= self._probe:
             return
@@ -343,10 +347,25 @@ class Leader:
         peer.become_probe(self._state.log.last_index + 1)
         peer.paused = peer.check_due = True
 
-    # ------------------------------------------------------------------ lease and transfer
+    # ------------------------------------------------------------------ quorum, lease and transfer
 
-    def _quorum_contact(self) -> float:
-        """The send time of the newest probe that a quorum answered; this replica is always in touch."""
+    def _check_quorum(self) -> None:
+        """Leadership is over when no quorum was heard from for an election timeout; this replica is always in touch.
+
+        What they answered does not matter here: behind a busy link a probe may be old when it comes back, and to be
+        deposed for that helps nobody. The lease counts from when it was sent (I6).
+        """
+        heard_at = agreed_value(
+            [voter.heard_at for voter in self._incoming],
+            [voter.heard_at for voter in self._outgoing],
+        )
+        timeout_s = self._state.config.election_timeout_s
+        self._quorum_at = max(heard_at, self._quorum_since) + timeout_s
+        if self._state.now >= self._quorum_at:
+            self.over = True
+
+    def _lease_began(self) -> float:
+        """The send time of the newest probe that a quorum answered."""
         return agreed_value(
             [voter.acked_sent_at for voter in self._incoming],
             [voter.acked_sent_at for voter in self._outgoing],
@@ -358,7 +377,7 @@ class Leader:
             return False
         start = self._lease_start
         if start is None:
-            start = self._lease_start = self._quorum_contact()
+            start = self._lease_start = self._lease_began()
         return now < start + state.config.lease_s
 
     def transfer(self, to: int) -> None:
@@ -410,10 +429,8 @@ class Leader:
         """Whatever is due at `state.now`."""
         state, now = self._state, self._state.now
         if now >= self._quorum_at:
-            contact = max(self._quorum_contact(), self._quorum_since)
-            self._quorum_at = contact + state.config.election_timeout_s
-            if now >= self._quorum_at:
-                self.over = True
+            self._check_quorum()
+            if self.over:
                 return
         if now >= self._transfer_until:
             reached("transfer_given_up")

@@ -45,6 +45,7 @@ class Progress:
         "beat_due",
         "check_due",
         "check_now",
+        "heard_at",
         "heard_since_beat",
         "match",
         "next",
@@ -65,6 +66,7 @@ class Progress:
         self.paused = False  # PROBE: an append is under way and its answer is awaited
         self.acked_probe = 0
         self.acked_sent_at = NEVER  # when the newest acknowledged probe was sent
+        self.heard_at = NEVER  # when its last answer of this term came, whatever it answered
         self.sent_commit = (
             0  # the newest commit index that was told, as far as the follower can use it
         )

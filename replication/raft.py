@@ -754,6 +754,7 @@ class RaftNode(ReplicaState):
     def _on_heartbeat_response(self, message: HeartbeatResponse) -> None:
         assert self._leading is not None
         self._leading.on_heartbeat_response(message)
+        self._end_if_over()
 
     def _second_leader(self, message: Message) -> None:
         raise AssertionError(f"I1: {message.sender} leads term {self.term} too: {message!r}")

@@ -5,13 +5,21 @@ them keeps the leader in office.
 
 from __future__ import annotations
 
+import heapq
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from replication.leading import next_beat
-from replication.messages import Heartbeat, VoteResponse
+from replication.messages import (
+    AppendRequest,
+    AppendResponse,
+    Heartbeat,
+    HeartbeatResponse,
+    Message,
+    VoteResponse,
+)
 from replication.raft import RaftConfig, RaftNode
 from replication.types import HardState
 from tests.scripts.raft_cluster import Cluster, plain
@@ -87,3 +95,100 @@ def test_a_lone_write_costs_no_leadership_at_the_slowest_heartbeat():
     cluster.run(5.0)
     assert leader.is_leader
     assert leader.term == 1
+
+
+MEMBERS = (1, 2, 3)
+MESSAGE_BYTES = 100
+
+
+class SlowLinks:
+    """Three replicas, and links that carry so many bytes a second, first in, first out, and take 5 ms besides."""
+
+    def __init__(self, bytes_s: float, config: RaftConfig) -> None:
+        self.now = 0.0
+        self.rafts = {number: replica(number, config) for number in MEMBERS}
+        self.elected: list[tuple[int, int]] = []  # (term, leader)
+        self._bytes_s = bytes_s
+        self._free_at: dict[tuple[int, int], float] = {}
+        self._flying: list[tuple[float, int, Message]] = []
+        self._sent = 0
+
+    def leader(self) -> RaftNode:
+        (leader,) = (raft for raft in self.rafts.values() if raft.is_leader)
+        return leader
+
+    def work(self) -> None:
+        for raft in self.rafts.values():
+            while raft.has_ready():
+                ready = raft.ready()
+                if ready.token is not None:
+                    raft.persisted(ready.token)
+                if ready.committed:
+                    raft.applied_to(ready.committed[-1].index)
+                if ready.leadership:
+                    self.elected.append((raft.term, raft.replica))
+                for outgoing in ready.outgoing:
+                    self._post(outgoing.message)
+
+    def _post(self, message: Message) -> None:
+        size_bytes, link = MESSAGE_BYTES, (message.sender, message.to)
+        if isinstance(message, AppendRequest):
+            size_bytes += sum(len(entry.data) for entry in message.entries)
+        at = max(self.now, self._free_at.get(link, 0.0)) + size_bytes / self._bytes_s
+        self._free_at[link] = at
+        self._sent += 1
+        heapq.heappush(self._flying, (at + 0.005, self._sent, message))
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while True:
+            self.work()
+            due = [raft.deadline() for raft in self.rafts.values()]
+            times = [at for at in due if at is not None] + [at for at, *_ in self._flying[:1]]
+            if min(times) > end:
+                self.now = end
+                return
+            self.now = max(self.now, min(times))
+            while self._flying and self._flying[0][0] <= self.now:
+                _, _, message = heapq.heappop(self._flying)
+                self.rafts[message.to].step(message, self.now)
+            for raft in self.rafts.values():
+                raft.tick(self.now)
+
+
+def replica(number: int, config: RaftConfig) -> RaftNode:
+    return RaftNode(
+        1,
+        number,
+        config,
+        random.Random(number),
+        hard_state=HardState(),
+        membership=plain(MEMBERS),
+        log_start=(0, 0),
+        entries=[],
+        applied=0,
+        now=0.0,
+    )
+
+
+def test_a_leader_whose_followers_answer_late_but_steadily_is_not_deposed():
+    """They acknowledged all the time, but only probes that had waited behind a second and more of entries."""
+    links = SlowLinks(2.5e6, RaftConfig(inflight_bytes_max=4 << 20))
+    links.run(3.0)
+    leader = links.leader()
+    for _ in range(4):
+        leader.propose(leader.term, bytes(1 << 20), links.now)
+    last = leader.last_index
+    links.run(10.0)
+    assert links.elected == [(1, leader.replica)]
+    assert leader.commit_index == last
+
+
+def test_a_leader_that_slept_for_an_election_timeout_does_not_take_old_answers_for_contact():
+    """They waited for it in its own buffers; whoever gave them may have elected another one since."""
+    raft = leader(1, 10.0)
+    raft.step(AppendResponse(1, 1, 2, 1, True, 1, 1), 10.0)
+    assert raft.lease_valid(10.1)
+    raft.step(HeartbeatResponse(1, 1, 3, 1, 1, 1), 12.0)
+    raft.tick(12.0)
+    assert not raft.is_leader
