@@ -65,7 +65,7 @@ class Installer:
 
     def term(self, group: int) -> int:
         replica = self._replicas.get(group)
-        if replica is None or not replica.raft.is_leader or replica.held:
+        if replica is None or not replica.raft.is_leader or replica.held or replica.unreadable:
             return 0
         return replica.raft.term
 

@@ -8,8 +8,9 @@ Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
 - B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
 - B4 while `held` the log cannot be cut, and all of it waits to be applied: beyond a bound it takes no more entries. They
   count as lost on the way: nothing was promised, and the leader sends them again with each beat.
-- B5 without a state, the log is as good as ever, and it may be the only one that has what is committed. So when nobody else
-  can be elected, the core leads as a caretaker and hands over to whoever has taken its log. The machine does not hear of it.
+- B5 without a state, or with one that cannot be read, the log is as good as ever, and it may be the only one that has what is
+  committed. So when nobody else can be elected, the core leads as a caretaker and hands over to whoever has taken its log. The
+  machine does not hear of it, and nobody gets a snapshot from it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Replica:
         self.receiving = False  # a snapshot; if it gets lost, so is the state
         self.stateless = False  # an installation was cut short: the replica asks for a snapshot
         self.stuck = False  # the node's disk is
-        self.unreadable = False  # a read of the state failed: it leads nothing until one succeeds
+        self.unreadable = False  # a read of the state failed, and none succeeded since: B5
         self.install: SnapshotMeta | None = None  # the core accepted this one
         self.proposed: deque[tuple[int, float]] = (
             deque()
@@ -146,7 +147,7 @@ class Replica:
     def tell_leadership(self, machine: Machine, leads: bool) -> None:
         """The core began or ended to lead."""
         term = self.raft.term
-        leads = leads and not self.held  # B5
+        leads = leads and not (self.held or self.unreadable)  # B5
         if self.led_term and (not leads or self.led_term != term):
             ended, self.led_term = self.led_term, 0
             self.proposed.clear()
@@ -168,7 +169,13 @@ class Replica:
 
     def _may_lead(self) -> None:
         self.raft.electable = not (self.held or self.unreadable or self.stuck)
-        self.raft.caretaker = self.stateless and not (self.receiving or self.stuck)
+        lacking = self.stateless or self.unreadable
+        self.raft.caretaker = lacking and not (self.receiving or self.stuck)
+
+    def _end_unheard(self) -> None:
+        """Elected while it could not serve, and now it could: the machine has not heard of it, so it is elected anew."""
+        if self.raft.is_leader and not self.led_term:
+            self.raft.step_down(self.raft.now)
 
     # ------------------------------------------------------------ state from a snapshot
 
@@ -183,6 +190,8 @@ class Replica:
         """It has been read whole since (`replication/trials.py`)."""
         self.unreadable = False
         self._may_lead()
+        if not self.held:
+            self._end_unheard()
 
     def hold(self) -> None:
         """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
@@ -201,10 +210,7 @@ class Replica:
         """The machine's state stands at `index`, by a snapshot; go on from there."""
         self.receiving = self.stateless = self.unreadable = False
         self._may_lead()
-        if self.raft.is_leader and not self.led_term:
-            self.raft.step_down(
-                self.raft.now
-            )  # elected while the state came in: the machine has not heard of it
+        self._end_unheard()
         handed_out = min(index, self.queue.last_index)
         if handed_out > self.raft.applied_index:
             self.raft.applied_to(handed_out)

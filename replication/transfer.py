@@ -48,7 +48,7 @@ class Owner(Protocol):
     """What the streams ask of the host."""
 
     def term(self, group: int) -> int:
-        """The term in which this node leads the group; 0 if it does not."""
+        """The term in which this node leads the group, with a state to give away; 0 if it does not."""
 
     def route(self, group: int, replica: int) -> tuple[int, int] | None:
         """(this node's replica id, the other replica's node); None if unknown."""

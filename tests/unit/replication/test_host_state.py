@@ -56,6 +56,51 @@ def test_a_log_whose_replica_has_no_state_is_handed_to_one_that_has():
     assert stateless.values(1) == behind.values(1)  # it got a snapshot at last
 
 
+def test_a_log_whose_replica_cannot_read_its_state_is_handed_over():
+    """A bad sector is as good as no state there: the others lacked an entry, and who had it did not campaign."""
+    world = World(nodes=3)
+    leader = led(world)
+    behind, unreadable = (world.nodes[1 + (leader.number + n) % 3] for n in (0, 1))
+    world.propose(b"seen by all")
+    world.advance(0.5)
+    world.isolate(behind.number)
+    world.propose(b"not there")
+    world.advance(0.5)
+    told = len(unreadable.machine.log)
+    unreadable.machine.snapshot_open = cannot_open  # type: ignore[method-assign]
+    unreadable.host._transfers.trials.failed(1, world.clock.now)
+    unreadable.host._installer.unreadable(1)
+    leader.crash()
+    world.heal()
+    world.advance(20.0)
+    assert world.leader() is behind
+    assert behind.values(1) == [b"seen by all", b"not there"] == unreadable.values(1)
+    assert "leadership" not in [each[0] for each in unreadable.machine.log[told:]]
+
+
+def test_a_caretaker_that_cannot_read_its_state_begins_no_stream():
+    """Each would cost a follower the state that it has."""
+    world = World(nodes=3)
+    leader, slow = behind(world)
+    (other,) = set(world.nodes) - {leader.number, slow.number}
+    opened, leader.machine.snapshot_open = leader.machine.snapshot_open, cannot_open  # type: ignore[method-assign]
+    leader.host._installer.unreadable(1)
+    world.nodes[other].crash()
+    world.heal()
+    world.advance(20.0)
+    assert leader.host.raft(1).is_caretaker  # who has the whole log is away
+    assert not leader.fatal
+    leader.machine.snapshot_open = opened  # type: ignore[method-assign]
+    leader.host._installer.readable(1)
+    world.advance(5.0)
+    assert leader.machine.led  # elected anew, and the machine has heard of it
+    assert slow.machine.applied(1) == leader.machine.applied(1)
+
+
+def cannot_open(_group):
+    raise OSError("a bad sector")
+
+
 def test_a_caretaker_asks_each_that_has_the_log_and_leads_only_until_one_can():
     world = World(nodes=3)
     leader = led(world)
@@ -162,8 +207,8 @@ def test_a_replica_that_can_read_its_state_again_leads_again():
 
     leader.machine.snapshot_open = failing  # type: ignore[method-assign]
     world.advance(11.0)
-    assert not leader.host.raft(1).is_leader
+    assert not leader.machine.led
     world.advance(30.0)
-    assert leader.host.raft(1).is_leader
+    assert leader.machine.led
     assert slow.values(1) == leader.values(1)
     assert slow.host.stats()["snapshots_lost"] <= 1
