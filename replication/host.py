@@ -360,6 +360,8 @@ class Host:
         self._machine.drain(now)
         if self._inbox.frames:
             self._step_inbox(now)
+        else:
+            self._inbox.taken = 0
         for key in self._deadlines.due(now):
             self._due(key, now)
         if self._transfers.busy:
@@ -468,9 +470,7 @@ class Host:
         self._apply_asked = False
         for replica in self._applier.apply():
             self._dirty[replica.group] = None
-        if (
-            self._applier.groups and self._loop is not None
-        ):  # H5: first the sockets, and other turns
+        if self._applier.groups and self._loop is not None:  # H5: first sockets and other turns
             self._apply_asked = True
             self._loop.call_soon(self._run, self._apply)
 

@@ -99,7 +99,7 @@ class Inbox:
 
     def __init__(self, messages_max: int, bytes_max: int) -> None:
         self._messages_max, self._bytes_max = messages_max, bytes_max
-        self.taken = 0  # messages, the last time
+        self.taken = 0  # messages, by the last turn
         self.frames: list[tuple[int, Sequence[Message]]] = []  # that wait
         self._messages = self._bytes = 0
 

@@ -206,6 +206,22 @@ def test_under_load_one_frame_is_sent_after_the_sync_rather_than_two_around_it()
     on_loop(main)
 
 
+def test_a_turn_without_messages_sends_before_its_sync_whatever_the_turn_before_it_took() -> None:
+    async def main(loop: SimLoop) -> None:
+        one = OnLoop(loop, voters=3)
+        led_by_one(loop, one)
+        before = len(one.disk.synced_at)
+        late = AppendResponse(1, 1, 2, 1, match_index=1, success=True, probe=0)
+        one.host.receive(2, [late] * one.host.limits.loaded_messages)
+        one.host.turn()
+        one.host.propose(1, 1, b"x")
+        one.host.turn()
+        assert one.peers.syncs == [before]
+        await one.stop()
+
+    on_loop(main)
+
+
 def test_a_sync_in_a_thread_holds_answers_back_and_nothing_else():
     async def main(loop: SimLoop) -> None:
         one = OnLoop(loop, voters=3, sync_mode="thread")
