@@ -12,6 +12,7 @@ from typing import Final
 
 from kvstore.peers import PeerSet
 from kvstore.ports import Clock
+from kvstore.replica import Replica
 from kvstore.store import Store
 from replication.errors import NotLeader, ProposalDropped
 from replication.host import Host
@@ -106,24 +107,38 @@ class Leadership:
         """Leadership goes to others while we are still here to help them.
 
         A range that keeps coming back is kept: the others are stopping too, and it would go to and fro until time is up.
+        Who was asked and did not take over is asked again only after the others.
         """
         up = {each["node"] for each in self._peers.status() if each["up"]}
         until = self._clock.monotonic() + DRAIN_S
-        terms: dict[int, dict[int, None]] = {}  # range -> terms in which it is handed over
+        # range -> terms in which it is handed over -> replica -> how often it was asked
+        asked: dict[int, dict[int, dict[int, int]]] = {}
         while self._clock.monotonic() < until:
             led = [each for each in self._store.replicas.values() if each.evaluator is not None]
             led = [each for each in led if any(n in up for _, n in each.membership.nodes)]
             for each in led:
-                terms.setdefault(each.range_id, {})[self._host.raft(each.range_id).term] = None
-            led = [each for each in led if len(terms[each.range_id]) <= DRAIN_TERMS_MAX]
+                terms = asked.setdefault(each.range_id, {})
+                terms.setdefault(self._host.raft(each.range_id).term, {})
+            led = [each for each in led if len(asked[each.range_id]) <= DRAIN_TERMS_MAX]
             if not led:
                 return
             for replica in led:
-                for replica_id, node in replica.membership.nodes:
-                    if node in up and self._may_lead(replica.range_id, replica_id):
-                        self._transfer(replica.range_id, replica_id)
-                        break
+                raft = self._host.raft(replica.range_id)
+                if not raft.transferring:
+                    self._hand_on(replica, up, asked[replica.range_id][raft.term])
             await asyncio.sleep(0.05)
+
+    def _hand_on(self, replica: Replica, up: set[int], asked: dict[int, int]) -> None:
+        """Hand a range to one that may lead, on a node that is up: to who was asked the least often so far."""
+        able = [
+            replica_id
+            for replica_id, node in replica.membership.nodes
+            if node in up and self._may_lead(replica.range_id, replica_id)
+        ]
+        if able:
+            to = min(able, key=lambda each: asked.get(each, 0))
+            asked[to] = asked.get(to, 0) + 1
+            self._transfer(replica.range_id, to)
 
     def _may_lead(self, number: int, replica_id: int) -> bool:
         """Whether a follower would take over at once: it answered lately, and has all but the newest entries.

@@ -16,8 +16,10 @@ from kvstore.leadership import (
     LEADERLESS_ELECTIONS,
     Leadership,
 )
+from kvstore.sim.loop import SimLoop, run
 from replication.errors import ProposalDropped
 from replication.progress import NEVER, Progress
+from tests.unit.replication.host_driver import Node, World
 
 NOW = 100.0
 GRACE_S = LEADERLESS_ELECTIONS * RaftSection().election_timeout_s
@@ -42,6 +44,7 @@ class Host:
         assert group == RANGE
         return SimpleNamespace(
             term=self.term,
+            transferring=False,
             status=lambda: {"last": self.last, "peers": {THEIRS: self.peer.status()}},
         )
 
@@ -146,6 +149,44 @@ async def test_what_is_handed_back_while_a_stop_waits_for_something_else_is_hand
     assert not draining.done()
     work.set_result(None)
     await draining
+
+
+class Led:
+    """Group 1 at a node of a `World`, as its store would have it."""
+
+    range_id = 1
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.membership = node.host.raft(1).membership
+
+    @property
+    def evaluator(self) -> object | None:
+        return self._node.machine.led.get(1)
+
+
+def test_a_draining_node_asks_another_one_when_the_first_does_not_take_over():
+    async def main(_loop: SimLoop) -> None:
+        world = World(nodes=3)
+        unable, other, leader = world.nodes.values()
+        leader.host.campaign(1)
+        world.advance(0.5)
+        assert leader.machine.led
+        unable.host._installer.unreadable(1)  # it follows as well as any
+        leading = Leadership(
+            leader.host,
+            cast("Any", SimpleNamespace(replicas={1: Led(leader)})),
+            cast("Any", SimpleNamespace(status=lambda: [{"node": n, "up": True} for n in (1, 2)])),
+            cast("Any", world.clock),
+            world.config.election_timeout_s,
+        )
+        draining = asyncio.ensure_future(leading.drain())
+        while not draining.done():
+            await asyncio.sleep(0.05)
+            world.advance(0.05)
+        assert other.machine.led
+
+    run(main, seed=1, time_limit_s=100.0)
 
 
 class Watched:
