@@ -21,7 +21,7 @@ from kvstore.oracle_client import META_RANGE_ID
 from replication.errors import FrameError
 from replication.probes import reached
 from txn.closed import REPLICA_BEHIND, behind, read_here
-from txn.messages import Failure, Read, Reply, Scan, too_wide
+from txn.messages import Ack, Failure, Read, Reply, Scan, too_wide
 
 if TYPE_CHECKING:
     from kvstore.replica import Replica
@@ -97,6 +97,21 @@ class Samples:
         return self._issued[place] if place < len(self._issued) else 0
 
 
+class _Unconfirmed:
+    """What is to be told of a range once its leadership is confirmed; an answer like any other to whom that holds up."""
+
+    __slots__ = ("_closer", "_message", "_replica")
+
+    def __init__(self, closer: Closer, replica: Replica, message: Closed) -> None:
+        self._closer, self._replica, self._message = closer, replica, message
+
+    def answer(self, reply: Reply) -> None:
+        if not isinstance(reply, Failure):  # else it leads no more, and a successor tells
+            told: dict[int, list[Closed]] = {}
+            self._closer.confirmed(self._replica, self._message, told)
+            self._closer.send(told)
+
+
 class Closer:
     """See the module. `turn` is called once a turn of the node, `hear` for each message of a peer."""
 
@@ -141,10 +156,7 @@ class Closer:
                 self.busy(now)
             elif closed_ts > replica.told_closed or now >= replica.told_at + REPEAT_S:
                 self._tell(replica, closed_ts, now, told)
-        for node, ranges in told.items():
-            self.counters["messages"] += 1
-            self.counters["ranges_told"] += len(ranges)
-            store.send_closed(node, _encode(ranges))
+        self.send(told)
         self._look(now, starved)
 
     def _tell(
@@ -152,15 +164,27 @@ class Closer:
     ) -> None:
         evaluator = replica.evaluator
         assert evaluator is not None
-        if not self._confirmed(replica.range_id):  # F2: asked after the timestamp was chosen
-            reached("closed_without_a_lease")
-            return
         replica.told_closed, replica.told_at = closed_ts, now
         message = Closed(replica.range_id, evaluator.term, replica.applied[0], closed_ts)
+        if self._confirmed(replica.range_id):  # F2: asked after the timestamp was chosen
+            self.confirmed(replica, message, told)
+            return
+        reached("closed_without_a_lease")  # perhaps for the rest of the term, after a hand-over
+        self._store.open_requests += 1
+        self._store.confirm(replica, [(_Unconfirmed(self, replica, message), Ack(0))])
+
+    def confirmed(self, replica: Replica, message: Closed, told: dict[int, list[Closed]]) -> None:
+        """Leadership was confirmed since the timestamp was chosen: put the message into `told`, by node."""
         for _, node in replica.membership.nodes:
             if node != self._store.node:
                 told.setdefault(node, []).append(message)
-        replica.heard.hear(message.index, closed_ts, replica.state.row)
+        replica.heard.hear(message.index, message.closed_ts, replica.state.row)
+
+    def send(self, told: dict[int, list[Closed]]) -> None:
+        for node, ranges in told.items():
+            self.counters["messages"] += 1
+            self.counters["ranges_told"] += len(ranges)
+            self._store.send_closed(node, _encode(ranges))
 
     def _confirmed(self, range_id: int) -> bool:
         return self._store.lease_valid(range_id)

@@ -379,3 +379,26 @@ def test_a_bound_that_makes_no_sense_is_refused_before_anything_is_sent(bound: f
             stage.claim(False, "it was taken")
 
     assert play(scenario) == []
+
+
+def test_after_a_hand_over_in_vain_the_followers_of_a_quiet_range_hear_what_is_closed():
+    """The lease is given up for the rest of the term, and with it they were told nothing."""
+
+    async def scenario(stage: Stage) -> None:
+        (client,) = await begin(stage, "client")
+        leader, unable = stage.host("n2"), stage.host("n3")
+        term, to = leader.raft(LOW).term, unable.raft(LOW).replica
+        stage.within("n3", lambda: unable._installer.unreadable(LOW))
+        stage.within("n2", lambda: leader.transfer_leadership(LOW, to))
+        await asyncio.sleep(2.0)
+        stage.claim(not leader.lease_valid(LOW), "the lease is given up")
+        followers = [store.replicas[LOW] for store in stores(stage) if store.node != 2]
+        before = [replica.safe_ts for replica in followers]
+        for _ in range(10):
+            await stage.put(client, Z, b"new")
+            await asyncio.sleep(1.0)
+        stage.claim(leader.raft(LOW).term == term, "the term goes on")
+        for replica, safe in zip(followers, before, strict=True):
+            stage.claim(replica.safe_ts > safe, "a follower was told nothing")
+
+    assert play(scenario) == []
