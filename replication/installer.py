@@ -7,7 +7,7 @@ the log is told to begin anew; that is durable; the core hears `installed` and a
 If commit passed the snapshot meanwhile (a new leader had the log), the core declines: the state is good all the same,
 and what is committed after it follows from the log. If the core knows less than the snapshot holds, entries that the
 state contains are skipped when they come (Replica.take_committed). If the sender's term ended meanwhile, the core takes
-the snapshot all the same: the rows are in, and the log must reach as far as they do.
+the snapshot all the same: the rows are in, and the log must reach as far as they do. That of a leader does.
 
 A replica whose installation was cut short has no state (`stateless`): it goes on voting with its log, applies and
 serves nothing, leads only to hand its log over (replica.py, B5), and asks the leader for a snapshot until one is installed.

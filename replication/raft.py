@@ -380,10 +380,14 @@ class RaftNode(ReplicaState):
 
         A replica whose state is ahead of its log could be helped by nobody: appends do not fit, and it refuses what
         its state has. Ready.install says that the log begins anew; nothing does that the log or the commit index has it.
+        That of a leader has it: its term is later than the one in which the snapshot was committed.
         """
         self.now = max(self.now, now)
-        if self._leading is None and meta.index > self.commit_index:
-            self._follow_snapshot(meta)
+        if meta.index > self.commit_index:
+            if self._leading is None:
+                self._follow_snapshot(meta)
+            else:
+                assert self.log.matches(meta.index, meta.term), f"I3: {meta} is not in the log"
 
     def installed(self, meta: SnapshotMeta, now: float) -> None:
         """The snapshot from Ready.install is in the state machine, flushed, and RESET is durable in the log."""

@@ -8,9 +8,10 @@ Plain bookkeeping between `RaftNode` and `Machine`; no I/O, no clock.
 - B3 the machine hears of leadership in pairs: of a term, then of its end, before any later term.
 - B4 while `held` the log cannot be cut, and all of it waits to be applied: beyond a bound it takes no more entries. They
   count as lost on the way: nothing was promised, and the leader sends them again with each beat.
-- B5 without a state, or with one that cannot be read, the log is as good as ever, and it may be the only one that has what is
-  committed. So when nobody else can be elected, the core leads as a caretaker and hands over to whoever has taken its log. The
-  machine does not hear of it, and nobody gets a snapshot from it.
+- B5 without a state, while one comes in, or with one that cannot be read, the log is as good as ever, and it may be the only
+  one that has what is committed. So when nobody else can be elected, the core leads as a caretaker and hands over to whoever
+  has taken its log. The machine does not hear of it, and nobody gets a snapshot from it. A snapshot that has come in meanwhile
+  does not begin the log anew: what it holds is committed, and who was elected later than its sender has that.
 """
 
 from __future__ import annotations
@@ -169,8 +170,7 @@ class Replica:
 
     def _may_lead(self) -> None:
         self.raft.electable = not (self.held or self.unreadable or self.stuck)
-        lacking = self.stateless or self.unreadable
-        self.raft.caretaker = lacking and not (self.receiving or self.stuck)
+        self.raft.caretaker = (self.held or self.unreadable) and not self.stuck
 
     def _end_unheard(self) -> None:
         """Elected while it could not serve, and now it could: the machine has not heard of it, so it is elected anew."""
@@ -194,7 +194,7 @@ class Replica:
             self._end_unheard()
 
     def hold(self) -> None:
-        """The machine's state is about to be replaced: apply nothing, and do not campaign, for it may get lost."""
+        """The machine's state is about to be replaced: apply nothing, and lead only by B5, for it may get lost."""
         self.receiving = True
         self._may_lead()
         self.raft.step_down(self.raft.now)  # a caretaker, or one that has not heard of a later term

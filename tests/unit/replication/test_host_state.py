@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from replication.replica import Replica
+from replication.snapshot import Chunk, decode
 from tests.unit.replication.host_driver import World, behind, led, restarted
 
 
@@ -15,7 +19,7 @@ def test_a_replica_without_state_leads_nothing():
     assert not host.raft(1).is_leader
 
 
-def test_a_replica_whose_state_is_being_replaced_does_not_campaign():
+def test_a_replica_whose_state_is_being_replaced_does_not_lead_its_machine():
     """It did, its stream broke off, and it led without a state for ever."""
     world = World(nodes=3)
     leader = led(world)
@@ -27,6 +31,7 @@ def test_a_replica_whose_state_is_being_replaced_does_not_campaign():
     leader.crash()
     world.advance(5.0)
     assert world.leader() is not other
+    assert not other.machine.led
 
 
 def test_a_leader_that_loses_its_state_steps_down():
@@ -95,6 +100,89 @@ def test_a_caretaker_that_cannot_read_its_state_begins_no_stream():
     world.advance(5.0)
     assert leader.machine.led  # elected anew, and the machine has heard of it
     assert slow.machine.applied(1) == leader.machine.applied(1)
+
+
+class SlowStream:
+    """`receiver` gets its state from `sender` at a chunk a second, and is the only one left that has the end of the log."""
+
+    def __init__(self) -> None:
+        world = self.world = World(nodes=3)
+        self.sender = led(world)
+        self.receiver, last = (world.nodes[1 + (self.sender.number + n) % 3] for n in (0, 1))
+        for number in range(300):
+            world.propose(b"%d" % number)
+        world.advance(0.5)
+        self._chunks: deque[tuple[int, int, bool, bytes]] = deque()
+        self._deliver = world.deliver
+        world.deliver = self._one_frame  # type: ignore[method-assign]
+        self.replica.lose_state()
+        self.receiver.host.ask_for_state_soon()
+        self.run(5)
+        self.sender.host.transfer_leadership(1, last.number)
+        self.run(3)
+        world.cut[last.number, self.sender.number] = None
+        world.propose(b"not at the sender")
+        world.advance(0.05)
+        last.crash()
+        world.cut.clear()
+        assert self.replica.receiving
+
+    @property
+    def replica(self) -> Replica:
+        return self.receiver.host._replicas[1]
+
+    def _one_frame(self) -> None:
+        _, to, snapshot, payload = self.world.frames[0]
+        if snapshot and to == self.receiver.number and isinstance(decode(payload), Chunk):
+            self._chunks.append(self.world.frames.popleft())
+        else:
+            self._deliver()
+
+    def hurry(self) -> None:
+        """All that is left arrives at once."""
+        self.world.deliver = self._deliver  # type: ignore[method-assign]
+        self.world.frames.extendleft(reversed(self._chunks))
+        self._chunks.clear()
+        self.world.settle()
+
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds):
+            if self._chunks:
+                self.world.frames.appendleft(self._chunks.popleft())
+                self._deliver()
+            self.world.advance(1.0)
+
+
+def test_a_log_whose_replica_gets_its_state_slowly_is_handed_over_meanwhile():
+    """It alone had the end of the log, and a stream of hours kept it from saying so."""
+    stream = SlowStream()
+    stream.run(15)
+    assert stream.replica.receiving
+    assert stream.sender.machine.led
+    assert stream.sender.values(1)[-1] == b"not at the sender"
+    while stream.replica.held:
+        stream.run(1)
+    assert stream.receiver.host.stats()["snapshots_lost"] == 0
+    assert stream.receiver.values(1) == stream.sender.values(1)
+
+
+def test_a_caretaker_whose_state_has_come_in_is_elected_anew_and_serves():
+    """Nobody took over from it, so that it led when the stream ended; its log was not begun anew for that."""
+    stream = SlowStream()
+    stream.sender.host._installer.unreadable(1)  # so it does not lead; what it has opened goes on
+    while not stream.receiver.host.raft(1).is_caretaker:
+        stream.world.advance(0.1)
+    stream.hurry()
+    assert not stream.replica.held
+    assert stream.receiver.host.raft(1).first_index == 1
+    assert not stream.receiver.machine.led
+    stream.run(5)
+    assert stream.receiver.machine.led
+    assert stream.receiver.values(1)[-1] == b"not at the sender"
+    stream.world.propose(b"more")
+    stream.world.advance(0.5)
+    assert stream.receiver.values(1)[-1] == b"more"
+    assert stream.receiver.values(1) == stream.sender.values(1)
 
 
 def cannot_open(_group):
