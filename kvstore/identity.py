@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 
 import msgspec
 
@@ -11,7 +12,7 @@ from kvstore.errors import DataDirectoryError, VersionMismatch
 from kvstore.replica import new_config
 from replication.types import Membership
 from txn import keycode, mvcc
-from txn.state import RangeRow, encode_row
+from txn.state import RangeRow, decode_range_row, encode_row
 from txn.types import TIMESTAMP_SHIFT, TXN_ID_BYTES
 
 FILE_NAME = "node.toml"
@@ -84,6 +85,24 @@ def first_rows(request: InitRequest) -> dict[bytes, bytes | None]:
             if plan.range_id == META_RANGE_ID:
                 rows |= _meta_rows(request)
     return rows
+
+
+def left_by_init(rows: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether an engine's rows are of the beginning, of whatever plan: no range has applied anything, no key was written."""
+    try:
+        return all(_is_first(key, data) for key, data in rows)
+    except (ValueError, IndexError, msgspec.MsgspecError):  # rows of somebody else's
+        return False
+
+
+def _is_first(key: bytes, data: bytes) -> bool:
+    family = key[:1]
+    if family == keycode.RANGE:
+        row = decode_range_row(data)
+        return (row.applied_index, row.applied_term) == CREATION and not row.installing
+    if family == keycode.LATEST:
+        return mvcc.latest_ts(data) == CREATION_TS
+    return family in (keycode.CONFIG, keycode.ORACLE)
 
 
 def _range_rows(plan: RangePlan, replica_id: int) -> dict[bytes, bytes]:

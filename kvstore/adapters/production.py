@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,10 +21,11 @@ from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_d
 from kvstore.adapters.ws_transport import WsNetwork, connections_max
 from kvstore.bootstrap import parse_address
 from kvstore.config import NodeConfig
-from kvstore.errors import DataDirectoryError
-from kvstore.identity import FILE_NAME
+from kvstore.errors import DataDirectoryError, KVError
+from kvstore.identity import FILE_NAME, left_by_init
 from kvstore.metrics import NodeMetrics
 from kvstore.ports import FramePipe, Network
+from kvstore.roster import FILE_NAME as ROSTER_NAME
 from kvstore.status import VERSION
 from replication.errors import LogFormatError
 from replication.wal_scan import scan
@@ -79,13 +81,36 @@ class ProductionAdapters:
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
         self._locked_by = os.getpid()
-        if not (self._directory / FILE_NAME).exists() and _holds_records(self._directory / "wal"):
-            # records come after node.toml is durable: this was a member, and `kvctl init` would wipe what it holds
+        if not (self._directory / FILE_NAME).exists() and (what := self._of_a_member()):
+            # it comes after node.toml is durable: `kvctl init` would wipe what this member held
             self._unlock()
             raise DataDirectoryError(
-                f"{directory} holds a log but no {FILE_NAME}: put that file back, or name another --dir"
+                f"{directory} holds {what} but no {FILE_NAME}: put back what is missing, or name another --dir"
             )
         return DirectoryFiles(self._directory)
+
+    def _of_a_member(self) -> str:
+        """What no directory holds unless it was a member's; empty if it holds nothing of that kind."""
+        if _holds_records(self._directory / "wal"):
+            return "a log"
+        if self._holds_rows():
+            return "rows"
+        if (self._directory / ROSTER_NAME).exists():
+            return ROSTER_NAME  # of a former cluster, it would be taken for what this one has heard
+        return ""
+
+    def _holds_rows(self) -> bool:
+        """Whether `rocks` has more than an unfinished initialisation leaves, or may have had."""
+        rocks = self._directory / "rocks"
+        if not any(rocks.glob("*.sst")):  # all rows are in these: RocksDB's own log is off
+            return False
+        if not (rocks / "CURRENT").exists():
+            return True
+        try:
+            with closing(RocksEngine(rocks, self._rocks_config())) as engine:
+                return not left_by_init(engine.scan(b"", None))
+        except KVError:
+            return True
 
     def open_engine(self, *, empty: bool = False) -> RocksEngine:
         path = self._directory / "rocks"
@@ -98,13 +123,15 @@ class ProductionAdapters:
                 f"{self._directory} belongs to a member of a cluster, but its rows are gone ({path} holds none): put rocks and "
                 "wal back as they were, or name the right --dir"
             )
+        return RocksEngine(path, self._rocks_config())
+
+    def _rocks_config(self) -> RocksConfig:
         storage = self._config.storage
-        config = RocksConfig(
+        return RocksConfig(
             block_cache_bytes=storage.cache_bytes,
             write_buffer_bytes=storage.write_buffer_bytes,
             open_files_max=_tables_open_max(),
         )
-        return RocksEngine(path, config)
 
     def open_log(self) -> DirectoryLogFiles:
         return DirectoryLogFiles(self._directory / "wal")
@@ -166,7 +193,9 @@ def _holds_records(wal: Path) -> bool:
 def _empty(directory: Path) -> None:
     """Of what is in it, or where it links to. Raises: DataDirectoryError: something stayed."""
     try:  # the directory itself stays: it may be a link, or a disk of its own
-        for each in directory.iterdir() if directory.exists() else ():
+        found = list(directory.iterdir()) if directory.exists() else []
+        # tables first: what a cut leaves then has no rows, so it is no obstacle to the next initialisation
+        for each in sorted(found, key=lambda each: each.suffix != ".sst"):
             if each.is_dir() and not each.is_symlink():
                 if each.name != OF_THE_DISK:
                     shutil.rmtree(each)

@@ -63,9 +63,52 @@ async def test_without_its_identity_a_directory_is_not_taken_for_an_empty_one(da
         assert await db.get(b"k1") == b"v"
 
 
+@pytest.mark.parametrize("cut", [False, True])
+async def test_rows_without_identity_and_log_are_not_wiped(data, cut):
+    """Only `rocks` was put back, into a new directory; `cut`: not even all of it."""
+    kept = data.parent / "kept"
+    kept.mkdir()
+    for name in ["node.toml", "wal", *(["rocks/CURRENT"] if cut else [])]:
+        (data / name).rename(kept / Path(name).name)
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "holds rows but no node.toml" in str(error)
+    if cut:
+        (kept / "CURRENT").rename(data / "rocks" / "CURRENT")
+    for name in ("node.toml", "wal"):
+        (kept / name).rename(data / name)
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k1") == b"v"
+
+
+async def test_what_a_former_cluster_heard_is_no_beginning_of_another_one(tmp_path):
+    """It would count: `kvctl init`, cut off and run again, would take the nodes that it names for members that lost their
+    disks.
+    """
+    (tmp_path / "heard.json").write_text("[2,3]")
+    error = await refusal(tmp_path)
+    assert isinstance(error, DataDirectoryError)
+    assert "holds heard.json but no node.toml" in str(error)
+    (tmp_path / "heard.json").unlink()
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+
+
 async def test_what_an_unfinished_initialisation_left_is_no_obstacle(tmp_path):
     (tmp_path / "rocks").mkdir()
     (tmp_path / "rocks" / "000004.log").write_bytes(b"x")
+    async with kvstore.open(tmp_path) as db:
+        await db.put(b"a", b"1")
+
+
+async def test_rows_that_were_half_removed_when_an_initialisation_began_anew_are_no_obstacle(
+    tmp_path,
+):
+    engine = RocksEngine(tmp_path / "rocks", RocksConfig())
+    engine.write({b"R12345678": b"x"})
+    engine.close()
+    for table in (tmp_path / "rocks").glob("*.sst"):
+        table.unlink()
     async with kvstore.open(tmp_path) as db:
         await db.put(b"a", b"1")
 

@@ -3,13 +3,14 @@ and the first rows of a cluster are the same on every node that holds a replica 
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvstore import identity
 from kvstore.bootstrap import META_RANGE_ID, mint_cluster_id, plan
 from kvstore.errors import DataDirectoryError, VersionMismatch
 from txn import keycode, mvcc
-from txn.state import decode_range_row
+from txn.state import decode_range_row, encode_row
 
 ADDRESSES = ["h1:1", "h2:2", "h3:3"]
 
@@ -86,3 +87,24 @@ def test_every_range_begins_at_the_creation_index_and_the_meta_range_knows_all()
     data = rows[registry[0]]
     assert data is not None
     assert mvcc.decode_latest(data).commit_ts == identity.CREATION_TS
+
+
+def changed(row, **fields):
+    return encode_row(msgspec.structs.replace(decode_range_row(row), **fields))
+
+
+def test_rows_of_a_beginning_are_told_from_those_of_a_member():
+    rows = identity.first_rows(requests()[0])
+    assert identity.left_by_init(rows.items())
+    assert identity.left_by_init([])
+    key = next(each for each in rows if each.startswith(keycode.RANGE))
+    user = keycode.latest_row(b"k")
+    for more in (
+        {key: changed(rows[key], applied_index=2)},
+        {key: changed(rows[key], installing=True)},
+        {user: mvcc.encode_latest(5, bytes(16), b"v")},
+        {keycode.history_row(b"k", 4): bytes(17)},
+        {b"precious": b"1"},
+        {keycode.RANGE + bytes(8): b"\xff\xff"},
+    ):
+        assert not identity.left_by_init({**rows, **more}.items())
