@@ -49,11 +49,22 @@ def decode_identity(data: bytes) -> Identity:
     try:
         tables = tomllib.loads(data.decode())
         _check_format(tables.get("format"))  # first: of another format, all else may be different
-        return msgspec.convert(tables, Identity)
+        found = msgspec.convert(tables, Identity)
+        _check_nodes(found)
     except (ValueError, msgspec.ValidationError) as error:
         raise DataDirectoryError(
             f"{FILE_NAME} is damaged ({error}): put back a good copy, or name another --dir"
         ) from error
+    return found
+
+
+def _check_nodes(found: Identity) -> None:
+    """A file that is cut between two nodes is still TOML. Who else is missing, the ranges tell (kvstore/starting.py)."""
+    ids = [node.node_id for node in found.nodes]
+    if len(dict.fromkeys(ids)) != len(ids):
+        raise ValueError("two nodes have one id")
+    if found.node_id not in ids:
+        raise ValueError(f"node {found.node_id} itself is not among the nodes")
 
 
 def _check_format(found: object) -> None:
@@ -76,8 +87,10 @@ def identity_of(request: InitRequest) -> Identity:
 
 
 def first_rows(request: InitRequest) -> dict[bytes, bytes | None]:
-    """What a node's engine holds before its first start: every range it has a replica of, the registry in the meta range."""
-    rows: dict[bytes, bytes | None] = {}
+    """What a node's engine holds before its first start: its cluster, every range it has a replica of, the registry in the
+    meta range.
+    """
+    rows: dict[bytes, bytes | None] = {keycode.CLUSTER_ROW: request.cluster_id.encode()}
     for plan in request.ranges:
         mine = [replica for node, replica in plan.replicas if node == request.your_node_id]
         if mine:
@@ -102,7 +115,7 @@ def _is_first(key: bytes, data: bytes) -> bool:
         return (row.applied_index, row.applied_term) == CREATION and not row.installing
     if family == keycode.LATEST:
         return mvcc.latest_ts(data) == CREATION_TS
-    return family in (keycode.CONFIG, keycode.ORACLE)
+    return family in (keycode.CONFIG, keycode.ORACLE) or key == keycode.CLUSTER_ROW
 
 
 def _range_rows(plan: RangePlan, replica_id: int) -> dict[bytes, bytes]:

@@ -11,22 +11,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import msgspec
-
 from kvstore import identity as identities
-from kvstore import logs
+from kvstore import logs, starting
 from kvstore.bootstrap import InitRequest, check, parse_address
 from kvstore.config import NodeConfig
 from kvstore.connections import Connections
 from kvstore.errors import (
     ConfigError,
     DataDirectoryError,
-    DiskFull,
     InvalidArgument,
     KVError,
     NodeStopped,
     NotReady,
-    StorageError,
     WrongCluster,
 )
 from kvstore.leadership import Leadership
@@ -36,21 +32,19 @@ from kvstore.peers import CLOSED_TIMESTAMPS, PEER_PATH, RAFT_MESSAGES, SNAPSHOT_
 from kvstore.ports import Clock, Engine, Executor, FramePipe, Network, Random
 from kvstore.read_cache import cached
 from kvstore.remote import RemoteRanges
-from kvstore.replica import ReplicaConfig, tell_damage
+from kvstore.replica import tell_damage
 from kvstore.roster import Roster
 from kvstore.settings import raft_config, txn_limits
 from kvstore.status import node_locks, node_status
 from kvstore.store import Store
 from kvstore.streams import Backoff, Stream, accept
-from replication.codec import decode_membership, decode_messages
-from replication.errors import FrameError, LogDiskFull, LogMismatch, LogWriteFailed
+from replication.codec import decode_messages
+from replication.errors import FrameError
 from replication.host import Host
 from replication.ports import LogFiles
 from replication.probes import chance
 from replication.turns import HostLimits
 from replication.wal import GroupLog, Wal
-from txn import keycode
-from txn.state import decode_range_row
 
 if TYPE_CHECKING:
     from kvstore.client import Database
@@ -61,7 +55,6 @@ CLOCKS_APART_S_MAX: Final = 3600  # of who makes a cluster and its nodes
 
 log = logs.logger("kvstore.node")
 OnPipe = Callable[[str, FramePipe], Awaitable[None]]
-_decode_config = msgspec.msgpack.Decoder(ReplicaConfig).decode
 
 
 class NodeFiles(Protocol):
@@ -209,8 +202,9 @@ class Node:
             if self.state != "waiting":
                 raise NodeStopped("the node was stopped before it was initialized")
             found = identities.identity_of(request)
-            files, wal = self._begin_log()
+            files = self.adapters.open_log()
             try:
+                wal = starting.begin_log(files, self.config.log.segment_bytes)
                 self._files.write_file(identities.FILE_NAME, identities.encode_identity(found))
             except BaseException:
                 files.close()
@@ -221,16 +215,6 @@ class Node:
             except Exception as error:
                 self._on_fatal(error)  # a member that is half open: only a new start helps
                 raise
-
-    def _begin_log(self) -> tuple[LogFiles, Wal]:
-        """A new one; of a member without any, nobody could tell whether it had one. Raises: DiskFull, StorageError, OSError."""
-        files = self.adapters.open_log()
-        try:
-            return files, Wal.begin(files, segment_bytes=self.config.log.segment_bytes)
-        except LogWriteFailed as error:
-            files.close()
-            kind = DiskFull if isinstance(error, LogDiskFull) else StorageError
-            raise kind(f"the log cannot be begun: {error}") from error
 
     def _check_plan(self, request: InitRequest) -> None:
         """Under another address than ours, the next start would refuse the directory (`_check_address`). And timestamps would
@@ -307,9 +291,11 @@ class Node:
         config, adapters = self.config, self.adapters
         self.cluster_id, self.node_id = found.cluster_id, found.node_id
         engine = self.engine = cached(adapters.open_engine(), config.storage.read_cache_bytes)
+        ranges = starting.ranges_of(engine, found)  # of another member: its log is left alone, too
         recovered: dict[int, GroupLog] = {}
         if wal is None:
             wal, recovered = self._recover_log()
+            starting.check_log(ranges, recovered)
         assert self._log is not None
         store = self.store = Store(
             node=found.node_id,
@@ -356,7 +342,7 @@ class Node:
         store.on_deadline = self._arm
         store.on_settled = self.connections.flush
         store.send_closed, peers.on_snapshot_link_lost = peers.send_closed, host.snapshot_link_lost
-        self._add_replicas(wal, recovered, born=born)
+        self._add_replicas(ranges, wal, recovered, born=born)
         for node in found.nodes:
             if node.node_id != found.node_id:
                 peers.add(node.node_id, node.address)
@@ -372,37 +358,32 @@ class Node:
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
 
-    def _add_replicas(self, wal: Wal, recovered: dict[int, GroupLog], *, born: bool) -> None:
-        """Every range that the engine has a row of. Raises: LogMismatch: the log knows of others, so rows were lost.
+    def _add_replicas(
+        self,
+        ranges: Sequence[starting.FoundRange],
+        wal: Wal,
+        recovered: dict[int, GroupLog],
+        *,
+        born: bool,
+    ) -> None:
+        """If the log is damaged, records of any range may be lost: one without any may have voted, and is not begun anew.
 
-        If the log is damaged, records of any range may be lost: one without any may have voted, and is not begun anew.
+        Raises: LogMismatch.
         """
         assert self.store is not None
         assert self.host is not None
-        assert self.engine is not None
         assert self.leadership is not None
-        found = self.engine.scan(keycode.RANGE, bytes([keycode.RANGE[0] + 1]))
-        rows = [decode_range_row(data) for _, data in found]
-        known = {row.range_id: row for row in rows}
-        lost = [
-            group for group, kept in recovered.items() if group not in known and not kept.tombstone
-        ]
-        if lost:
-            raise LogMismatch(f"the log has ranges {lost} of which the engine has no rows")
-        for row in rows:
+        for row, config, membership in ranges:
             kept = recovered.get(row.range_id)
             if kept is None and wal.recovery and wal.recovery.damage:
                 kept = wal.doubt(row.range_id)
-            stored = self.engine.get(keycode.node_row(keycode.CONFIG, row.range_id))
-            assert stored is not None, "a range has its configuration row"
-            config = _decode_config(stored)
             self.leadership.preferred[row.range_id] = config.preferred_node
             replica = self.store.add(row, config)
             self.host.add_group(
                 row.range_id,
                 config.replica_id,
                 kept,
-                decode_membership(config.membership),
+                membership,
                 replica.applied,
                 installed=(config.installed_index, config.installed_term),
                 installing=row.installing,

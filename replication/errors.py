@@ -57,7 +57,9 @@ class LogDiskFull(LogWriteFailed):
 
 
 class LogMismatch(ReplicationError):
-    """The engine and the log contradict each other (pitfall 19). The node refuses to serve; restore it from a peer."""
+    """The engine and the log contradict each other (pitfall 19). The node refuses to serve until both are put back as they
+    were; another member's are no substitute, for they would vote under its replica ids.
+    """
 
 
 class FrameError(ReplicationError):

@@ -9,6 +9,7 @@
 | T | escaped anchor key, txn_id | a decided transaction: COMMITTED or ABORTED |
 | O | escaped anchor key, txn_id, locus | an outbox row: a Resolve that is still to be acknowledged |
 | R, C, M | range id | node-local: the range's state, its configuration, the oracle's bound |
+| N | | node-local: the id of the cluster whose rows these are |
 
 A key that is followed by something is escaped (00 -> 00 FF, terminator 00 01), so that no key's rows interleave with
 another's; L needs no suffix and keeps the raw key, so that a plain get is one point look-up.
@@ -29,6 +30,7 @@ OUTBOX: Final = b"O"
 RANGE: Final = b"R"
 CONFIG: Final = b"C"
 ORACLE: Final = b"M"
+CLUSTER_ROW: Final = b"N"
 
 # The families that hold rows of user keys: split, move and wipe carry them by key. LATEST is raw, the others escaped.
 RAW_FAMILIES: Final = (LATEST,)

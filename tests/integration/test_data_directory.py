@@ -15,16 +15,21 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from kvstore import identity
 from kvstore.adapters.rocks_engine import RocksConfig, RocksEngine
 from kvstore.adapters.wal_files import DirectoryLogFiles
+from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
 from kvstore.node import Node
 from replication.wal import Wal
+from txn import keycode
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_BYTES = 4096
+ADDRESSES = ["h1:1", "h2:2", "h3:3"]
+PLANS = plan(mint_cluster_id(1_700_000_000_000, 7, ADDRESSES, []), ADDRESSES)
 
 
 @pytest.fixture
@@ -170,6 +175,51 @@ async def test_without_its_rows_a_node_does_not_start_as_one_that_holds_no_range
         (data.parent / name).rename(data / name)
     async with kvstore.open(data) as db:
         assert await db.get(b"k1") == b"v"
+
+
+def placed(directory, number, rows):
+    """A member that never ran, with the identity and the begun log of PLANS[number], and these rows."""
+    engine = RocksEngine(directory / "rocks", RocksConfig())
+    engine.write(rows)
+    engine.close()
+    files = DirectoryLogFiles(directory / "wal", spare=False)
+    Wal.begin(files)
+    files.close()
+    found = identity.identity_of(PLANS[number])
+    (directory / "node.toml").write_bytes(identity.encode_identity(found))
+    config = NodeConfig()
+    return Node(str(directory), ADDRESSES[number], "", config, EmbeddedAdapters(config))
+
+
+async def refused(node) -> str:
+    try:
+        with pytest.raises(DataDirectoryError) as caught:
+            await node.start()
+    finally:
+        await node.stop(drain=False)
+    return str(caught.value)
+
+
+async def test_rows_of_another_member_are_refused(tmp_path):
+    """Node 2 has lost its disk, and gets its node.toml back, and rows and log of node 1: two disks would vote as one."""
+    told = await refused(placed(tmp_path, 1, identity.first_rows(PLANS[0])))
+    assert "the rows are of node 1 (range 1), and node.toml is of node 2" in told
+
+
+async def test_rows_of_another_cluster_are_refused_and_those_of_an_older_version_name_none(
+    tmp_path,
+):
+    other = plan(mint_cluster_id(1_700_000_000_000, 8, ADDRESSES, []), ADDRESSES)[0]
+    told = await refused(placed(tmp_path / "a", 0, identity.first_rows(other)))
+    assert f"the rows are of cluster {other.cluster_id}" in told
+    rows = identity.first_rows(PLANS[0])
+    del rows[keycode.CLUSTER_ROW]
+    node = placed(tmp_path / "b", 0, rows)
+    try:
+        await node.start()
+        assert node.state == "ready"
+    finally:
+        await node.stop(drain=False)
 
 
 async def test_with_rows_of_nothing_a_node_does_not_start_either(data):

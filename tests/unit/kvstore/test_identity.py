@@ -6,7 +6,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvstore import identity
+from kvstore import identity, starting
+from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
 from kvstore.bootstrap import META_RANGE_ID, mint_cluster_id, plan
 from kvstore.errors import DataDirectoryError, VersionMismatch
 from txn import keycode, mvcc
@@ -42,6 +43,8 @@ def test_an_identity_is_read_back_as_it_was_written():
         FILE.replace(b"format = 2", b"format = true"),
         FILE.replace(b"format = 2", b'format = "2"'),
         FILE.replace(b"format = 2\n", b""),
+        FILE.replace(b"\nnode_id = 1\n", b"\nnode_id = 4\n", 1),
+        FILE.replace(b"\nnode_id = 2\n", b"\nnode_id = 3\n"),
     ],
 )
 def test_a_damaged_identity_is_refused(text):
@@ -58,6 +61,19 @@ def test_another_format_is_refused_and_says_whose_it_is(other, age):
         identity.decode_identity(FILE.replace(b"format = 2", b"format = %d" % other))
     with pytest.raises(VersionMismatch, match=told):  # whatever else is in it
         identity.decode_identity(b"format = %d\n" % other)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_every_cut_of_the_file_is_refused(number):
+    """Behind a table it is a file like any other: the ranges know who is missing."""
+    request = requests()[number]
+    data = identity.encode_identity(identity.identity_of(request))
+    engine = MemoryEngine(MemoryDirectory())
+    engine.write(identity.first_rows(request))
+    assert len(starting.ranges_of(engine, identity.decode_identity(data))) == 4
+    for end in range(len(data) - 1):  # the last byte ends the line
+        with pytest.raises(DataDirectoryError):
+            starting.ranges_of(engine, identity.decode_identity(data[:end]))
 
 
 def test_replicas_of_a_range_begin_with_equal_rows():
@@ -94,7 +110,7 @@ def changed(row, **fields):
 
 
 def test_rows_of_a_beginning_are_told_from_those_of_a_member():
-    rows = identity.first_rows(requests()[0])
+    rows = {k: data for k, data in identity.first_rows(requests()[0]).items() if data is not None}
     assert identity.left_by_init(rows.items())
     assert identity.left_by_init([])
     key = next(each for each in rows if each.startswith(keycode.RANGE))

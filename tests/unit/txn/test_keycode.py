@@ -71,6 +71,6 @@ def test_node_local_rows_lie_outside_every_familys_span():
         keycode.family_span(family, b"", b"")
         for family in (*keycode.RAW_FAMILIES, *keycode.ESCAPED_FAMILIES)
     ]
-    for family in (keycode.RANGE, keycode.CONFIG, keycode.ORACLE):
-        row = keycode.node_row(family, 1)
+    families = (keycode.RANGE, keycode.CONFIG, keycode.ORACLE)
+    for row in (*(keycode.node_row(family, 1) for family in families), keycode.CLUSTER_ROW):
         assert not any(low <= row < high for low, high in spans)
