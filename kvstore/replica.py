@@ -55,7 +55,7 @@ def tell_damage(range_id: int, found: GroupLog | None, refused: Container[int]) 
     log.warning(
         "entries of the log are damaged, but the engine has them",
         range=range_id,
-        entries=len(found.faulty),
+        entries=found.damaged,
         segment=fault.segment,
         offset=fault.offset,
     )

@@ -400,13 +400,10 @@ def _behind_faults(log: GroupLog, applied: tuple[int, int]) -> GroupLog:
     Nothing is asked of those entries again: they are committed, so a leader's are skipped, and a follower that lacks
     them gets a snapshot. The term at the new start must be known, for what follows is checked against it.
     """
-    (index, term), first = applied, log.start[0]
-    if (
-        not log.faulty
-        or log.faulty[-1].index > index
-        or index > first + len(log.entries)
-        or log.entries[index - first - 1].term != term
-    ):
+    (index, term), (first, start_term) = applied, log.start
+    if not log.faulty or not log.faulty[-1].last_index <= index <= first + len(log.entries):
+        return log
+    if (log.entries[index - first - 1].term if index > first else start_term) != term:
         return log
     reached("rot_below_applied")
     return replace(log, start=applied, entries=log.entries[index - first :], faulty=[])
@@ -422,7 +419,7 @@ def refusal_of(log: GroupLog, replica: int) -> str:
     if log.faulty:
         fault = log.faulty[0]
         return (
-            f"{len(log.faulty)} damaged entries; the first is {fault.index}, segment {fault.segment} "
+            f"{log.damaged} damaged entries; the first is {fault.index}, segment {fault.segment} "
             f"offset {fault.offset}"
         )
     return ""

@@ -14,7 +14,10 @@ from replication.types import Entry, HardState
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An entry that was durable and is damaged now. `crc` None: the record's header is lost too; `term` 0: unknown."""
+    """An entry that was durable and is damaged now. `crc` None: the record's header is lost too; `term` 0: unknown.
+
+    `more`: so many that follow it are missing as well, whatever their terms are.
+    """
 
     group: int
     index: int
@@ -24,6 +27,11 @@ class Fault:
     offset: int  # of the damaged body, or of the damage that took the record
     length: int
     crc: int | None
+    more: int = 0
+
+    @property
+    def last_index(self) -> int:
+        return self.index + self.more
 
 
 class Damage(NamedTuple):
@@ -40,7 +48,8 @@ class GroupLog:
     """What recovery found of one group.
 
     `entries` follow `start` without a gap; where `faulty` names an index, the entry there is a stand-in with empty
-    data (term 0 if even that is lost). `tombstone` is the largest removed replica id, 0 for none. `suspect`: records
+    data (term 0 if even that is lost). Where very many are missing together, the log starts behind them, and `faulty`
+    names them and what is damaged before. `tombstone` is the largest removed replica id, 0 for none. `suspect`: records
     of this group may be lost without a trace, its hard state and its last entries included; it must not vote as its
     old self.
     """
@@ -51,6 +60,11 @@ class GroupLog:
     faulty: list[Fault] = field(default_factory=list)
     tombstone: int = 0
     suspect: bool = False
+
+    @property
+    def damaged(self) -> int:
+        """How many entries `faulty` names."""
+        return sum(1 + fault.more for fault in self.faulty)
 
 
 _FRESH = HardState()

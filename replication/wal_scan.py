@@ -44,6 +44,7 @@ from replication.wal_groups import Damage, Fault, GroupLog, GroupState
 
 _OFFSET_MASK = 0xFFFF_FFFF
 _ENTRY = int(RecordType.ENTRY)
+_MISSING_MAX = 128  # entries that are missing together and have a stand-in each
 
 
 @dataclass
@@ -267,7 +268,7 @@ class _Group:
             self.slots = {at: slot for at, slot in self.slots.items() if at > index}
 
     def finish(self) -> GroupLog:
-        """The log from the start on; a missing entry is a fault with a stand-in, like a damaged one."""
+        """The log from the start on; a missing entry is a fault with a stand-in, like a damaged one, but for very many."""
         state = self.state
         state.suspect = self.suspect
         log = GroupLog(
@@ -277,15 +278,30 @@ class _Group:
             tombstone=state.tombstone,
             suspect=self.suspect,
         )
-        for index in range(state.start_index + 1, state.last_index + 1):
-            slot = self.slots.get(index)
-            if slot is None:
-                slot = Fault(self.group, index, state.term_at(index), 0, *self.place, 0, None)
+        before = state.start_index
+        for index, slot in self.slots.items():  # ascending
+            if index != before + 1:
+                self._miss(log, before + 1, index - 1)
             if isinstance(slot, Fault):
                 log.faulty.append(slot)
                 slot = Entry(slot.index, slot.term, slot.kind, b"")
             log.entries.append(slot)
+            before = index
+        if before != state.last_index:
+            self._miss(log, before + 1, state.last_index)
         return log
+
+    def _miss(self, log: GroupLog, first: int, last: int) -> None:
+        """These are missing. After a lost RESET or HEAD they may be all since the beginning of the group."""
+        state = self.state
+        if last - first >= _MISSING_MAX:
+            log.faulty.append(Fault(self.group, first, 0, 0, *self.place, 0, None, last - first))
+            log.start, log.entries = (last, state.term_at(last)), []
+            return
+        for index in range(first, last + 1):
+            fault = Fault(self.group, index, state.term_at(index), 0, *self.place, 0, None)
+            log.faulty.append(fault)
+            log.entries.append(Entry(index, fault.term, 0, b""))
 
     def _cut_after(self, index: int) -> None:
         state = self.state

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.sim.disk import SECTOR_BYTES, SimDisk
 from replication.errors import LogWriteFailed
+from replication.turns import begin_of
 from replication.types import HardState
 from replication.wal import Damage, Wal, WalBatch
 from replication.wal_format import (
@@ -403,6 +404,72 @@ def test_a_new_replicas_log_is_not_taken_for_the_tail_of_the_old_ones():
     log = Wal.recover(node.disk)[1][1]
     assert (log.start, log.tombstone, log.suspect) == ((0, 0), 5, False)
     assert [fault.index for fault in log.faulty] == list(range(1, 121))
+
+
+def test_a_lost_reset_costs_no_entry_for_each_index():
+    """A snapshot was installed far ahead, and the batch that says so rots: all between is missing, in one stretch."""
+    far = 10**9
+    node = Node()
+    node.append(1, *(entry(i) for i in range(1, 11)))
+    node.hard(1, 1, commit=10)
+    node.commit()
+    node.reset(1, far, 5)
+    lost = node.commit()
+    node.hard(1, 5, commit=far)
+    node.append(1, entry(far + 1, 5))
+    node.commit()
+    node.mark()
+    node.mark()
+    node.disk.flip(lost.segment, lost.offset + 20)
+    log = Wal.recover(node.disk)[1][1]
+    (fault,) = log.faulty
+    assert (fault.index, fault.last_index, fault.term) == (11, far, 0)
+    assert (fault.segment, fault.offset) == place(lost)
+    assert (log.start, log.entries, log.suspect) == ((far, 5), [entry(far + 1, 5)], False)
+    assert str(begin_of(log, 1, (10, 1))).startswith(f"{far - 10} damaged entries; the first is 11")
+    assert str(begin_of(log, 1, (far, 4))).startswith(f"{far - 10} damaged entries")
+    for applied in ((far, 5), (far + 1, 5)):  # the engine has them
+        start = begin_of(log, 1, applied)
+        assert not isinstance(start, str)
+        assert start.log_start == applied
+        assert [each.index for each in start.entries] == list(range(applied[0] + 1, far + 2))
+
+
+def test_a_lost_head_costs_no_entry_for_each_index():
+    far = 10**9
+    node = Node()
+    for group in (1, 2):
+        node.reset(group, far, 5)
+        node.hard(group, 5, commit=far)
+    node.commit()
+    node.wal.rotate()
+    node.mark()
+    assert node.disk.segments() == [2]
+    for group in (1, 2):
+        node.hard(group, 5, commit=far)
+        node.append(group, entry(far + 1, 5))
+    node.commit()
+    node.mark()
+    node.disk.flip(2, 8)
+    _, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
+    for log in logs.values():
+        assert [(fault.index, fault.last_index) for fault in log.faulty] == [(1, far)]
+        assert log.entries == [entry(far + 1, 5)]
+
+
+def test_what_is_damaged_before_a_long_stretch_is_told_beside_it():
+    node, batches = node_of(1, 2, 3)
+    node.append(1, *(entry(i) for i in range(4, 504)))
+    lost = node.commit()
+    node.append(1, entry(504))
+    node.commit()
+    node.mark()
+    node.mark()
+    node.disk.flip(batches[1].segment, batches[1].offset + BODY)
+    node.disk.flip(lost.segment, lost.offset + 20)
+    log = Wal.recover(node.disk)[1][1]
+    assert [(fault.index, fault.last_index) for fault in log.faulty] == [(2, 2), (4, 503)]
+    assert (log.start, log.entries) == ((503, 1), [entry(504)])
 
 
 def test_a_missing_segment_is_told():
