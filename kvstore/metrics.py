@@ -159,6 +159,7 @@ _GROUPS: Final[
 ] = {  # a group of figures in the status -> what its help texts begin with
     "engine": "Of the storage engine",
     "host": "Of the replication host",
+    "log": "Of the log, as the node's start found it",
     "raft": "Of the replicas here",
     "peers": "Of the connections to other nodes",
     "requests": "Of the requests of clients",

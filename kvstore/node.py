@@ -111,6 +111,7 @@ class Node:
         self.database: Database | None = None
         self.store: Store | None = None
         self.host: Host | None = None
+        self.wal: Wal | None = None
         self.engine: Engine | None = None
         self.peers: PeerSet | None = None
         self.leadership: Leadership | None = None
@@ -276,15 +277,6 @@ class Node:
             finally:
                 await self.adapters.close()
 
-    def _recover_log(self) -> tuple[Wal, dict[int, GroupLog]]:
-        """A member's: it was begun before node.toml was there. Raises: LogMismatch: it is gone; as Wal.recover."""
-        files = self._log = self.adapters.open_log()
-        segment_bytes = self.config.log.segment_bytes
-        wal, recovered = Wal.recover(files, segment_bytes=segment_bytes, begun=True)
-        if (told := wal.recovery) is not None and told.unreadable:
-            log.warning("the disk does not give parts of the log", places=told.unreadable)
-        return wal, recovered
-
     async def _open(self, found: identities.Identity, wal: Wal | None = None) -> None:
         """Recover log and engine, build the rest, begin to turn. `wal`: of a new member, begun in `_log`."""
         born, self.state = self.state == "waiting", "starting"
@@ -294,9 +286,11 @@ class Node:
         ranges = starting.ranges_of(engine, found)  # of another member: its log is left alone, too
         recovered: dict[int, GroupLog] = {}
         if wal is None:
-            wal, recovered = self._recover_log()
+            files = self._log = adapters.open_log()
+            wal, recovered = starting.recover_log(files, config.log.segment_bytes)
             starting.check_log(ranges, recovered)
         assert self._log is not None
+        self.wal = wal
         store = self.store = Store(
             node=found.node_id,
             cluster=found.cluster_id,

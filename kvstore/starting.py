@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from kvstore import logs
 from kvstore.errors import DataDirectoryError, DiskFull, KVError, StorageError
 from kvstore.identity import FILE_NAME, Identity
 from kvstore.ports import Engine
@@ -23,6 +24,9 @@ from replication.wal import GroupLog, Wal
 from txn import keycode
 from txn.state import RangeRow, decode_range_row
 
+TOLD_MAX: Final = 16  # places in the log that one line names
+
+log = logs.logger("kvstore.starting")
 _decode_config: Final = msgspec.msgpack.Decoder(ReplicaConfig).decode
 
 
@@ -40,6 +44,26 @@ def begin_log(files: LogFiles, segment_bytes: int) -> Wal:
         return Wal.begin(files, segment_bytes=segment_bytes)
     except LogWriteFailed as error:
         raise _typed("the log cannot be begun", error) from error
+
+
+def recover_log(files: LogFiles, segment_bytes: int) -> tuple[Wal, dict[int, GroupLog]]:
+    """A member's: it was begun before node.toml was there. Damage is named, also where nobody needs what it took.
+
+    Raises: LogMismatch: it is gone; as Wal.recover.
+    """
+    wal, recovered = Wal.recover(files, segment_bytes=segment_bytes, begun=True)
+    found = wal.recovery
+    assert found is not None
+    if found.unreadable:
+        log.warning("the disk does not give parts of the log", places=found.unreadable[:TOLD_MAX])
+    if found.damage or found.bodies:
+        log.warning(
+            "the log is damaged: the disk gives other bytes than were written",
+            lost=len(found.damage),
+            bodies=len(found.bodies),
+            places=sorted([each[:2] for each in found.damage] + found.bodies)[:TOLD_MAX],
+        )
+    return wal, recovered
 
 
 def _typed(what: str, error: LogWriteFailed) -> KVError:

@@ -34,6 +34,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "ranges": [_range(node, replica) for replica in store.replicas.values()],
         "engine": {**engine.stats(), "flushes_total": node.flushes},
         "host": figures,
+        "log": _log(node),
         "raft": {
             "leaderships_begun_total": store.leaderships_begun,
             "elections_begun_total": host.measures.elections_begun,
@@ -66,6 +67,18 @@ def node_status(node: Node) -> dict[str, Any]:
         status["peer_links"] = node.peers.status()
         status["peers"] = {**node.peers.counters, **node.peers.gauges()}
     return status
+
+
+def _log(node: Node) -> dict[str, int]:
+    """What the last start found of the log: places that are damaged, and what a crash had torn."""
+    found = node.wal.recovery if node.wal is not None else None
+    if found is None:  # just begun
+        return {"damaged_places": 0, "unreadable_blocks": 0, "torn_bytes": 0}
+    return {
+        "damaged_places": len(found.damage) + len(found.bodies),
+        "unreadable_blocks": len(found.unreadable),
+        "torn_bytes": found.torn_bytes,
+    }
 
 
 def _transactions(node: Node) -> dict[str, int]:

@@ -57,6 +57,7 @@ class Recovery:
     batches: int = 0
     torn_bytes: int = 0  # what was not zero behind the cut
     damage: list[Damage] = field(default_factory=list)
+    bodies: list[tuple[int, int]] = field(default_factory=list)  # (segment, offset): damaged ones
     unreadable: list[tuple[int, int]] = field(default_factory=list)  # (segment, offset): blocks
     unsure: list[BatchHeader] = field(default_factory=list)  # kept batches that no sync is known of
 
@@ -87,6 +88,7 @@ def scan(files: LogFiles) -> tuple[Recovery, dict[int, GroupLog], dict[int, Grou
     recovery = Recovery(
         (cut >> 32, cut & _OFFSET_MASK), sizes, number, replay.batches, damage=replay.damage
     )
+    recovery.bodies = replay.bodies
     recovery.unreadable = sorted({(at, hole) for at, failed in failures for hole in failed.holes})
     recovery.unsure = [header for header in headers if synced <= header.start < cut]
     return recovery, logs, {group: log.state for group, log in replay.groups.items()}
@@ -318,6 +320,7 @@ class _Replay:
     def __init__(self) -> None:
         self.groups: dict[int, _Group] = {}
         self.damage: list[Damage] = []
+        self.bodies: list[tuple[int, int]] = []
         self.batches = 0
         self._place = (0, 0)
         self._segment = 0
@@ -335,7 +338,10 @@ class _Replay:
             if record is None:
                 at = table + i * RECORD_HEADER_BYTES
                 self.lost(at, at + RECORD_HEADER_BYTES)
-            elif record.type == _ENTRY:
+                continue
+            if record.body is None:
+                self.bodies.append((header.segment, record.offset))
+            if record.type == _ENTRY:
                 self._entry(record)
             elif record.type != RecordType.MARK:
                 self._record(record)

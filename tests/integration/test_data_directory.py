@@ -23,7 +23,9 @@ from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
 from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
 from kvstore.node import Node
+from replication.types import HardState
 from replication.wal import Wal
+from replication.wal_format import BATCH_HEADER_BYTES, RECORD_HEADER_BYTES
 from txn import keycode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,6 +342,46 @@ async def test_a_range_of_which_the_rotten_log_says_nothing_is_not_begun_anew(da
         assert "vote" in node.host.refused[3]
     finally:
         await node.stop(drain=False)
+
+
+@pytest.mark.parametrize("what", ["header", "body"])
+async def test_damage_that_costs_nothing_is_named(data, caplog, what):
+    """Of a record that later ones have replaced nothing is missing: but the disk that did it has other rows."""
+    files = DirectoryLogFiles(data / "wal", spare=False)
+    wal, recovered = Wal.recover(files)
+    batches = []
+    for step in range(3):
+        if step == 0:
+            wal.set_hard_state(3, HardState(900, 1, 1))
+        elif step == 1:
+            for group, found in recovered.items():
+                wal.set_hard_state(group, found.hard_state)
+        else:
+            wal.sync_mark()
+        batch = wal.take()
+        assert batch is not None
+        files.write(batch.segment, batch.offset, batch.data)
+        files.sync(batch.segment)
+        wal.synced(batch.number)
+        batches.append(batch)
+    files.close()
+    lost = batches[0]
+    at = lost.offset + (0 if what == "header" else BATCH_HEADER_BYTES + RECORD_HEADER_BYTES)
+    with (data / "wal" / f"{lost.segment:08d}.log").open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xff")
+
+    config = NodeConfig(raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05))
+    node = Node(str(data), ADDRESS, "", config, EmbeddedAdapters(config))
+    try:
+        await node.start()
+        assert node.host is not None
+        assert not node.host.refused
+        assert node.status()["log"]["damaged_places"] == 1
+    finally:
+        await node.stop(drain=False)
+    (told,) = [each for each in caplog.records if "the log is damaged" in each.getMessage()]
+    assert vars(told)["places"] == [(lost.segment, at)]
 
 
 @pytest.mark.parametrize(
