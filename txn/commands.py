@@ -202,7 +202,7 @@ SIZES: Final[Mapping[type[Command], Callable[[Any], int]]] = {
 
 
 class Batch(msgspec.Struct, array_like=True, frozen=True):
-    """The data of one COMMAND entry. `version`: the range's epoch at proposal, compared again at apply."""
+    """The data of one COMMAND entry. `version`: the range's epoch at proposal; it never changes yet, and nobody compares it."""
 
     closed_ts: int
     version: int

@@ -442,7 +442,7 @@ class Directory(msgspec.Struct, array_like=True, frozen=True, tag=8):
 class Failure(msgspec.Struct, array_like=True, frozen=True, tag=9):
     """Nothing is said about the outcome of a transaction by any of these.
 
-    code: `not_leader` (details: leader_node), `epoch_mismatch` (details: ranges, of RangeInfo), `throttled` (retry_after_s),
+    code: `not_leader` (details: leader_node), `epoch_mismatch`, `throttled` (details: retry_after, in seconds),
     `unavailable`, `snapshot_too_old`, `replica_behind` (details: safe_ts), or the code of any kvstore error.
     """
 
