@@ -6,6 +6,7 @@ replica ids. Limit: a log names nobody. That it is this node's is seen only wher
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Container, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -24,6 +25,7 @@ from replication.wal import GroupLog, Wal
 from txn import keycode
 from txn.state import RangeRow, decode_range_row
 
+NOT_ALLOWED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
 TOLD_MAX: Final = 16  # places in the log that one line names
 
 log = logs.logger("kvstore.starting")
@@ -39,7 +41,10 @@ class FoundRange(NamedTuple):
 
 
 def begin_log(files: LogFiles, segment_bytes: int) -> Wal:
-    """A new one; of a member without any, nobody could tell whether it had one. Raises: DiskFull, StorageError, OSError."""
+    """A new one; of a member without any, nobody could tell whether it had one.
+
+    Raises: DiskFull, StorageError, DataDirectoryError (this user may not write it), OSError.
+    """
     try:
         return Wal.begin(files, segment_bytes=segment_bytes)
     except LogWriteFailed as error:
@@ -49,9 +54,17 @@ def begin_log(files: LogFiles, segment_bytes: int) -> Wal:
 def recover_log(files: LogFiles, segment_bytes: int) -> tuple[Wal, dict[int, GroupLog]]:
     """A member's: it was begun before node.toml was there. Damage is named, also where nobody needs what it took.
 
-    Raises: LogMismatch: it is gone; as Wal.recover.
+    Raises: LogMismatch: it is gone. DiskFull, StorageError: a write failed. DataDirectoryError: this user may not read or
+    write it. As Wal.recover.
     """
-    wal, recovered = Wal.recover(files, segment_bytes=segment_bytes, begun=True)
+    try:
+        wal, recovered = Wal.recover(files, segment_bytes=segment_bytes, begun=True)
+    except LogWriteFailed as error:
+        raise _typed("the log cannot be recovered", error) from error
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
+        raise _not_allowed("the log cannot be recovered", error) from error
     found = wal.recovery
     assert found is not None
     if found.unreadable:
@@ -67,8 +80,17 @@ def recover_log(files: LogFiles, segment_bytes: int) -> tuple[Wal, dict[int, Gro
 
 
 def _typed(what: str, error: LogWriteFailed) -> KVError:
-    kind = DiskFull if isinstance(error, LogDiskFull) else StorageError
-    return kind(f"{what}: {error}")
+    if isinstance(error, LogDiskFull):
+        return DiskFull(f"{what}: {error}")
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_ALLOWED:
+        return _not_allowed(what, error)
+    return StorageError(f"{what}: {error}: look after the disk, then start again")
+
+
+def _not_allowed(what: str, error: Exception) -> DataDirectoryError:
+    return DataDirectoryError(
+        f"{what}: {error}: let this user read and write there, or name another --dir"
+    )
 
 
 def ranges_of(engine: Engine, found: Identity) -> list[FoundRange]:

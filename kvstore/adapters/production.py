@@ -63,6 +63,8 @@ class ProductionAdapters:
 
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
+        for path in (self._directory, self._directory / "rocks", self._directory / "wal"):
+            _check_link(path)
         try:
             make_directory(self._directory)
             self._lock = os.open(
@@ -172,6 +174,14 @@ def _tables_open_max() -> int:
     """Half of the files that connections leave (`connections_max`): the log, and whatever else there is, have the rest."""
     most = connections_max()
     return -1 if most == sys.maxsize else most // 6
+
+
+def _check_link(path: Path) -> None:
+    """Raises: DataDirectoryError: it links to nothing, for that disk is not mounted, say; making it would fail of the link."""
+    if path.is_symlink() and not path.exists():
+        raise DataDirectoryError(
+            f"{path} links to {path.readlink()}, which is not there: mount its disk, or name another --dir"
+        )
 
 
 def _holds_records(wal: Path) -> bool:

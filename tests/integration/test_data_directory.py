@@ -21,7 +21,14 @@ from kvstore.adapters.wal_files import DirectoryLogFiles
 from kvstore.bootstrap import mint_cluster_id, plan
 from kvstore.config import NodeConfig, RaftSection
 from kvstore.embedded import ADDRESS, EmbeddedAdapters
-from kvstore.errors import CorruptionError, DataDirectoryError, KVError, VersionMismatch
+from kvstore.errors import (
+    CorruptionError,
+    DataDirectoryError,
+    DiskFull,
+    KVError,
+    StorageError,
+    VersionMismatch,
+)
 from kvstore.node import Node
 from replication.types import HardState
 from replication.wal import Wal
@@ -259,6 +266,58 @@ async def test_without_its_log_a_node_does_not_start_though_nothing_of_it_was_fl
     (tmp_path / "kept").rename(path / "wal")
     async with kvstore.open(path) as db:
         assert await db.get(b"a") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.EACCES, DataDirectoryError, "let this user read and write there"),
+        (errno.EROFS, DataDirectoryError, "let this user read and write there"),
+        (errno.EIO, StorageError, "look after the disk"),
+        (errno.ENOSPC, DiskFull, "No space left"),
+    ],
+)
+async def test_a_log_that_cannot_be_written_is_a_typed_error(data, monkeypatch, number, kind, told):
+    real = os.open
+
+    def refusing(path, flags, *args, **options):
+        if str(path).endswith("00000001.log") and flags & os.O_RDWR:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    error = await refusal(data)
+    assert type(error) is kind
+    assert "the log cannot be recovered: write segment 1" in str(error)
+    assert told in str(error)
+
+
+async def test_a_log_that_cannot_be_read_is_a_typed_error(data, monkeypatch):
+    real = Path.read_bytes
+
+    def refusing(path):
+        if path.suffix == ".log":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "let this user read and write there" in str(error)
+
+
+@pytest.mark.parametrize("name", ["", "rocks", "wal"])
+async def test_a_dangling_link_says_so(tmp_path, name):
+    """The disk that it links to is not mounted."""
+    link = tmp_path / "data" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "other")
+    error = await refusal(tmp_path / "data")
+    assert isinstance(error, DataDirectoryError)
+    assert f"{link} links to {tmp_path / 'other'}, which is not there" in str(error)
+    (tmp_path / "other").mkdir()
+    async with kvstore.open(tmp_path / "data") as db:
+        await db.put(b"a", b"1")
 
 
 async def test_a_log_that_is_all_rotten_is_none(data):
