@@ -291,21 +291,7 @@ class Node:
             starting.check_log(ranges, recovered)
         assert self._log is not None
         self.wal = wal
-        store = self.store = Store(
-            node=found.node_id,
-            cluster=found.cluster_id,
-            engine=engine,
-            clock=adapters.clock,
-            limits=txn_limits(config.txn),
-            requests_max=config.limits.requests_in_flight,
-            inbox_bytes_max=config.limits.inbox_bytes,
-            oracle_window_ms=int(config.txn.oracle_window_s * 1000),
-            closed_lag_s=config.txn.closed_lag_s,
-            snapshot_hold_s=config.txn.snapshot_hold_s,
-            watches_max=config.limits.watches,
-            watch_recent_rows=config.limits.watch_recent_rows,
-        )
-        store.addresses = {node.node_id: node.address for node in found.nodes}
+        store = self.store = self._new_store(found, engine)
         peers = self.peers = PeerSet(
             network=adapters.network,
             hello=self._hello,
@@ -351,6 +337,25 @@ class Node:
         self._remote.start()
         self.state = "ready"
         log.info("ready", node=self.node_id, cluster=self.cluster_id, ranges=len(store.replicas))
+
+    def _new_store(self, found: identities.Identity, engine: Engine) -> Store:
+        config = self.config
+        store = Store(
+            node=found.node_id,
+            cluster=found.cluster_id,
+            engine=engine,
+            clock=self.adapters.clock,
+            limits=txn_limits(config.txn),
+            requests_max=config.limits.requests_in_flight,
+            inbox_bytes_max=config.limits.inbox_bytes,
+            oracle_window_ms=int(config.txn.oracle_window_s * 1000),
+            closed_lag_s=config.txn.closed_lag_s,
+            snapshot_hold_s=config.txn.snapshot_hold_s,
+            watches_max=config.limits.watches,
+            watch_recent_rows=config.limits.watch_recent_rows,
+        )
+        store.addresses = {node.node_id: node.address for node in found.nodes}
+        return store
 
     def _add_replicas(
         self,

@@ -45,7 +45,7 @@ from replication.wal_format import (
     seed_of,
 )
 from replication.wal_groups import Damage, Fault, GroupLog, GroupState
-from replication.wal_scan import Recovery, cut_tail, make_durable, scan
+from replication.wal_scan import Recovery, cut_tail, ends_blank, make_durable, scan
 
 __all__ = ["Damage", "Fault", "GroupLog", "Recovery", "Wal", "WalBatch"]
 
@@ -130,9 +130,11 @@ class Wal:
             reached("log_written_again")
         if recovery.damage or any(log.faulty for log in logs.values()):
             reached("rot_found")
-            wal._go_on_behind(files, recovery)
-            return wal, logs
-        cut_tail(files, recovery)
+            if not ends_blank(files, recovery):
+                wal._go_on_behind(files, recovery)
+                return wal, logs
+        else:
+            cut_tail(files, recovery)
         if recovery.torn_bytes:
             reached("torn_tail_cut")
         wal._sizes = recovery.sizes
@@ -339,7 +341,7 @@ class Wal:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _go_on_behind(self, files: LogFiles, recovery: Recovery) -> None:
-        """There is damage: begin a new segment and make it durable before anything is destroyed.
+        """There is damage, and a tail to cut: begin a new segment and make it durable before anything is destroyed.
 
         Its head knows who is suspect, and how far the log was durable: what is cut now may be the only other proof.
         """

@@ -128,6 +128,13 @@ def make_durable(files: LogFiles, recovery: Recovery) -> None:
         files.sync(segment)
 
 
+def ends_blank(files: LogFiles, recovery: Recovery) -> bool:
+    """Whether nothing is behind the cut: the log can go on there, and nothing is destroyed that proves S."""
+    segment, offset = recovery.cut
+    last = segment == max(recovery.sizes, default=0)
+    return bool(offset) and last and _used(_read(files, segment, [])) <= offset
+
+
 def cut_tail(files: LogFiles, recovery: Recovery) -> None:
     """Destroy what is behind the cut, newest first, so that a second recovery finds no more and no less."""
     cut_segment, cut_offset = recovery.cut

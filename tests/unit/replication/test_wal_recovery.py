@@ -12,9 +12,8 @@ import pytest
 
 from kvstore.sim.disk import SECTOR_BYTES, SimDisk
 from replication.errors import LogWriteFailed
-from replication.turns import begin_of
 from replication.types import HardState
-from replication.wal import Damage, Wal, WalBatch
+from replication.wal import Damage, Wal
 from replication.wal_format import (
     BATCH_HEADER_BYTES,
     BLOCK_BYTES,
@@ -23,25 +22,15 @@ from replication.wal_format import (
     encode_batch_header,
     position,
 )
-from tests.unit.replication.wal_driver import Node, check_told, difference, entry
-
-BODY = BATCH_HEADER_BYTES + RECORD_HEADER_BYTES  # where the body of a batch's only record begins
-
-
-def node_of(*indices: int) -> tuple[Node, list[WalBatch]]:
-    """One group, one entry a batch, all of it durable and known to be."""
-    node = Node()
-    batches = []
-    for index in indices:
-        node.append(1, entry(index))
-        batches.append(node.commit())
-    node.mark()
-    node.mark()
-    return node, batches
-
-
-def place(batch: WalBatch) -> tuple[int, int]:
-    return batch.segment, batch.offset
+from tests.unit.replication.wal_driver import (
+    BODY,
+    Node,
+    check_told,
+    difference,
+    entry,
+    node_of,
+    place,
+)
 
 
 @pytest.mark.parametrize("survivors", range(256))
@@ -339,6 +328,7 @@ def test_suspicion_of_a_group_that_no_record_names_outlives_the_damaged_segment(
     wal, logs = Wal.recover(disk, segment_bytes=node.segment_bytes)
     assert 2 not in logs
     assert wal.doubt(2).suspect
+    wal.rotate()
     wal.carry(1, logs[1].entries)
     for _ in range(2):
         batch = wal.take()
@@ -404,72 +394,6 @@ def test_a_new_replicas_log_is_not_taken_for_the_tail_of_the_old_ones():
     log = Wal.recover(node.disk)[1][1]
     assert (log.start, log.tombstone, log.suspect) == ((0, 0), 5, False)
     assert [fault.index for fault in log.faulty] == list(range(1, 121))
-
-
-def test_a_lost_reset_costs_no_entry_for_each_index():
-    """A snapshot was installed far ahead, and the batch that says so rots: all between is missing, in one stretch."""
-    far = 10**9
-    node = Node()
-    node.append(1, *(entry(i) for i in range(1, 11)))
-    node.hard(1, 1, commit=10)
-    node.commit()
-    node.reset(1, far, 5)
-    lost = node.commit()
-    node.hard(1, 5, commit=far)
-    node.append(1, entry(far + 1, 5))
-    node.commit()
-    node.mark()
-    node.mark()
-    node.disk.flip(lost.segment, lost.offset + 20)
-    log = Wal.recover(node.disk)[1][1]
-    (fault,) = log.faulty
-    assert (fault.index, fault.last_index, fault.term) == (11, far, 0)
-    assert (fault.segment, fault.offset) == place(lost)
-    assert (log.start, log.entries, log.suspect) == ((far, 5), [entry(far + 1, 5)], False)
-    assert str(begin_of(log, 1, (10, 1))).startswith(f"{far - 10} damaged entries; the first is 11")
-    assert str(begin_of(log, 1, (far, 4))).startswith(f"{far - 10} damaged entries")
-    for applied in ((far, 5), (far + 1, 5)):  # the engine has them
-        start = begin_of(log, 1, applied)
-        assert not isinstance(start, str)
-        assert start.log_start == applied
-        assert [each.index for each in start.entries] == list(range(applied[0] + 1, far + 2))
-
-
-def test_a_lost_head_costs_no_entry_for_each_index():
-    far = 10**9
-    node = Node()
-    for group in (1, 2):
-        node.reset(group, far, 5)
-        node.hard(group, 5, commit=far)
-    node.commit()
-    node.wal.rotate()
-    node.mark()
-    assert node.disk.segments() == [2]
-    for group in (1, 2):
-        node.hard(group, 5, commit=far)
-        node.append(group, entry(far + 1, 5))
-    node.commit()
-    node.mark()
-    node.disk.flip(2, 8)
-    _, logs = Wal.recover(node.disk, segment_bytes=node.segment_bytes)
-    for log in logs.values():
-        assert [(fault.index, fault.last_index) for fault in log.faulty] == [(1, far)]
-        assert log.entries == [entry(far + 1, 5)]
-
-
-def test_what_is_damaged_before_a_long_stretch_is_told_beside_it():
-    node, batches = node_of(1, 2, 3)
-    node.append(1, *(entry(i) for i in range(4, 504)))
-    lost = node.commit()
-    node.append(1, entry(504))
-    node.commit()
-    node.mark()
-    node.mark()
-    node.disk.flip(batches[1].segment, batches[1].offset + BODY)
-    node.disk.flip(lost.segment, lost.offset + 20)
-    log = Wal.recover(node.disk)[1][1]
-    assert [(fault.index, fault.last_index) for fault in log.faulty] == [(2, 2), (4, 503)]
-    assert (log.start, log.entries) == ((503, 1), [entry(504)])
 
 
 def test_a_missing_segment_is_told():

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from kvstore.sim.disk import SimDisk
 from replication.types import Entry, HardState
 from replication.wal import GroupLog, Wal, WalBatch
+from replication.wal_format import BATCH_HEADER_BYTES, RECORD_HEADER_BYTES
 
 SEGMENT_BYTES = 64 << 10
+BODY = BATCH_HEADER_BYTES + RECORD_HEADER_BYTES  # where the body of a batch's only record begins
 
 
 def entry(index: int, term: int = 1, data: bytes = b"", kind: int = 0) -> Entry:
@@ -173,3 +175,19 @@ def check_told(model: dict[int, ModelGroup], logs: Sequence[tuple[int, GroupLog]
             elif index > known.start:
                 assert fault.term in {0, known.terms[index]}
                 assert fault.segment > 0
+
+
+def node_of(*indices: int) -> tuple[Node, list[WalBatch]]:
+    """One group, one entry a batch, all of it durable and known to be."""
+    node = Node()
+    batches = []
+    for index in indices:
+        node.append(1, entry(index))
+        batches.append(node.commit())
+    node.mark()
+    node.mark()
+    return node, batches
+
+
+def place(batch: WalBatch) -> tuple[int, int]:
+    return batch.segment, batch.offset
