@@ -49,7 +49,10 @@ class EmbeddedAdapters(ProductionAdapters):
 
 
 async def open_database(path: str | os.PathLike[str], *, timeout_s: float) -> Database:
-    """Open or create the data at `path`. Raises: DataDirectoryError, CorruptionError, VersionMismatch."""
+    """Open or create the data at `path`.
+
+    Raises: DataDirectoryError, CorruptionError, VersionMismatch, DiskFull, StorageError; OSError: the disk does not give it.
+    """
     config = msgspec.structs.replace(
         NodeConfig(), raft=RaftSection(election_timeout_s=0.2, heartbeat_s=0.05)
     )

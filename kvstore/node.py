@@ -145,7 +145,11 @@ class Node:
     # -- life
 
     async def start(self) -> None:
-        """Listen, and serve what the directory holds. Raises: DataDirectoryError, ConfigError, CorruptionError, OSError."""
+        """Listen, and serve what the directory holds.
+
+        Raises: DataDirectoryError, ConfigError, VersionMismatch, CorruptionError, DiskFull, StorageError, OSError; of the log,
+        LogMismatch and LogFormatError.
+        """
         self._files = self.adapters.open_directory(self._directory)
         self.roster = Roster(self._files)
         stored = self._files.read_file(identities.FILE_NAME)
