@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections.abc import Container
 from typing import Final
 
 from kvstore.peers import PeerSet
@@ -128,7 +129,7 @@ class Leadership:
                     self._hand_on(replica, up, asked[replica.range_id][raft.term])
             await asyncio.sleep(0.05)
 
-    def _hand_on(self, replica: Replica, up: set[int], asked: dict[int, int]) -> None:
+    def _hand_on(self, replica: Replica, up: Container[object], asked: dict[int, int]) -> None:
         """Hand a range to one that may lead, on a node that is up: to who was asked the least often so far."""
         able = [
             replica_id

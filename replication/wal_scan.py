@@ -288,7 +288,8 @@ class _Group:
             suspect=self.suspect,
         )
         before = state.start_index
-        for index, slot in self.slots.items():  # ascending
+        for index in sorted(self.slots):
+            slot = self.slots[index]
             if index != before + 1:
                 self._miss(log, before + 1, index - 1)
             if isinstance(slot, Fault):

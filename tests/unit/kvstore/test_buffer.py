@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -251,7 +252,7 @@ def clears_between_puts(count: int) -> None:
 
 @pytest.mark.parametrize("work", [alternating, merged_after_many, clears_between_puts])
 def test_many_operations_cost_linear_time(work: Callable[[int], None]):
-    few, many = (steps(lambda size=size: work(size)) for size in (100, 800))
+    few, many = (steps(partial(work, size)) for size in (100, 800))
     assert many < 8 * few * 1.5
 
 
@@ -286,7 +287,9 @@ def test_a_scan_over_many_deleted_spans_looks_for_each_row_once():
         async def next(self) -> Page:
             return Page(rows, b"a", b"z", last=True)
 
-    rows = [(CountedKey(b"k%04d" % number), b"") for number in range(1_000)]
+    rows: list[tuple[bytes, bytes]] = [
+        (CountedKey(b"k%04d" % number), b"") for number in range(1_000)
+    ]
     buffer = WriteBuffer()
     for at in range(0, 1_000, 2):
         buffer.clear(b"k%04d" % at, b"k%04d\x00" % at)

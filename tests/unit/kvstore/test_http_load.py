@@ -187,7 +187,7 @@ async def test_events_for_which_there_is_no_room_can_be_asked_for_again(database
 @pytest.mark.parametrize(("operation", "most"), [(WRITE, 100), (*reading(b"a"), 1)])
 async def test_a_long_transaction_lets_others_go_on(database, monkeypatch, operation, most):
     """Though nothing in it waits: writes are kept, and so is what was read. A read may have to look at all that was written."""
-    turns, done = 0, Counter()
+    turns, done = 0, Counter[int]()
     work = getattr(FakeTransaction, operation["op"])
 
     async def others():

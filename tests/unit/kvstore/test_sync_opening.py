@@ -185,12 +185,12 @@ def test_a_close_just_behind_a_connect_closes_what_it_made(
 
 def test_a_connect_that_calls_its_own_client_is_refused_and_does_not_wait_for_itself():
     async def make() -> Database:
-        client.start()
+        own.start()
         raise AssertionError
 
-    client = Client.over(make)
+    own = Client.over(make)
     with pytest.raises(InvalidArgument, match="own thread"):
-        client.start()
+        own.start()
 
 
 # --- a fork ---------------------------------------------------------------------------------------
