@@ -114,14 +114,17 @@ def prefix_end(prefix: bytes) -> bytes | None:
 def validate_timeout(timeout: float, *, zero: bool = False) -> float:
     """The seconds as a plain float; infinity is a timeout. `zero`: 0 is one, too.
 
-    Raises: InvalidArgument (0, below it, not a number, more than a float holds).
+    Raises: InvalidArgument (0, below it, NaN, no number, more than a float holds).
     """
-    if not (timeout > 0 or (zero and timeout == 0)):
-        raise InvalidArgument(f"timeout must {'not be below' if zero else 'be above'} 0")
     try:
-        return float(timeout)
+        seconds = float(timeout)
     except OverflowError as error:
         raise InvalidArgument("timeout is more seconds than a float holds") from error
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("timeout must be a number of seconds") from error
+    if isinstance(timeout, str) or not (seconds > 0 or (zero and seconds == 0)):
+        raise InvalidArgument(f"timeout must {'not be below' if zero else 'be above'} 0 seconds")
+    return seconds
 
 
 def validate_transaction_size(size_bytes: int, rows: int, participants: int = 1) -> None:

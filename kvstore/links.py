@@ -39,6 +39,10 @@ from txn.messages import (
 )
 
 REQUEST_OVERHEAD_BYTES: Final = 96
+BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
+HELD_BACK_MAX: Final = (
+    4  # doublings of the pause of a call for which there is no room: 0.08 s at most
+)
 OUTGOING_BYTES_MAX: Final = (
     32 << 20
 )  # of messages that a channel had no room for; then calls wait elsewhere
@@ -98,6 +102,7 @@ class Call(msgspec.Struct, eq=False):
     size_bytes: int = 0
     tries: int = 0  # that came to nothing
     silences: int = 0  # those of them that got no answer at all
+    held_back: int = 0  # how often there was no room to wait for its node
     silent: tuple[
         ClientLink, ...
     ] = ()  # where: the answer may come yet, if it is asked there again
@@ -144,6 +149,14 @@ class Call(msgspec.Struct, eq=False):
         """A node could not be reached. That others know of no leader is worth more than that."""
         if not isinstance(self.failure, NoQuorum):
             self.failure = error
+
+    def hold_back(self) -> int:
+        """Too much waits for its node already. There may be thousands, which must not ask all the time: returns how often its
+        pause is to be doubled.
+        """
+        self.failure = Throttled(BLOCKED_RETRY_S, "too much waits to be sent to the node")
+        self.held_back = min(HELD_BACK_MAX, self.held_back + 1)
+        return self.held_back
 
     def goes(self, link: ClientLink, now: float) -> None:
         """The next try. It is a new question, but for a Prepare, whose answer is the first one's if that was taken."""

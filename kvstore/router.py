@@ -31,6 +31,7 @@ from kvstore.errors import (
     from_wire,
 )
 from kvstore.links import (
+    BLOCKED_RETRY_S,
     OUTGOING_BYTES_MAX,
     REQUEST_OVERHEAD_BYTES,
     Answer,
@@ -73,7 +74,6 @@ BACKOFF: Final = Backoff(first_s=0.005, max_s=0.25)
 REFRESH_INTERVAL_S: Final = 0.05  # between two questions for the directory
 THROTTLED_S_MAX: Final = 1.0  # a longer wait is not taken from a server
 HOLE_RETRY_S: Final = 0.02  # between two looks at a hole in the ranges
-BLOCKED_RETRY_S: Final = 0.005  # a full queue is tried again after this
 TIMER_S_MAX: Final = 1.0  # our clock goes on in a suspend, the loop's does not: it looks so often
 
 _AGAIN: Final = frozenset(
@@ -384,8 +384,7 @@ class Router:
 
     def _hold_back(self, call: Call, now: float) -> None:
         """Its node has enough to take already (K3)."""
-        call.failure = Throttled(BLOCKED_RETRY_S, "too much waits to be sent to the node")
-        self._park(call, now + self._backoff(call.tries))
+        self._park(call, now + self._backoff(call.hold_back()))
 
     # --- connections ------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from kvstore.adapters.http_wire import (
     error_body,
     is_own_host,
     json_bytes,
+    plain,
     rows_bytes,
     status_of,
     unquote,
@@ -475,6 +476,8 @@ async def _run(
 
     results = await database.run(attempt, timeout=timeout_s, idempotency_key=wanted.idempotency_key)
     version = last[0].commit_version if last else None
+    if version is None and wanted.idempotency_key:
+        results = plain(results)  # kept by an earlier run, and perhaps another program's
     return {"version": str(version) if version else None, "results": results}
 
 

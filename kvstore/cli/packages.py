@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def check_packages() -> None:
         found = find_spec(name)
         file = None if found is None else found.origin
         ours = file is not None and Path(file).resolve().parent.parent == home
-        if not ours or not (home / name / "types.py").exists():
+        places = None if found is None else found.submodule_search_locations
+        if not ours or PathFinder.find_spec(f"{name}.types", places) is None:
             raise ImportError(
                 f"the package `{name}` at {file} is not Kvorum's: install kvorum in an environment of its own"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,26 @@ ROOT = Path(__file__).parents[3]
 
 def test_our_packages_are_recognized():
     check_packages()
+
+
+def test_our_packages_are_recognized_in_an_archive(tmp_path):
+    archive = tmp_path / "all.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("kvstore", "replication", "txn"):
+            for path in sorted((ROOT / name).rglob("*.py")):
+                file.write(path, path.relative_to(ROOT))
+    program = (
+        "from kvstore.cli import packages; packages.check_packages(); print(packages.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(archive)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith(str(archive)), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from txn.types import ExpectKind, FenceReason, PartStatus, TxnStatus, begin_ts_o
 
 BIG = bytes(limits.VALUE_BYTES_MAX + 1)
 TOO_LONG = 10**400  # seconds that no float holds
+TEXT: Any = "5"
 
 
 def now() -> float:
@@ -222,6 +223,8 @@ def test_what_exceeds_a_limit_is_refused_before_anything_is_sent():
             (InvalidArgument, lambda: db.get(b"k", timeout=-1.0)),
             (InvalidArgument, lambda: db.put(b"k", b"v", timeout=TOO_LONG)),
             (InvalidArgument, lambda: db.get(b"k", timeout=TOO_LONG)),
+            (InvalidArgument, lambda: db.get(b"k", timeout=TEXT)),
+            (InvalidArgument, lambda: db.get(b"k", timeout=float("nan"))),
             (InvalidArgument, lambda: db.transaction().get_for_update(b"k", timeout=TOO_LONG)),
             (InvalidArgument, lambda: db.transaction().get_for_update(b"k", timeout=-1)),
             (InvalidArgument, lambda: db.put(b"k", b"v", if_version=-1)),

@@ -184,6 +184,19 @@ async def test_events_for_which_there_is_no_room_can_be_asked_for_again(database
         assert await refusal(await http.get("/v1/watch?key=a")) == (429, "throttled")
 
 
+async def test_a_result_that_another_program_kept_is_json_as_any_other(database, monkeypatch):
+    """Rows of idempotency keys are shared: `run` of a Python program keeps what it likes."""
+
+    async def run(_work, **_):
+        return {"n": 1 << 60, "b": {True: 1}}
+
+    monkeypatch.setattr(database, "run", run)
+    async with serving(database) as http:
+        body = {"operations": [{"op": "get", "key": "YQ=="}], "idempotency_key": "k"}
+        answer = await (await http.post("/v1/txn", json=body)).json()
+    assert answer == {"version": None, "results": {"n": str(1 << 60), "b": {"True": 1}}}
+
+
 @pytest.mark.parametrize(("operation", "most"), [(WRITE, 100), (*reading(b"a"), 1)])
 async def test_a_long_transaction_lets_others_go_on(database, monkeypatch, operation, most):
     """Though nothing in it waits: writes are kept, and so is what was read. A read may have to look at all that was written."""

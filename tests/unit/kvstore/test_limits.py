@@ -20,6 +20,7 @@ from kvstore.errors import InvalidArgument, KeyTooLarge, TransactionTooLarge, Va
 from kvstore.links import ClientLink
 from kvstore.router import CALLS_MAX
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
+from txn import values
 from txn.messages import Prepare, Read, Request
 
 
@@ -185,6 +186,26 @@ def figure(name: str, limit: float) -> str:
 def test_each_limit_that_users_can_meet_is_told_by_its_figure(name: str):
     section = LIMITS_PAGE.partition("\n## Limits\n")[2]
     assert re.search(rf"\b{figure(name, TOLD[name])}\b", section)
+
+
+@pytest.mark.parametrize(
+    ("row", "limits_of_ranges"),
+    [
+        ("rows that its `delete_range`s meet", [values.RANGE_LOOKED_MAX]),
+        (
+            "rows that its `delete_range`s delete",
+            [values.RANGE_ROWS_MAX, values.RANGE_BYTES_MAX >> 20],
+        ),
+        ("values that it appends to", [values.RANGE_BYTES_MAX >> 20]),
+        ("old values", [values.MOVED_BYTES_MAX >> 20]),
+    ],
+)
+def test_each_limit_that_only_ranges_know_has_a_row_of_its_own(
+    row: str, limits_of_ranges: list[int]
+):
+    section = LIMITS_PAGE.partition("\n## Limits\n")[2]
+    (line,) = [each for each in section.splitlines() if each.startswith("|") and row in each]
+    assert all(f"{limit:,}" in line for limit in limits_of_ranges)
 
 
 # --- messages ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.client import Database
 from kvstore.errors import Throttled
-from kvstore.links import OUTGOING_BYTES_MAX, Channel
+from kvstore.links import OUTGOING_BYTES_MAX, Call, Channel
 from kvstore.streams import Stream
 from tests.unit.kvstore.fake_cluster import FakeCluster, simulate
 from txn.messages import Read
@@ -69,5 +69,35 @@ def test_a_connection_that_comes_back_gets_no_more_than_it_may_wait_for():
             assert router.calls == 80
             full = False
             assert len(set(await asyncio.gather(*puts))) == 80
+
+    simulate(test)
+
+
+def test_calls_that_are_held_back_leave_the_loop_to_others():
+    """There are as many as their callers like, and all that they wait for is room."""
+
+    async def test(cluster: FakeCluster, db: Database) -> None:
+        await _ready(db)
+        router = db.router
+        placed, place = 0, router._place
+
+        def counted(call: Call, now: float) -> None:
+            nonlocal placed
+            placed += 1
+            place(call, now)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Stream, "send", lambda *_: False)
+            puts = [
+                asyncio.ensure_future(db.put(b"k%d" % number, bytes(1 << 20), timeout=3.0))
+                for number in range(100)
+            ]
+            await asyncio.sleep(1.0)
+            held = [call for _, _, call in router._parked._heap if call.held_back]
+            assert 50 < len(held) <= 100
+            patch.setattr(router, "_place", counted)
+            await asyncio.sleep(1.0)
+            assert placed <= 25 * len(held)
+        assert len(set(await asyncio.gather(*puts))) == 100
 
     simulate(test)
