@@ -128,7 +128,7 @@ class Wal:
         make_durable(files, recovery)
         if recovery.unsure:
             reached("log_written_again")
-        if recovery.damage or any(log.faulty for log in logs.values()):
+        if recovery.damage or recovery.bodies or any(log.faulty for log in logs.values()):
             reached("rot_found")
             if not ends_blank(files, recovery):
                 wal._go_on_behind(files, recovery)

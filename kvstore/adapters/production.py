@@ -21,11 +21,12 @@ from kvstore.adapters.wal_files import DirectoryFiles, DirectoryLogFiles, make_d
 from kvstore.adapters.ws_transport import WsNetwork, connections_max
 from kvstore.bootstrap import parse_address
 from kvstore.config import NodeConfig
-from kvstore.errors import DataDirectoryError, KVError
+from kvstore.errors import CorruptionError, DataDirectoryError
 from kvstore.identity import FILE_NAME, left_by_init
 from kvstore.metrics import NodeMetrics
 from kvstore.ports import FramePipe, Network
 from kvstore.roster import FILE_NAME as ROSTER_NAME
+from kvstore.starting import NOT_ALLOWED
 from kvstore.status import VERSION
 from replication.errors import LogFormatError
 from replication.wal_scan import scan
@@ -63,9 +64,9 @@ class ProductionAdapters:
 
     def open_directory(self, directory: str) -> DirectoryFiles:
         self._directory = Path(directory)
-        for path in (self._directory, self._directory / "rocks", self._directory / "wal"):
-            _check_link(path)
         try:
+            for path in (self._directory, self._directory / "rocks", self._directory / "wal"):
+                _check_link(path)
             make_directory(self._directory)
             self._lock = os.open(
                 self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -83,12 +84,15 @@ class ProductionAdapters:
                 f"{directory} is in use by another process: stop it, or name another --dir"
             ) from None
         self._locked_by = os.getpid()
-        if not (self._directory / FILE_NAME).exists() and (what := self._of_a_member()):
-            # it comes after node.toml is durable: `kvctl init` would wipe what this member held
+        try:
+            if not (self._directory / FILE_NAME).exists() and (what := self._of_a_member()):
+                # it comes after node.toml is durable: `kvctl init` would wipe what this member held
+                raise DataDirectoryError(
+                    f"{directory} holds {what} but no {FILE_NAME}: put back what is missing, or name another --dir"
+                )
+        except BaseException:
             self._unlock()
-            raise DataDirectoryError(
-                f"{directory} holds {what} but no {FILE_NAME}: put back what is missing, or name another --dir"
-            )
+            raise
         return DirectoryFiles(self._directory)
 
     def _of_a_member(self) -> str:
@@ -102,7 +106,10 @@ class ProductionAdapters:
         return ""
 
     def _holds_rows(self) -> bool:
-        """Whether `rocks` has more than an unfinished initialisation leaves, or may have had."""
+        """Whether `rocks` has more than an unfinished initialisation leaves, or may have had.
+
+        Raises: KVError, if it cannot be opened for a reason that says nothing of that.
+        """
         rocks = self._directory / "rocks"
         if not any(rocks.glob("*.sst")):  # all rows are in these: RocksDB's own log is off
             return False
@@ -111,7 +118,7 @@ class ProductionAdapters:
         try:
             with closing(RocksEngine(rocks, self._rocks_config())) as engine:
                 return not left_by_init(engine.scan(b"", None))
-        except KVError:
+        except CorruptionError:
             return True
 
     def open_engine(self, *, empty: bool = False) -> RocksEngine:
@@ -136,7 +143,14 @@ class ProductionAdapters:
         )
 
     def open_log(self) -> DirectoryLogFiles:
-        return DirectoryLogFiles(self._directory / "wal")
+        try:
+            return DirectoryLogFiles(self._directory / "wal")
+        except OSError as error:
+            if error.errno not in NOT_ALLOWED:
+                raise
+            raise DataDirectoryError(
+                f"the log cannot be opened: {error}: let this user read and write there, or name another --dir"
+            ) from error
 
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         metrics = NodeMetrics(node.status, VERSION, node.measures)

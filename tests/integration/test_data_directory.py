@@ -4,6 +4,7 @@ with a typed error and left as it is; a range whose vote may be forgotten is not
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import resource
@@ -317,6 +318,42 @@ async def test_a_dangling_link_says_so(tmp_path, name):
     assert f"{link} links to {tmp_path / 'other'}, which is not there" in str(error)
     (tmp_path / "other").mkdir()
     async with kvstore.open(tmp_path / "data") as db:
+        await db.put(b"a", b"1")
+
+
+@pytest.mark.parametrize(("call", "name"), [("is_symlink", "rocks"), ("unlink", "spare")])
+async def test_a_directory_that_this_user_may_not_enter_says_so(data, monkeypatch, call, name):
+    done = getattr(Path, call)
+
+    def refused(path: Path, **options: bool) -> object:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return done(path, **options)
+
+    monkeypatch.setattr(Path, call, refused)
+    error = await refusal(data)
+    assert isinstance(error, DataDirectoryError)
+    assert "Permission denied" in str(error)
+    monkeypatch.undo()
+    async with kvstore.open(data) as db:
+        assert await db.get(b"k0") == b"v"
+
+
+async def test_why_the_rows_of_an_unfinished_initialisation_cannot_be_looked_at_is_told(
+    tmp_path, monkeypatch
+):
+    """That says nothing of whose rows they are, and nothing has to be put back."""
+    with contextlib.closing(RocksEngine(tmp_path / "rocks", RocksConfig())) as engine:
+        engine.write(identity.first_rows(PLANS[0]))
+        engine.flush()
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> RocksEngine:
+            raise DiskFull("no space left")
+
+        patch.setattr("kvstore.adapters.production.RocksEngine", full)
+        assert isinstance(await refusal(tmp_path), DiskFull)
+    async with kvstore.open(tmp_path) as db:
         await db.put(b"a", b"1")
 
 
