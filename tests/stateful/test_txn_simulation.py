@@ -71,7 +71,7 @@ def test_a_seed_runs_the_same_way_twice():
     "plant",
     [
         pytest.param(
-            name, marks=[pytest.mark.slow, pytest.mark.timeout(300)] if seeds_max > 10 else []
+            name, marks=[pytest.mark.slow, pytest.mark.timeout(300)] if seeds_max > 20 else []
         )
         for name, (_, seeds_max) in PLANTS.items()
     ],

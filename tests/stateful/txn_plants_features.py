@@ -355,7 +355,7 @@ FEATURES: Final[dict[str, tuple[Callable[[], Patches], int]]] = {
     "search_of_latest_alone": (_search_of_latest_alone, 60),
     "full_backlog_speaks_of_all": (_full_backlog_speaks_of_all, 300),
     "watch_from_what_was_collected": (_watch_from_what_was_collected, 80),
-    "locks_trusted": (_locks_trusted, 10),
+    "locks_trusted": (_locks_trusted, 20),
     "lock_passes_intents": (_lock_passes_intents, 10),
     "lock_passes_stamps": (_lock_passes_stamps, 80),
     "lock_passes_latches": (_lock_passes_latches, 60),
