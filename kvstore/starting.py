@@ -64,7 +64,7 @@ def recover_log(files: LogFiles, segment_bytes: int) -> tuple[Wal, dict[int, Gro
     except OSError as error:
         if error.errno not in NOT_ALLOWED:
             raise
-        raise _not_allowed("the log cannot be recovered", error) from error
+        raise not_allowed("the log cannot be recovered", error) from error
     found = wal.recovery
     assert found is not None
     if found.unreadable:
@@ -83,11 +83,12 @@ def _typed(what: str, error: LogWriteFailed) -> KVError:
     if isinstance(error, LogDiskFull):
         return DiskFull(f"{what}: {error}")
     if isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_ALLOWED:
-        return _not_allowed(what, error)
+        return not_allowed(what, error)
     return StorageError(f"{what}: {error}: look after the disk, then start again")
 
 
-def _not_allowed(what: str, error: Exception) -> DataDirectoryError:
+def not_allowed(what: str, error: Exception) -> DataDirectoryError:
+    """The error that says what to do about one whose errno is in NOT_ALLOWED."""
     return DataDirectoryError(
         f"{what}: {error}: let this user read and write there, or name another --dir"
     )

@@ -26,7 +26,7 @@ from kvstore.identity import FILE_NAME, left_by_init
 from kvstore.metrics import NodeMetrics
 from kvstore.ports import FramePipe, Network
 from kvstore.roster import FILE_NAME as ROSTER_NAME
-from kvstore.starting import NOT_ALLOWED
+from kvstore.starting import NOT_ALLOWED, not_allowed
 from kvstore.status import VERSION
 from replication.errors import LogFormatError
 from replication.wal_scan import scan
@@ -148,9 +148,7 @@ class ProductionAdapters:
         except OSError as error:
             if error.errno not in NOT_ALLOWED:
                 raise
-            raise DataDirectoryError(
-                f"the log cannot be opened: {error}: let this user read and write there, or name another --dir"
-            ) from error
+            raise not_allowed("the log cannot be opened", error) from error
 
     async def serve(self, address: str, on_pipe: OnPipe, node: Node) -> str:
         metrics = NodeMetrics(node.status, VERSION, node.measures)
