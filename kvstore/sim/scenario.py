@@ -81,6 +81,7 @@ class Result:
     failed: int = 0
     finished: bool = False  # the workloads have read what is left, and can be checked
     entries: int = 0
+    states: int = 0  # of the database, that were held against what the workloads promise (I24)
     faults: dict[str, int] = field(default_factory=dict)
     frozen: str = (
         ""  # in what a minority stayed while the others had to go on; empty: there was none
@@ -195,6 +196,7 @@ class _Scenario:
             finally:
                 watch.cancel()
                 self._observers.look()
+                self._observers.compare_states(result.workloads)
                 cluster.tell_unseen()
                 result.problems += cluster.problems
                 counts = self._clients.counts
@@ -203,7 +205,7 @@ class _Scenario:
                 result.faults = self._nemesis.counts
                 result.happened = self._nemesis.happened
                 result.seconds = self._loop.time() - began
-                result.entries = self._observers.entries
+                result.entries, result.states = self._observers.entries, self._observers.states
                 self._trace.note("end", cluster.network.fingerprint)
                 result.digest = self._trace.digest()
 

@@ -22,9 +22,11 @@ from kvstore.sim.observers.contents import Contents, EntryRows
 from kvstore.sim.observers.locks import Locks
 from kvstore.sim.observers.oracle import Timestamps, Views
 from kvstore.sim.observers.report import Report
+from kvstore.sim.observers.states import compare_states
 from kvstore.sim.observers.transactions import Kept, Place, Transactions
 from kvstore.sim.process import outside
 from kvstore.store import META_RANGE_ID
+from kvstore.testing.workloads import Workload
 from replication.types import Entry
 from txn.commands import Batch
 from txn.messages import Prepare, Read, Scan, Validate
@@ -52,6 +54,7 @@ class Observers:
         self.transactions = Transactions(self.report, self.oracle)
         self.answers = Answers(self.report, self.transactions, lambda: self.oracle.handed_out)
         self.locks = Locks(self.report)
+        self.states = 0  # that were judged as a whole (I24)
         self.calm_since: float | None = None
         self.undecided_s = 0.0  # the longest that was seen since
         self._effects: dict[tuple[int, int], tuple[EntryRows, int, Kept]] = {}
@@ -134,6 +137,10 @@ class Observers:
             now, ghost = self._time(), self.transactions
             self.undecided_s = max(self.undecided_s, ghost.oldest_undecided(now, self.calm_since))
             ghost.undecided_too_long(now, self.calm_since, bound_s)
+
+    def compare_states(self, workloads: Sequence[Workload]) -> None:
+        """What the database has been, version by version (I24). Once the run is over."""
+        self.states = compare_states(self.transactions, workloads, self.report)
 
     def compare_cache(self, server: Server) -> None:
         engine = server.node.engine if server.node is not None else None

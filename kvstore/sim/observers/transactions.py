@@ -24,6 +24,7 @@ are read, not its commands: so what counts is what stands.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -85,6 +86,10 @@ class Served:
             if len(spans) > SPANS_MAX:
                 del spans[min(spans, key=lambda each: (spans[each], each))]
 
+    def by_name(self, key: bytes) -> int:
+        """The highest timestamp at which this key was read alone or with others, and not within a span; 0 if there is none."""
+        return self._keys.get(key, 0)
+
     def upto(self, key: bytes, ts: int) -> int:
         """The highest timestamp at or above `ts` at which the key was read; 0 if there is none."""
         found = self._keys.get(key, 0)
@@ -99,7 +104,8 @@ class Transactions:
     """See the module. `now` is virtual seconds."""
 
     def __init__(self, report: Report, oracle: Timestamps) -> None:
-        self.versions: dict[bytes, list[tuple[int, bytes]]] = {}  # key -> (commit_ts, LATEST row)
+        # key -> (commit_ts, LATEST row), of every version that was written, collected or not
+        self.versions: dict[bytes, list[tuple[int, bytes]]] = {}
         self.keys: SortedDict[bytes, None] = SortedDict()
         self.status: dict[Part, int] = {}
         self.min_ts: dict[Part, int] = {}
@@ -220,6 +226,12 @@ class Transactions:
         if state.row.gc_threshold > safe_ts:
             what = f"the threshold is {state.row.gc_threshold}, and {safe_ts} is safe"
             self._report.broken("I15", what, group=group, node=node)
+
+    def known_upto(self, keys: Iterable[bytes]) -> int:
+        """Every version of these keys at or below this is in `versions`, for none may appear there any more: some replica of
+        each range has taken it for safe (I14), or each key was read there (I11). 0: there is no such timestamp."""
+        safe = min(self._safe.values(), default=0)
+        return min((max(safe, self.served.by_name(key)) for key in keys), default=0)
 
     def _broken(self, invariant: str, place: Place, txn_id: bytes, what: str) -> None:
         self._report.broken(

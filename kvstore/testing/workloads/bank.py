@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from kvstore.client import Database, Transaction
 from kvstore.testing.history import Outcome, TxnOp
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 
 ACCOUNTS: Final = 6
@@ -48,14 +49,20 @@ class Bank(Traced):
     async def _audit(self, db: Database, client: str, rng: random.Random) -> None:
         await self.look(db, client, rng, self.accounts())
 
+    def promises(self) -> Sequence[Promise]:
+        return [Promise(self.accounts(), lambda state, _before: self._off(state))]
+
+    def _off(self, balances: State) -> str:
+        """What all accounts come to, if they do not add up."""
+        wanted = OPENING * len(balances)
+        total = sum(int(value or 0) for value in balances.values())
+        return f"a total of {total}, not {wanted}" if total != wanted else ""
+
     def inspect(self) -> Iterable[str]:
         accounts = self.accounts()
-        wanted = OPENING * len(accounts)
         for op in self.ops:
             if op.outcome is Outcome.OK and len(op.reads) == len(accounts) and not op.writes:
-                total = sum(int(value or 0) for value in op.reads.values())
-                if total != wanted:
-                    yield f"Torn-snapshot: bank: {op.name!r} at {op.version} saw a total of {total}, not {wanted}"
-        total = sum(int(self.final.get(key) or 0) for key in accounts)
-        if total != wanted:
-            yield f"Lost-money: bank: at the end the total is {total}, not {wanted}"
+                if off := self._off(op.reads):
+                    yield f"Torn-snapshot: bank: {op.name!r} at {op.version} saw {off}"
+        if off := self._off({key: self.final.get(key) for key in accounts}):
+            yield f"Lost-money: bank: at the end there is {off}"

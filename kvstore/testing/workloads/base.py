@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, Final, NamedTuple, TypeVar
 
 from kvstore.client import Database
 from kvstore.errors import CompareFailed, KVError
@@ -56,6 +56,18 @@ TOO_OLD: Final[Mapping[str, str]] = {  # and these, where versions and outcomes 
 Operation = RegisterOp | TxnOp | MicroTxn
 T = TypeVar("T")
 R = TypeVar("R")
+State = Mapping[bytes, bytes | None]  # key -> value; None: no such row
+
+
+class Promise(NamedTuple):
+    """What holds of some keys together, at every version from when all rows are laid out.
+
+    `broken` says what is wrong with them, in words; empty if nothing is. It gets what all of them are at a version, and what
+    those that it wrote were before.
+    """
+
+    keys: Sequence[bytes]
+    broken: Callable[[State, State], str]
 
 
 @dataclass
@@ -126,6 +138,10 @@ class Workload(abc.ABC):
     def check(self) -> list[str]:
         """What is wrong, in words; empty: nothing. After `finish`."""
         return first_of_each_kind([*self.problems, *self.inspect()])
+
+    def promises(self) -> Sequence[Promise]:
+        """For whoever knows every version, and not only those that clients have read at (kvstore/sim/observers/states.py)."""
+        return ()
 
     def complete(self) -> None:
         """Put into a history of its own what its judges need besides the operations, for whoever writes it down. After

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 from kvstore.client import Database, Transaction
 from kvstore.errors import KVError
 from kvstore.testing.history import FOREVER, Outcome, TxnOp
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 
 COUNTERS: Final = 4
@@ -94,6 +95,9 @@ class Counter(Traced):
         keys = [rng.choice(self.singles), *rng.choice(self.twins)]
         await self.look(db, client, rng, sorted(keys), past=False)
 
+    def promises(self) -> Sequence[Promise]:
+        return [Promise(twins, unequal) for twins in self.twins]
+
     def inspect(self) -> Iterable[str]:
         wrong_fate = self._take_fates()
         yield from wrong_fate
@@ -159,6 +163,11 @@ class Counter(Traced):
         for one, two in self.twins:
             if one in found and two in found and int(found[one] or 0) != int(found[two] or 0):
                 yield f"Torn-transaction: counter: {what} {one!r} = {found[one]!r}, but {two!r} = {found[two]!r}"
+
+
+def unequal(twins: State, _before: State) -> str:
+    one, two = (int(value or 0) for value in twins.values())
+    return f"twins are {one} and {two}" if one != two else ""
 
 
 class Added(NamedTuple):

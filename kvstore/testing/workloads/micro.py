@@ -15,6 +15,7 @@ from kvstore.client import Database, Transaction
 from kvstore.errors import KVError
 from kvstore.testing.history import MicroTxn, Outcome
 from kvstore.testing.workloads import judges
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 from kvstore.transactions import Snapshot
 
@@ -169,6 +170,9 @@ class ListAppend(Micro):
     def cycles(self) -> list[str]:
         return judges.judge_list_append(self.txns)
 
+    def promises(self) -> Sequence[Promise]:
+        return [Promise([key], cut_short) for key in self.keys]
+
 
 class RwRegister(Micro):
     """Blind writes of unique numbers, and reads."""
@@ -189,6 +193,15 @@ class RwRegister(Micro):
 
     def cycles(self) -> list[str]:
         return judges.judge_rw_register(self.txns)
+
+
+def cut_short(state: State, before: State) -> str:
+    """A list is what it was, with more behind it: so each is the beginning of what it is in the end."""
+    for key, old in before.items():
+        new = state[key] or b""
+        if old and new != old and not new.startswith(old + b" "):
+            return f"the list{new.decode()} does not begin with{old.decode()}"
+    return ""
 
 
 def real_time(placed: Sequence[tuple[int, MicroTxn]]) -> Iterable[str]:

@@ -7,11 +7,12 @@ any of them. So every write is ordered with every other, and two that have one n
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from kvstore.client import Database, Transaction
 from kvstore.testing.history import Outcome, TxnOp
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 
 GROUP: Final = 3
@@ -39,12 +40,15 @@ class Monotonic(Traced):
         async def stepped(tx: Transaction, op: TxnOp) -> None:
             found = await tx.get_many(keys)
             op.reads |= {key: found.get(key) for key in keys}
-            op.writes[target] = b"%d" % (highest(op) + 1)
+            op.writes[target] = b"%d" % (highest(op.reads) + 1)
 
         await self.transact(db, client, rng, "up", stepped)
 
     async def _read(self, db: Database, client: str, rng: random.Random) -> None:
         await self.look(db, client, rng, self.group(rng.randrange(self.scale)))
+
+    def promises(self) -> Sequence[Promise]:
+        return [Promise(self.group(number), not_one_more) for number in range(self.scale)]
 
     def inspect(self) -> Iterable[str]:
         for number in range(self.scale):
@@ -67,7 +71,7 @@ class Monotonic(Traced):
         ]
         last, before = 0, b""
         for op in sorted(ups, key=lambda op: versions[id(op)]):
-            number = highest(op) + 1
+            number = highest(op.reads) + 1
             if number <= last:
                 kind = "Lost-update" if number == last else "Monotonic"
                 yield f"{kind}: monotonic: {op.name!r} wrote {number}, but {before!r} had written {last}"
@@ -78,11 +82,17 @@ class Monotonic(Traced):
         last: dict[str, int] = {}
         for op in sorted(ops, key=lambda op: op.end):
             if op.begin and not op.name.endswith(b"/reads"):
-                number = highest(op) + bool(op.writes)
+                number = highest(op.reads) + bool(op.writes)
                 if number < last.get(op.client, 0):
                     yield f"Monotonic-reads: monotonic: {op.name!r} saw {number} after {last[op.client]}"
                 last[op.client] = number
 
 
-def highest(op: TxnOp) -> int:
-    return max(int(value or 0) for value in op.reads.values())
+def highest(numbers: State) -> int:
+    return max(int(value or 0) for value in numbers.values())
+
+
+def not_one_more(state: State, before: State) -> str:
+    """Each version has the number after the highest that there was."""
+    was, now = highest({**state, **before}), highest(state)
+    return f"the highest number was {was}, and is {now}" if now != was + 1 else ""

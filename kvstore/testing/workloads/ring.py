@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from kvstore.client import Database, Transaction
 from kvstore.testing.history import Outcome, TxnOp
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 
 LINKS: Final = 6
@@ -57,6 +58,13 @@ class Ring(Traced):
     async def _walk(self, db: Database, client: str, rng: random.Random) -> None:
         await self.look(db, client, rng, self.links(rng.randrange(self.scale)))
 
+    def promises(self) -> Sequence[Promise]:
+        return [self._whole(self.links(ring)) for ring in range(self.scale)]
+
+    @staticmethod
+    def _whole(links: Sequence[bytes]) -> Promise:
+        return Promise(links, lambda state, _before: broken_ring(links, state))
+
     def inspect(self) -> Iterable[str]:
         for op in self.ops:
             if op.outcome is Outcome.OK and len(op.reads) == LINKS and not op.writes:
@@ -69,7 +77,7 @@ class Ring(Traced):
                 yield f"Broken-ring: ring: at the end there is {broken}"
 
 
-def broken_ring(links: Sequence[bytes], values: Mapping[bytes, bytes | None]) -> str:
+def broken_ring(links: Sequence[bytes], values: State) -> str:
     """What is there instead of one ring over all the links; empty if it is one. `links` are in order."""
     way: list[int] = []
     at = 0

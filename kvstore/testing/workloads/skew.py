@@ -7,11 +7,12 @@ one of them. Two of them may insert at once only if guards have gaps, or are not
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final
 
 from kvstore.client import Database, Transaction
 from kvstore.testing.history import Outcome, TxnOp
+from kvstore.testing.workloads.base import Promise, State
 from kvstore.testing.workloads.traced import Traced
 
 GROUPS: Final = 3
@@ -73,16 +74,21 @@ class Skew(Traced):
         keys = self.group(rng.randrange(GROUPS * self.scale))
         await self.look(db, client, rng, keys)
 
+    def promises(self) -> Sequence[Promise]:
+        return [
+            Promise([*self.slots(number, 0), *self.slots(number, 1)], lambda rows, _: crowd(rows))
+            for number in range(GROUPS * self.scale)
+        ]
+
     def inspect(self) -> Iterable[str]:
         for op in self.ops:
-            if op.outcome is Outcome.OK:
-                yield from crowded(f"{op.name!r} at {op.version}", op.reads)
+            if op.outcome is Outcome.OK and (wrong := crowd(op.reads)):
+                yield f"G2-predicate: skew: {op.name!r} at {op.version} {wrong}"
         for number in range(GROUPS * self.scale):
-            mine = {key: self.final.get(key) for key in self.group(number)}
-            yield from crowded("at the end", mine)
+            if wrong := crowd({key: self.final.get(key) for key in self.group(number)}):
+                yield f"G2-predicate: skew: at the end {wrong}"
 
 
-def crowded(what: str, rows: Mapping[bytes, bytes | None]) -> Iterable[str]:
+def crowd(rows: State) -> str:
     there = [key for key, value in rows.items() if value is not None]
-    if len(there) > 1:
-        yield f"G2-predicate: skew: {what} a group has {len(there)} rows: {there}"
+    return f"a group has {len(there)} rows: {there}" if len(there) > 1 else ""
