@@ -32,7 +32,7 @@ from tools.simulation.fleet import Fleet
 from tools.simulation.judging import Verdict, judge
 from tools.simulation.shrink import RUNS_MAX, SECONDS_MAX, Shrinker, Shrunk, describe
 from tools.simulation.speed import measure
-from tools.simulation.totals import Progress, Totals
+from tools.simulation.totals import Progress, Totals, faults_told, went_off
 
 __all__ = ["Verdict", "judge", "main"]
 
@@ -136,7 +136,7 @@ def _one(given: argparse.Namespace) -> int:
 
 
 def _line(verdict: Verdict) -> str:
-    faults = ", ".join(f"{name} {count}" for name, count in verdict.faults.items()) or "none"
+    faults = faults_told(verdict.faults, verdict.in_vain)
     if verdict.frozen:
         faults += f"; frozen while the others went on: {verdict.frozen}"
     return (
@@ -173,6 +173,7 @@ def _as_json(verdict: Verdict, options: Options) -> dict[str, Any]:
             "unknown": verdict.unknown,
         },
         "faults": verdict.faults,
+        "faults_went_off": went_off(verdict.faults, verdict.in_vain),
         "frozen": verdict.frozen,
         "probes": verdict.probes,
         "command": command(verdict.seed, options),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,6 +40,10 @@ class _Segment:
         return _Segment(bytearray(self.durable), bytearray(self.current), list(self.unsynced))
 
 
+def _nothing() -> None:
+    pass
+
+
 class SimDisk:
     """LogFiles (replication/ports.py) in memory, and small files that are replaced as a whole.
 
@@ -58,6 +63,7 @@ class SimDisk:
         self._fail_syncs_after: int | None = None
         self._fail_writes_after: int | None = None
         self._fail_reads_after: int | None = None
+        self._on_failing: dict[str, Callable[[], None]] = {}  # by countdown
         self.write_count = 0
         self.sync_count = 0
         self.written_bytes = 0
@@ -159,17 +165,17 @@ class SimDisk:
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
-    def fail_sync(self, after: int = 0) -> None:
-        """The sync after `after` more good ones fails."""
-        self._fail_syncs_after = after
+    def fail_sync(self, after: int = 0, then: Callable[[], None] = _nothing) -> None:
+        """The sync after `after` more good ones fails. then: called when it does; the next two likewise."""
+        self._fail_syncs_after, self._on_failing["_fail_syncs_after"] = after, then
 
-    def fail_write(self, after: int = 0) -> None:
+    def fail_write(self, after: int = 0, then: Callable[[], None] = _nothing) -> None:
         """The write after `after` more good ones fails, with some of it done."""
-        self._fail_writes_after = after
+        self._fail_writes_after, self._on_failing["_fail_writes_after"] = after, then
 
-    def fail_read(self, after: int = 0) -> None:
+    def fail_read(self, after: int = 0, then: Callable[[], None] = _nothing) -> None:
         """The read of a segment after `after` more good ones fails; those after it do not."""
-        self._fail_reads_after = after
+        self._fail_reads_after, self._on_failing["_fail_reads_after"] = after, then
 
     def fill(self) -> None:
         """No space is left: no segment can be made. What is allocated already can be written."""
@@ -285,7 +291,7 @@ class SimDisk:
 
     def _successor(self, segments: dict[int, _Segment]) -> SimDisk:
         after = SimDisk(capacity_bytes=self.capacity_bytes, _content=(segments, self._files))
-        after._fail_reads_after = self._fail_reads_after
+        after._fail_reads_after, after._on_failing = self._fail_reads_after, self._on_failing
         self._segments, self._files = {}, {}
         self._failed = self._failed or "the machine crashed"
         return after
@@ -308,6 +314,8 @@ class SimDisk:
         if left is None:
             return False
         setattr(self, name, left - 1 if left else None)
+        if not left:
+            self._on_failing[name]()
         return not left
 
 

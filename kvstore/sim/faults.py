@@ -55,7 +55,8 @@ class Nemesis:
         *,
         rights_clocks: bool = False,
     ) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # of those that were begun, by kind
+        self.armed: dict[int, str] = {}  # of these, what has not gone off yet: number -> kind
         self.happened: dict[int, Fault] = {}  # by number, in their order
         self.cluster = cluster
         self.atlas = Atlas(cluster, random.Random(f"{cluster.seed}/atlas"))
@@ -159,6 +160,17 @@ class Nemesis:
         self.happened[number] = Fault(at, kind, details)
         self.cluster.trace.note("fault", number, kind, details)
 
+    def went_off(self, number: int) -> None:
+        """One that was armed has done its harm."""
+        self.armed.pop(number, None)
+
+    def in_vain(self) -> dict[str, int]:
+        """How many of each kind were armed and have not gone off."""
+        found: dict[str, int] = {}
+        for kind in self.armed.values():
+            found[kind] = found.get(kind, 0) + 1
+        return found
+
     def later(self, seconds: float, do: Callable[[], None]) -> None:
         """The end of a fault; not done if all have been healed before."""
 
@@ -215,6 +227,7 @@ class Nemesis:
             self.traps[machine.name] = trap._replace(calls=trap.calls - 1)
             return
         del self.traps[machine.name]
+        self.went_off(trap.fault)
         cluster = self.cluster
         inside = PROCESS.get() is cluster.servers[machine.name].process
         assert inside, "only the machine's own process works with its disk"

@@ -35,11 +35,13 @@ LATE_S: Final = (0.01, 0.3, 3.0)
 
 
 class Trap(NamedTuple):
-    """After how many calls with its disk a process dies; `point`: only of that kind, if not empty (see Machine.io)."""
+    """After how many calls with its disk a process dies; `point`: only of that kind, if not empty (see Machine.io).
+    `fault`: the number of the one that set it."""
 
     calls: int
     power: bool
     point: str
+    fault: int = 0
 
 
 class Kinds:
@@ -53,6 +55,15 @@ class Kinds:
     def say(self, details: str) -> None:
         """The fault begins."""
         self.nemesis.began(self.number, self.kind, details)
+
+    def arm(self, details: str) -> None:
+        """The same of one that waits for its moment, which may never come. When it does, `go_off` has to be called."""
+        self.say(details)
+        self.nemesis.armed[self.number] = self.kind
+
+    def go_off(self) -> None:
+        """What it waited for has come."""
+        self.nemesis.went_off(self.number)
 
     def until(self, end: Callable[[], None]) -> None:
         """It ends after its time."""
@@ -115,10 +126,12 @@ def _kill(fault: Kinds, server: Server | None) -> None:
     if server is not None:
         power, point = fault.rng.random() < 0.7, fault.rng.choice(("", "", "", "written", "synced"))
         how = f"{', power lost' if power else ''}{f', once it has {point},' if point else ','}"
-        fault.say(f"{server.name}{how} {_for(fault)}")
+        details = f"{server.name}{how} {_for(fault)}"
         if point:  # else hardly any crash would come between a write and its sync
-            fault.nemesis.traps[server.name] = Trap(1, power, point)
+            fault.arm(details)
+            fault.nemesis.traps[server.name] = Trap(1, power, point, fault.number)
         else:
+            fault.say(details)
             fault.kill(server, power=power)
 
 
@@ -137,8 +150,8 @@ def _crash_at_io(fault: Kinds) -> None:
         calls, power = fault.rng.randint(1, IO_POINTS_MAX), fault.rng.random() < 0.8
         if point:
             calls = 1 + calls // 10
-        fault.say(f"{server.name} at its call {calls} {point or 'of any kind'}")
-        fault.nemesis.traps[server.name] = Trap(calls, power, point)
+        fault.arm(f"{server.name} at its call {calls} {point or 'of any kind'}")
+        fault.nemesis.traps[server.name] = Trap(calls, power, point, fault.number)
 
 
 def _crash_at_step(fault: Kinds) -> None:
@@ -147,8 +160,13 @@ def _crash_at_step(fault: Kinds) -> None:
     if server is None or server.process is None or server.process.lit:
         return
     steps, power = fault.rng.randint(1, STEPS_MAX), fault.rng.random() < 0.5
-    fault.say(f"{server.name} at its step {steps}, then down {_for(fault)}")
-    server.process.light(steps, lambda: fault.kill(server, power=power))
+    fault.arm(f"{server.name} at its step {steps}, then down {_for(fault)}")
+
+    def die() -> None:
+        fault.go_off()
+        fault.kill(server, power=power)
+
+    server.process.light(steps, die)
 
 
 def _pause(fault: Kinds) -> None:
@@ -194,12 +212,16 @@ def _commit_crash(fault: Kinds) -> None:
     client = fault.cluster.clients[name]
     router: Any = client.database.router
     send = router.send
-    fault.say(f"{name} at step {steps} of its next commit")
+    fault.arm(f"{name} at step {steps} of its next commit")
+
+    def die() -> None:
+        fault.go_off()
+        _kill_client(fault, name)
 
     def watched(request: Any, *args: Any, **options: Any) -> Any:
         if type(request) is Prepare and not request.one_range:
             router.send = send
-            client.process.light(steps, lambda: outside(_kill_client, fault, name))
+            client.process.light(steps, lambda: outside(die))
         return send(request, *args, **options)
 
     router.send = watched
@@ -349,11 +371,11 @@ def _sync_fails(fault: Kinds) -> None:
         return
     calls = fault.rng.randint(0, 20)
     if fault.rng.random() < 0.5:
-        fault.say(f"{server.name} sync {calls + 1}")
-        server.machine.disk.fail_sync(calls)
+        fault.arm(f"{server.name} sync {calls + 1}")
+        server.machine.disk.fail_sync(calls, fault.go_off)
     else:
-        fault.say(f"{server.name} write {calls + 1}")
-        server.machine.disk.fail_write(calls)
+        fault.arm(f"{server.name} write {calls + 1}")
+        server.machine.disk.fail_write(calls, fault.go_off)
 
 
 def _read_fails(fault: Kinds) -> None:
@@ -363,10 +385,10 @@ def _read_fails(fault: Kinds) -> None:
         return
     machine = server.machine
     if fault.rng.random() < 0.5:
-        fault.say(
+        fault.arm(
             f"{server.name} cannot read its log at the next start, after a crash {_for(fault)}"
         )
-        machine.disk.fail_read(fault.rng.randint(0, 2))
+        machine.disk.fail_read(fault.rng.randint(0, 2), fault.go_off)
         fault.kill(server, power=False)
         return
     fault.say(f"{server.name} cannot read its engine {_for(fault)}")

@@ -83,6 +83,7 @@ class Result:
     entries: int = 0
     states: int = 0  # of the database, that were held against what the workloads promise (I24)
     faults: dict[str, int] = field(default_factory=dict)
+    in_vain: dict[str, int] = field(default_factory=dict)  # of these: whose moment has never come
     frozen: str = (
         ""  # in what a minority stayed while the others had to go on; empty: there was none
     )
@@ -202,7 +203,7 @@ class _Scenario:
                 counts = self._clients.counts
                 result.operations = counts.ok
                 result.unknown, result.failed = counts.unknown, counts.failed
-                result.faults = self._nemesis.counts
+                result.faults, result.in_vain = self._nemesis.counts, self._nemesis.in_vain()
                 result.happened = self._nemesis.happened
                 result.seconds = self._loop.time() - began
                 result.entries, result.states = self._observers.entries, self._observers.states

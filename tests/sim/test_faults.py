@@ -6,6 +6,7 @@ The bugs that these faults have shown are here by name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable
 
@@ -164,6 +165,46 @@ def test_who_is_killed_comes_back_by_itself(kind: str) -> None:
         await asyncio.sleep(15.0)
         assert all(server.running for server in world.cluster.servers.values())
         assert boots != [server.machine.boots for server in world.cluster.servers.values()]
+
+    play(test)
+
+
+ARMED = {  # kind -> what it says if it waits for its moment
+    "crash": "once it has",
+    "crash_at_io": "at its call",
+    "crash_at_step": "at its step",
+    "commit_crash": "of its next commit",
+    "sync_fails": "",
+    "read_fails": "at the next start",
+}
+
+
+@pytest.mark.parametrize("kind", ARMED)
+def test_what_is_armed_has_gone_off_when_its_moment_came_and_not_before(kind: str) -> None:
+    async def test(world: World) -> None:
+        number = 1
+        while ARMED[kind] not in world.inflict(kind, number):
+            number += 1
+        assert world.nemesis.armed == {number: kind}
+        assert world.nemesis.in_vain() == {kind: 1}
+        for _ in range(100):
+            if not world.nemesis.armed:
+                break
+            with contextlib.suppress(ProcessDied):
+                await world.write(1)
+        assert world.nemesis.in_vain() == {}
+        await world.nemesis.heal()
+
+    play(test)
+
+
+@pytest.mark.parametrize("kind", ["crash_at_io", "crash_at_step", "commit_crash", "sync_fails"])
+def test_what_peace_disarms_has_come_to_nothing(kind: str) -> None:
+    async def test(world: World) -> None:
+        world.inflict(kind)
+        await world.nemesis.heal()
+        await world.write(20)
+        assert world.nemesis.counts == world.nemesis.in_vain() == {kind: 1}
 
     play(test)
 

@@ -34,6 +34,7 @@ class Verdict:
     """`problems` empty: it passed. `operations` are done, `failed` did not happen, `unknown` may have.
 
     `fault_numbers`: of the faults that took place; draws that found nobody to harm have numbers, too, and are not among them.
+    `in_vain`: how many of `faults` waited for a moment that never came (the n-th write of a node, a client's next commit).
     `workloads`: names, as they were drawn or given. `seconds` are simulated, `cpu_s` were spent on it. `probes`: rare
     paths, and how often each was taken.
     """
@@ -45,6 +46,7 @@ class Verdict:
     unknown: int = 0
     failed: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    in_vain: dict[str, int] = field(default_factory=dict)
     frozen: str = (
         ""  # in what a minority stayed while the others had to go on; empty: there was none
     )
@@ -73,6 +75,7 @@ def judge(seed: int, options: Options | None = None, sink: TextIO | None = None)
         unknown=result.unknown,
         failed=result.failed,
         faults=dict(result.faults),
+        in_vain=result.in_vain,
         frozen=result.frozen,
         fault_numbers=tuple(result.happened),
         probes=dict(result.probes),

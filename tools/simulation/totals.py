@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TextIO
 
@@ -27,6 +27,7 @@ class Totals:
     elapsed_s: float = 0.0
     operations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     faults: dict[str, int] = field(default_factory=dict)
+    in_vain: dict[str, int] = field(default_factory=dict)
     frozen: dict[str, int] = field(
         default_factory=dict
     )  # seeds in which a core had to go on, by the others' fault
@@ -47,6 +48,7 @@ class Totals:
         ):
             self.operations[outcome] += count
         _add(self.faults, verdict.faults)
+        _add(self.in_vain, verdict.in_vain)
         _add(self.frozen, {verdict.frozen: 1} if verdict.frozen else {})
         _add(self.probes, verdict.probes)
         if verdict.problems:
@@ -75,7 +77,7 @@ class Totals:
             f"{self.seeds} seeds, {self.failures} failed, in {self.elapsed_s:.0f} s",
             f"{self.seconds / HOUR_S:.2f} simulated hours: {speed}",
             f"operations: {_listed(self.operations)}",
-            f"faults: {_listed(self.faults, in_order=True)}",
+            f"faults: {faults_told(dict(sorted(self.faults.items())), self.in_vain)}",
             f"frozen while the others went on: {_listed(self.frozen, in_order=True)}",
         ]
         if self.probes:
@@ -100,6 +102,7 @@ class Totals:
             "simulated_s_per_cpu_s": self.speed,
             "operations": self.operations,
             "faults": dict(sorted(self.faults.items())),
+            "faults_went_off": went_off(dict(sorted(self.faults.items())), self.in_vain),
             "frozen": dict(sorted(self.frozen.items())),
             "probes": dict(sorted(self.probes.items())),
             "probes_missed": self.missed(),
@@ -143,6 +146,21 @@ class Progress:
             self._stream.write("\r" + " " * self._width + "\r")
             self._stream.flush()
             self._width = 0
+
+
+def went_off(faults: Mapping[str, int], in_vain: Mapping[str, int]) -> dict[str, int]:
+    """How many of each kind have really happened, of kinds of which some have not."""
+    return {name: count - in_vain[name] for name, count in faults.items() if in_vain.get(name)}
+
+
+def faults_told(faults: Mapping[str, int], in_vain: Mapping[str, int]) -> str:
+    """How many were begun, and of which kinds fewer went off."""
+    fewer = went_off(faults, in_vain)
+    told = (
+        f"{name} {count} ({fewer[name]} went off)" if name in fewer else f"{name} {count}"
+        for name, count in faults.items()
+    )
+    return ", ".join(told) or "none"
 
 
 def _add(sums: dict[str, int], more: dict[str, int]) -> None:

@@ -26,6 +26,7 @@ def filled() -> Totals:
             unknown=2,
             failed=1,
             faults={"crash": 2},
+            in_vain={"crash": 1},
             probes={"snapshot": 1, "rare": 0},
             cpu_s=30.0,
         )
@@ -43,7 +44,7 @@ def test_everything_is_summed_up() -> None:
         in (lines)
     )
     assert "operations: ok 7, failed 1, unknown 2" in lines
-    assert "faults: clog 1, crash 3" in lines
+    assert "faults: clog 1, crash 3 (2 went off)" in lines
     assert "probes reached: snapshot 1" in lines
     assert "kinds of failures: V2 1" in lines
     assert "failed seeds: 4" in lines
@@ -67,6 +68,7 @@ def test_programs_can_read_it() -> None:
     found = json.loads(json.dumps(filled().as_json()))
     assert found["failed_seeds"] == [4]
     assert found["probes_missed"] == ["rare", "torn_tail"]
+    assert (found["faults"], found["faults_went_off"]) == ({"clog": 1, "crash": 3}, {"crash": 2})
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:
