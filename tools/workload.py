@@ -4,8 +4,8 @@
 
 Exit status 0 only if every workload did something, every check found nothing and no transaction is undecided on any node.
 What may be named: python -m tools.workload --list. With --history, what clients saw goes to FILE as JSON lines, or EDN if
-it is called .edn (of several workloads: FILE with the workload's name before its suffix; of counter and sets nothing, which
-only they themselves can judge).
+it is called .edn (of several workloads: FILE with the workload's name before its suffix; of counter, sets and exactly-once
+nothing, which only they themselves can judge).
 """
 
 from __future__ import annotations
