@@ -10,10 +10,18 @@ from typing import Final
 
 import pytest
 
-from tests.sim import directed_kept, directed_leaders, directed_log, directed_txn
+from tests.sim import (
+    directed_forgotten,
+    directed_kept,
+    directed_leaders,
+    directed_log,
+    directed_txn,
+)
 from tests.sim.plants import PLANTS, planted
 
 SCENARIOS: Final[list[Callable[[], list[str]]]] = [
+    directed_forgotten.a_forgotten_part_is_no_promise_of_a_former_leader,
+    directed_forgotten.a_forgotten_part_is_not_absent,
     directed_kept.what_is_open_is_kept,
     directed_leaders.a_late_append_changes_nothing,
     directed_leaders.a_replaced_leader_closes_nothing,

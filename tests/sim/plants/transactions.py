@@ -126,7 +126,7 @@ TRANSACTIONS: Final[dict[str, Plant]] = {
         ("I1",),
         Seeds(CLIENTS, 8),
         Directed(directed_txn.a_hint_is_remembered_for_readers),
-        model=("forget", "reader_of_dropped_status"),
+        model=("forget",),
     ),
     "guards not validated": Plant(
         "what a transaction read is protected, and not compared with what is there",
