@@ -168,9 +168,8 @@ RARE: Final[tuple[str, ...]] = (  # one seed in thirty, or fewer: by 2,000
     "unreadable_still",
     "vote_given_again",
 )
-UNREACHED: Final[
-    tuple[str, ...]
-] = (  # no seed so far, or hardly any; why, and which tests do: tests/sim/README.md
+# No seed so far, or hardly any: no run fails for want of these. Why, and which tests take them: tests/sim/README.md.
+UNREACHED: Final[tuple[str, ...]] = (
     "append_with_no_room",
     "deposed_before_it_proposed",
     "holds_are_full",
