@@ -76,7 +76,7 @@ class Attempts:
 
 
 class KeptResult:
-    """The row of an idempotency key: read with a guard, written with the result (protocol.md section 9)."""
+    """The row of an idempotency key: read with a guard, written with the result (txn/DESIGN.md section 9)."""
 
     def __init__(self, idempotency_key: bytes | str) -> None:
         given = idempotency_key.encode() if isinstance(idempotency_key, str) else idempotency_key

@@ -1,7 +1,7 @@
 """Committing a write set: cut by ranges, driven by `txn.coordinator`, tried again where nothing can have happened.
 
 One attempt is one `Coordinator` with its own txn_id; a new id is taken only after the old one is known ABORTED
-(protocol.md section 4). There is no task per commit: a `_Drive` reacts to answers, so a commit over several ranges
+(txn/DESIGN.md section 4). There is no task per commit: a `_Drive` reacts to answers, so a commit over several ranges
 goes on by itself when the task that asked for it is cancelled, and `close` waits for those, within a bound.
 """
 

@@ -244,7 +244,7 @@ class TxnSection(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=DURATION_S_MAX,
-            description="How long a request waits for a lock before it asks what became of the holder.",
+            description="How long a write waits for an undecided one in its way (in several ranges: for locks, too).",
         ),
     ] = 0.05
     anchor_timer_s: Annotated[
@@ -254,7 +254,7 @@ class TxnSection(Section, frozen=True, kw_only=True):
     orphan_timer_s: Annotated[
         Duration,
         says(
-            "After this long, a lock's range asks what became of its transaction; above anchor_timer."
+            "After this long, a range asks what became of a part prepared in it; above anchor_timer."
         ),
     ] = 2.0
     retention_s: Annotated[

@@ -508,7 +508,7 @@ class Node:
             self.store.wake()
 
     async def _flush_forever(self) -> None:
-        """Flush the engine by size and by age, then let the log go (architecture: note, flush, only then cut)."""
+        """Flush the engine by size and by age, then let the log go (note, flush, only then cut)."""
         assert self.host is not None
         while True:
             await asyncio.sleep(FLUSH_CHECK_S)

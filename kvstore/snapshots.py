@@ -1,4 +1,5 @@
-"""A range's rows as a snapshot: read from an engine view in slices, installed by ordinary batches (protocol.md section 11).
+"""A range's rows as a snapshot: read from an engine view in slices, installed by ordinary batches (replication/DESIGN.md,
+section 7).
 
 Installation: the range row is marked `installing`, then the span is wiped; rows come in; then one batch writes the range row
 of the snapshot, the configuration and no marker; then flush. A crash in between leaves the marker, which means: no state,

@@ -491,6 +491,15 @@ class Client(BlockingLife):
             except KVError as error:
                 thread.call(asyncio.sleep(attempts.pause(tx, error)))
 
+    def stats(self) -> dict[str, float]:
+        """Counters of this client, by name, as of `Database.stats`."""
+        thread, database = self._open()
+
+        async def read() -> dict[str, float]:
+            return database.stats()
+
+        return thread.call(read())
+
     def outcome(self, token: str, *, timeout: float | None = None) -> Committed | Aborted:
         thread, database = self._open()
         return thread.call(database.outcome(token, timeout=timeout))

@@ -1,6 +1,6 @@
 """The host: every group of a node, one turn at a time. The asyncio shell of replication.
 
-A turn (architecture.md section 4): the machine evaluates what the world asked; the inbox is stepped; due timers tick.
+A turn (DESIGN.md section 7): the machine evaluates what the world asked; the inbox is stepped; due timers tick.
 Then `ready()` of each touched group is carried out, until nothing is left: what may leave at once goes out, one send
 per node; the rest is staged into ONE batch of the log. Three phases follow, each ending in the same way:
 

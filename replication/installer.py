@@ -1,6 +1,6 @@
 """The host's side of snapshots: when one may replace a replica's state, and the order that a crash cannot harm.
 
-protocol.md section 11, Move. Before anything is wiped: the core would take it (`refusal`). Then, by the machine, the
+DESIGN.md section 7. Before anything is wiped: the core would take it (`refusal`). Then, by the machine, the
 span is wiped and marked, rows come in, the marker goes with the last batch; `flush`; the core decides (`arrived`);
 the log is told to begin anew; that is durable; the core hears `installed` and acknowledges; the sender hears of it.
 

@@ -95,7 +95,7 @@ class SnapshotSource(Protocol):
 
 
 class SnapshotSink(Protocol):
-    """Installs by ordinary batches (architecture.md section 11, Move): wipe and mark; rows; finish with the marker gone."""
+    """Installs by ordinary batches (DESIGN.md section 7): wipe and mark; rows; finish with the marker gone."""
 
     def chunk(self, data: bytes) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Watches at a leader: what was written in a span after a version, in the order of commit (DESIGN.md section 8).
+"""Watches at a leader: what was written in a span after a version, in the order of commit (DESIGN.md section 15).
 
 Story. A poll asks for the versions of a span above `since`. It is answered as a scan would be, at a timestamp: the latched
 writers are waited for, undecided intents are asked about, leadership is confirmed after the look; so the answer is complete

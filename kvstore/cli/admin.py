@@ -121,7 +121,9 @@ def _options(
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Change nothing.")]
-UseHex = Annotated[bool, typer.Option("--hex", help="Keys and values in hexadecimal.")]
+UseHex = Annotated[
+    bool, typer.Option("--hex", help="Keys and values in hexadecimal; JSON has base64.")
+]
 UseBase64 = Annotated[bool, typer.Option("--base64", help="Keys and values in base64.")]
 Key = Annotated[
     str, typer.Argument(help="The key; \\xNN for bytes that cannot be typed.", show_default=False)
@@ -439,7 +441,7 @@ def export_(
     use_hex: UseHex = False,
     use_base64: UseBase64 = False,
 ) -> None:
-    """Write keys and values as JSON lines, all of one version."""
+    """Write keys and values as JSON lines, in base64, all of one version. --hex and --base64: of the bounds."""
 
     def work() -> None:
         notation = Notation.of(use_hex, use_base64)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -253,7 +255,10 @@ def _invite(out: Console, cluster: LocalCluster) -> None:
 
 
 def _commands(endpoints: str) -> Sequence[str]:
+    tools = Path(sys.executable).parent  # an environment need not be activated for `make demo`
+    away = shutil.which("kvctl") is None and (tools / "kvctl").exists()
     return (
+        *([f'export PATH="{tools}:$PATH"'] if away else []),
         f"export KVORUM_ENDPOINTS={endpoints}",
         "kvctl status",
         "kvctl ranges ls",

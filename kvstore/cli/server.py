@@ -131,7 +131,7 @@ def print_default() -> None:
 
 @config_app.command()
 def validate(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
-    """Exit 0 if a node would start with this file, 2 with the reason if not."""
+    """Exit 0 if the file is right, 2 with the reason if not. A node also needs a directory: node.dir, or --dir."""
     try:
         if configuration.validate(file).node.join:
             raise ConfigError("node.join: an empty node cannot join a cluster yet: leave it out")

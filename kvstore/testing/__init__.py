@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from kvstore.sim.loop import SimError
+    from kvstore.sim.loop import SimError, SimTimeout
     from kvstore.sim.process import ProcessDied
     from kvstore.testing.cluster import LocalCluster
     from kvstore.testing.retry import InjectedClient, InjectedDatabase, inject_retry_errors
@@ -30,6 +30,7 @@ __all__ = [
     "ProcessDied",
     "SimCluster",
     "SimError",
+    "SimTimeout",
     "SimulationFailed",
     "Worker",
     "inject_retry_errors",
@@ -44,6 +45,7 @@ _HOME: Final = {
     "ProcessDied": "kvstore.sim.process",
     "SimCluster": "kvstore.testing.simulated_cluster",
     "SimError": "kvstore.sim.loop",
+    "SimTimeout": "kvstore.sim.loop",
     "SimulationFailed": "kvstore.testing.simulation",
     "Worker": "kvstore.testing.simulated_cluster",
     "inject_retry_errors": "kvstore.testing.retry",
