@@ -43,7 +43,7 @@ class MemoryDirectory:
     """What is on the simulated disk.
 
     Public knobs: `damage(key)`, `rot(rng)`; `write_error`: raised by every write and flush while it is set;
-    `read_error`: the same of reads.
+    `flush_error`: by every flush alone; `read_error`: by every read.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,7 @@ class MemoryDirectory:
         self.unflushed_bytes = 0
         self.damaged: dict[bytes, None] = {}
         self.write_error: KVError | None = None
+        self.flush_error: KVError | None = None
         self.read_error: KVError | None = None
         self.in_use = False
 
@@ -73,6 +74,13 @@ class MemoryDirectory:
         for key in keys:
             self.damage(key)
         return keys
+
+    def flush(self) -> None:
+        """As `flushed`, if it can. Raises: `write_error`, `flush_error`."""
+        error = self.write_error or self.flush_error
+        if error is not None:
+            raise error
+        self.flushed()
 
     def flushed(self) -> None:
         """Everything written so far is durable."""
@@ -151,9 +159,7 @@ class MemoryEngine:
 
     def flush(self) -> None:
         self._check()
-        if self.directory.write_error is not None:
-            raise self.directory.write_error
-        self.directory.flushed()
+        self.directory.flush()
 
     def size_bytes(self) -> int:
         self._check()
@@ -173,9 +179,7 @@ class MemoryEngine:
         if self._closed:
             return
         self._leave()
-        if self.directory.write_error is not None:
-            raise self.directory.write_error
-        self.directory.flushed()
+        self.directory.flush()
 
     def crash(self, rng: random.Random) -> int:
         """The process dies: the engine is closed without a flush, and a drawn number of the batches

@@ -1,8 +1,8 @@
 """A nemesis: what goes wrong, when, and for how long, all drawn from a seed.
 
 Swarm: each seed draws which kinds of faults it has and how often, since a fault that is always there hides what others
-would show. Only faults from which a cluster recovers: those that end by themselves, and damage within the bounds of the
-atlas (atlas.py). `heal` ends them all, but for damage.
+would show; some kinds are drawn apart (kinds.py). Only faults from which a cluster recovers: those that end by themselves,
+and damage within the bounds of the atlas (atlas.py). `heal` ends them all, but for damage.
 
 Every fault has a number and a generator of its own; times and kinds come from one generator that nothing else uses. So
 a fault can be left out (`kept`) and the others stay what they are, as far as the state that they meet is the same.
@@ -20,7 +20,7 @@ from kvstore.sim.adapters import QUICK_S, Machine
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.core import Frozen
-from kvstore.sim.kinds import KINDS, RARE, Kinds, Trap
+from kvstore.sim.kinds import APART, KINDS, RARE, Kinds, Trap, drawn_apart
 from kvstore.sim.messages import MessageFaults
 from kvstore.sim.process import PROCESS
 
@@ -67,8 +67,10 @@ class Nemesis:
         self._paused_until: dict[str, float] = {}  # by process
         self.hold_s = rng.choice((0.5, 1.5, 3.0, 5.0))  # how long a fault lasts, about
         self.mean_s = rng.choice((0.3, 0.7, 1.5, 3.0))
-        shares = {name: RARE_SHARE if name in RARE else SHARE for name in KINDS}
+        together = [name for name in KINDS if name not in APART]
+        shares = {name: RARE_SHARE if name in RARE else SHARE for name in together}
         self.kinds = [name for name, share in shares.items() if rng.random() < share]
+        self.kinds += [name for name in APART if drawn_apart(cluster.seed, name)]
         self._kept = kept
         self._seed = f"{cluster.seed}/wave {wave}" if wave else cluster.seed
         self._times = random.Random(f"{self._seed}/faults")
@@ -210,7 +212,8 @@ class Nemesis:
         """The disk works again."""
         machine.call_s = QUICK_S
         machine.disk.mend()
-        machine.directory.write_error = machine.directory.read_error = None
+        directory = machine.directory
+        directory.write_error = directory.flush_error = directory.read_error = None
 
     # -- what comes of them
 

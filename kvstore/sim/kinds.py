@@ -401,6 +401,27 @@ def _read_fails(fault: Kinds) -> None:
     fault.until(end)
 
 
+def _engine_fails(fault: Kinds) -> None:
+    """EIO: the engine takes no writes for a while, or those into memory alone: then its next flush fails."""
+    server = fault.server()
+    if server is None:
+        return
+    directory = server.machine.directory
+    error = StorageError(f"IO error: {INJECTED}")
+    if fault.rng.random() < 0.5:
+        fault.say(f"{server.name} write {_for(fault)}")
+        directory.write_error = error
+    else:
+        fault.say(f"{server.name} flush {_for(fault)}")
+        directory.flush_error = error
+        _flush_now(fault, server)
+
+    def end() -> None:
+        directory.write_error = directory.flush_error = None
+
+    fault.until(end)
+
+
 def _full_disk(fault: Kinds) -> None:
     """No space: for new segments of the log, or for the engine, or for both. It is emptied after a while."""
     server = fault.server()
@@ -484,11 +505,21 @@ def _drift(fault: Kinds) -> None:
 
 def _flush(fault: Kinds) -> None:
     server = fault.server()
-    if server is not None and server.process is not None and server.node is not None:
-        node = server.node
-        if node.host is not None and not node.fatal.done():
-            fault.say(server.name)
-            fault.nemesis.flushes.append(server.process.spawn(node.flush()))
+    if server is not None and _can_flush(server):
+        fault.say(server.name)
+        _flush_now(fault, server)
+
+
+def _can_flush(server: Server) -> bool:
+    node = server.node
+    return node is not None and node.host is not None and not node.fatal.done()
+
+
+def _flush_now(fault: Kinds, server: Server) -> None:
+    if _can_flush(server):
+        assert server.process is not None
+        assert server.node is not None
+        fault.nemesis.flushes.append(server.process.spawn(server.node.flush()))
 
 
 KINDS: Final[Mapping[str, Callable[[Kinds], None]]] = {
@@ -522,5 +553,12 @@ KINDS: Final[Mapping[str, Callable[[Kinds], None]]] = {
     "client_pause": _client_pause,
     "client_crash": _client_crash,
     "commit_crash": _commit_crash,
+    "engine_fails": _engine_fails,
 }
 RARE: Final = frozenset({"log_rot", "misdirected", "engine_rot"})  # they leave a node damaged
+APART: Final[Mapping[str, float]] = {"engine_fails": 0.05}  # shares of the seeds; see `drawn_apart`
+
+
+def drawn_apart(seed: str, kind: str) -> bool:
+    """Whether a seed has a kind of APART. Each is drawn by a generator of its own: the seeds without it stay as they are."""
+    return random.Random(f"{seed}/kind/{kind}").random() < APART[kind]

@@ -16,14 +16,14 @@ import pytest
 import replication.host
 from kvstore.adapters.memory_engine import ROTTEN
 from kvstore.config import NodeConfig
-from kvstore.errors import CorruptionError, KVError
+from kvstore.errors import CorruptionError, KVError, StorageError
 from kvstore.holds import LEASE_S
 from kvstore.sim import loop as simulated
 from kvstore.sim.adapters import DRIFT_MAX, QUICK_S
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Client, Server, SimCluster, small_logs
-from kvstore.sim.faults import Nemesis
-from kvstore.sim.kinds import FAULT_S_MAX, KINDS, RARE, Trap
+from kvstore.sim.faults import RARE_SHARE, SHARE, Nemesis
+from kvstore.sim.kinds import APART, FAULT_S_MAX, KINDS, RARE, Trap, drawn_apart
 from kvstore.sim.process import ProcessDied
 from kvstore.sim.scenario import Options, run
 from kvstore.transactions import Transaction
@@ -263,6 +263,45 @@ def test_a_leader_whose_sync_takes_longer_than_an_election_is_replaced(mode: str
     play(test, config=with_sync(mode))
 
 
+@pytest.mark.parametrize(("number", "call"), [(1, "write"), (3, "flush")])
+def test_a_node_whose_engine_fails_stops_and_is_there_again_once_it_works(
+    number: int, call: str
+) -> None:
+    async def test(world: World) -> None:
+        name, said, *_ = world.inflict("engine_fails", number).split()
+        assert said == call
+        server = world.cluster.servers[name]
+        directory = server.machine.directory
+        boots, errors = server.machine.boots, (directory.write_error, directory.flush_error)
+        assert [isinstance(error, StorageError) for error in errors] == [
+            call == "write", call == "flush",
+        ]  # fmt: skip
+        await world.write(10)
+        await asyncio.sleep(FAULT_S_MAX + 3.0)
+        assert (directory.write_error, directory.flush_error) == (None, None)
+        assert server.machine.boots > boots
+        assert server.running
+        assert server.node is not None
+        assert server.node.state == "ready"
+        await world.write(3)
+
+    play(test)
+
+
+def test_healing_lets_an_engine_write_and_flush_again() -> None:
+    async def test(world: World) -> None:
+        for number in range(1, 9):
+            world.inflict("engine_fails", number)
+        await world.nemesis.heal()
+        for server in world.cluster.servers.values():
+            directory = server.machine.directory
+            assert (directory.write_error, directory.flush_error) == (None, None)
+            assert server.running
+        await world.write(3)
+
+    play(test)
+
+
 def test_a_cut_between_two_nodes_leaves_the_third_in_touch_with_both() -> None:
     async def test(world: World) -> None:
         names = list(world.cluster.servers)
@@ -455,6 +494,38 @@ def test_a_node_with_a_damaged_engine_may_stop_for_a_row_that_cannot_be_read_and
 
 
 # -- numbers
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_a_kind_that_is_drawn_apart_has_its_share_of_the_seeds(kind: str) -> None:
+    drawn = sum(drawn_apart(str(seed), kind) for seed in range(5_000))
+    assert abs(drawn / 5_000 - APART[kind]) < 0.01
+
+
+def test_a_seed_without_a_kind_that_is_drawn_apart_draws_as_if_there_were_none() -> None:
+    """And so does one with it, but for that kind: the same others, how often, and for how long."""
+
+    async def main(_loop: simulated.SimLoop) -> None:
+        with_one = 0
+        for seed in range(60):
+            cluster, rng = SimCluster(str(seed)), random.Random(seed)
+            nemesis = Nemesis(cluster, rng)
+            twin = random.Random(seed)
+            hold_s, mean_s = twin.choice((0.5, 1.5, 3.0, 5.0)), twin.choice((0.3, 0.7, 1.5, 3.0))
+            shares = {kind: RARE_SHARE if kind in RARE else SHARE for kind in KINDS}
+            together = [kind for kind in KINDS if kind not in APART]
+            others = [kind for kind in together if twin.random() < shares[kind]]
+            apart = [kind for kind in APART if drawn_apart(cluster.seed, kind)]
+            assert (nemesis.hold_s, nemesis.mean_s, nemesis.kinds) == (
+                hold_s,
+                mean_s,
+                others + apart,
+            )
+            assert rng.random() == twin.random()
+            with_one += bool(apart)
+        assert 1 <= with_one <= 20
+
+    simulated.run(main, 1)
 
 
 def test_one_fault_left_out_leaves_the_others_as_they_were() -> None:

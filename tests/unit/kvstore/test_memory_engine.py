@@ -110,6 +110,20 @@ def test_a_full_disk_refuses_writes_and_serves_reads():
     assert engine.get(b"a") == b"2"
 
 
+def test_flushes_alone_fail_while_they_are_told_to():
+    directory = MemoryDirectory()
+    engine = MemoryEngine(directory)
+    directory.flush_error = StorageError("IO error")
+    engine.write({b"k": b"v"})
+    for flush in (engine.flush, engine.close):
+        with pytest.raises(StorageError, match="IO error"):
+            flush()
+    assert directory.undo
+    directory.flush_error = None
+    MemoryEngine(directory).flush()
+    assert not directory.undo
+
+
 def test_a_full_write_buffer_is_flushed_without_being_asked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory_engine, "WRITE_BUFFER_BYTES", 1000)
     engine = MemoryEngine()
