@@ -2,8 +2,9 @@
 
 A healed cluster in which everything must end does not show that a majority suffices: the node that was away is there again,
 and may be what the others had waited for. So in a share of the seeds some node is left down, stopped, or cut off from
-everybody, both ways or one way. With that, and no other fault, all clients must end, reads and writes of all ranges succeed,
-nothing stay undecided, and the others' replicas become equal. Then that node heals, too. (As TigerBeetle's VOPR does.)
+everybody, both ways or one way; or its disk goes on to stall, or to be full, for which it ends again and again. With that,
+and no other fault, all clients must end, reads and writes of all ranges succeed, nothing stay undecided, and the others'
+replicas become equal. Then that node heals, too. (As TigerBeetle's VOPR does.)
 
 Not where damage was done: a core needs whole replicas of every range, and damage takes the minority already (atlas.py).
 A client is never on the wrong side: what is cut are the paths between the frozen nodes and all others.
@@ -14,11 +15,17 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from kvstore.sim.cluster import SimCluster
+from kvstore.errors import DiskFull
+from kvstore.sim.cluster import Server, SimCluster
+from kvstore.sim.disk import INJECTED
 
 SHARE: Final = 0.35  # of the seeds, if damage permits
 DOWN, PAUSED, CUT_OFF, DEAF, MUTE = "down", "paused", "cut_off", "deaf", "mute"
 FROZEN: Final = (DOWN, PAUSED, CUT_OFF, DEAF, MUTE)  # deaf: it hears nobody; mute: nobody hears it
+STALLED, FULL = "stalled", "full"
+DISKS: Final = (STALLED, FULL)  # they are drawn apart, before the others
+DISK_SHARE: Final = 0.05  # the same of those
+STALL_TIMEOUTS: Final = (1.5, 4.0)  # of an election: so long takes each call
 NEVER: Final = "none"
 
 
@@ -26,10 +33,13 @@ class Frozen:
     """Nodes that stay in one fault. `begin` when everything else heals, `end` after that."""
 
     def __init__(self, cluster: SimCluster, kind: str, names: list[str]) -> None:
-        assert kind in FROZEN
+        assert kind in (*FROZEN, *DISKS)
         assert len(names) <= cluster.minority
         self.kind, self.names = kind, names
         self._cluster = cluster
+        rng = random.Random(f"{cluster.seed}/core/disk")
+        self._stall_s = rng.uniform(*STALL_TIMEOUTS) * cluster.config.raft.election_timeout_s
+        self._full_log, self._full_engine = rng.choice(((True, False), (False, True), (True, True)))
 
     def __str__(self) -> str:
         return f"{'+'.join(self.names)} {self.kind.replace('_', ' ')}"
@@ -48,10 +58,22 @@ class Frozen:
                 self._cut(host)
 
     def hold(self) -> None:
-        """Stop them, also one that was down and has been started since."""
-        if self.kind == PAUSED:
-            for name in self.names:
+        """Stop them, also one that was down and has been started since; what went from a full disk is taken at once."""
+        for name in self.names:
+            if self.kind == PAUSED:
                 self._cluster.pause(name)
+            elif self.kind in DISKS:
+                self._hold_disk(self._cluster.servers[name])
+
+    def _hold_disk(self, server: Server) -> None:
+        machine = server.machine
+        if self.kind == STALLED:
+            machine.call_s = (0.9 * self._stall_s, self._stall_s)
+            return
+        if self._full_log:
+            machine.disk.fill()
+        if self._full_engine:
+            machine.directory.write_error = DiskFull(f"no space left: {INJECTED}")
 
     def _cut(self, host: str) -> None:
         """Also of hosts that are made later."""
@@ -74,6 +96,14 @@ class Frozen:
         return self.kind == DOWN and name in self.names
 
 
+def drawn_disk(seed: str) -> str:
+    """In what a seed's minority has its disk, of DISKS; empty: in nothing of that kind. By a generator of its own: all other
+    seeds stay as they are."""
+    rng = random.Random(f"{seed}/core/disks")
+    drawn, kind = rng.random() < DISK_SHARE, rng.choice(DISKS)
+    return kind if drawn else ""
+
+
 def draw_frozen(cluster: SimCluster, wish: str = "") -> Frozen | None:
     """Of this seed; None: there is none, or damage does not permit it.
 
@@ -81,10 +111,11 @@ def draw_frozen(cluster: SimCluster, wish: str = "") -> Frozen | None:
     """
     rng = random.Random(f"{cluster.seed}/core")
     drawn, kind = rng.random() < SHARE, rng.choice(FROZEN)
+    kind = wish or drawn_disk(cluster.seed) or (kind if drawn else "")
     minority = cluster.minority
     names = rng.sample(list(cluster.servers), rng.randint(min(1, minority), minority))
-    if wish == NEVER or not (wish or drawn) or not names:
+    if kind in ("", NEVER) or not names:
         return None
     if any(server.damage for server in cluster.servers.values()):
         return None
-    return Frozen(cluster, wish or kind, names)
+    return Frozen(cluster, kind, names)

@@ -12,9 +12,26 @@ from typing import Any
 import pytest
 
 import replication.leading
+from kvstore.errors import DiskFull
 from kvstore.sim import loop as simulated
+from kvstore.sim.adapters import QUICK_S
 from kvstore.sim.cluster import Server, SimCluster
-from kvstore.sim.core import CUT_OFF, DEAF, DOWN, FROZEN, MUTE, NEVER, PAUSED, SHARE, draw_frozen
+from kvstore.sim.core import (
+    CUT_OFF,
+    DEAF,
+    DISK_SHARE,
+    DISKS,
+    DOWN,
+    FROZEN,
+    FULL,
+    MUTE,
+    NEVER,
+    PAUSED,
+    SHARE,
+    STALLED,
+    draw_frozen,
+    drawn_disk,
+)
 from kvstore.sim.faults import Nemesis
 from kvstore.sim.scenario import Options, run
 from kvstore.sim.timeline import events
@@ -34,7 +51,7 @@ def in_a_cluster(test: Callable[[SimCluster], None], seed: str = "1", nodes: int
     simulated.run(main, 1)
 
 
-@pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.parametrize("kind", [*FROZEN, *DISKS])
 def test_with_one_of_three_frozen_the_others_go_on_and_then_all_are_level(kind: str) -> None:
 
     sink = io.StringIO()
@@ -84,6 +101,68 @@ def test_who_is_frozen_stays_so_until_all_heal(kind: str) -> None:
         assert cluster.problems == []
 
     simulated.run(main, 1, time_limit_s=200.0)
+
+
+@pytest.mark.parametrize("kind", DISKS)
+def test_a_disk_that_is_frozen_stays_so_until_all_heal(kind: str) -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        cluster = SimCluster("1")
+        await cluster.start()
+        nemesis = Nemesis(cluster, random.Random(1))
+        frozen = draw_frozen(cluster, kind)
+        assert frozen is not None
+        (name,) = frozen.names
+        server = cluster.servers[name]
+
+        def stalls() -> bool:
+            return server.machine.call_s[0] > cluster.config.raft.election_timeout_s
+
+        def is_full() -> bool:
+            full_log = server.machine.disk.capacity_bytes is not None
+            return full_log or isinstance(server.machine.directory.write_error, DiskFull)
+
+        await nemesis.heal(frozen)
+        client = await cluster.client("c")
+        for key in (b"a", b"k", b"z"):
+            await client.process.call(client.database.put(key, b"1"))
+        await asyncio.sleep(10.0)
+        await cluster.restart(name)  # if it has ended
+        frozen.hold()
+        assert (stalls(), is_full()) == (kind == STALLED, kind == FULL)
+        for other in cluster.servers.values():
+            assert (other.machine.call_s == QUICK_S) == (kind != STALLED or other is not server)
+            full = other.machine.disk.capacity_bytes or other.machine.directory.write_error
+            assert not full or other is server
+        frozen.end()
+        await nemesis.heal()
+        assert not stalls()
+        assert not is_full()
+        assert all(each.running for each in cluster.servers.values())
+        await client.process.call(client.database.put(b"a", b"2"))
+        assert cluster.problems == []
+
+    simulated.run(main, 1, time_limit_s=200.0)
+
+
+def test_of_a_full_disk_what_is_let_go_is_taken_at_once() -> None:
+    async def main(_loop: simulated.SimLoop) -> None:
+        for seed in range(1, 9):
+            cluster = SimCluster(str(seed))
+            await cluster.start()
+            frozen = draw_frozen(cluster, FULL)
+            assert frozen is not None
+            frozen.begin()
+            disk = cluster.servers[frozen.names[0]].machine.disk
+            if disk.capacity_bytes is None:
+                continue  # the engine's alone
+            for segment in disk.segments():
+                disk.delete(segment)
+            frozen.hold()
+            assert disk.capacity_bytes == disk.used_bytes == 0
+            return
+        raise AssertionError("no log is full")
+
+    simulated.run(main, 1)
 
 
 @pytest.mark.parametrize("kind", [DOWN, MUTE])
@@ -139,7 +218,7 @@ def test_a_third_of_the_seeds_have_a_core_and_one_node_is_frozen() -> None:
 
     def look(cluster: SimCluster) -> None:
         frozen = draw_frozen(cluster)
-        if frozen is not None:
+        if frozen is not None and not drawn_disk(cluster.seed):
             drawn.append(frozen.kind)
             counts.add(len(frozen.names))
 
@@ -148,6 +227,27 @@ def test_a_third_of_the_seeds_have_a_core_and_one_node_is_frozen() -> None:
     assert abs(len(drawn) / 200 - SHARE) < 0.1
     assert set(drawn) == set(FROZEN)
     assert counts == {1}
+
+
+def test_the_disk_of_a_core_is_drawn_apart_and_no_other_seed_changes_by_it() -> None:
+    disks = {seed: kind for seed in range(2_000) if (kind := drawn_disk(str(seed)))}
+    assert abs(len(disks) / 2_000 - DISK_SHARE) < 0.01
+    assert set(disks.values()) == set(DISKS)
+
+    def look(cluster: SimCluster) -> None:
+        rng = random.Random(f"{cluster.seed}/core")
+        drawn, kind = rng.random() < SHARE, rng.choice(FROZEN)
+        names = rng.sample(list(cluster.servers), rng.randint(1, 1))
+        frozen = draw_frozen(cluster)
+        kind = disks.get(int(cluster.seed)) or (kind if drawn else "")
+        assert (kind, names if kind else []) == (
+            (frozen.kind, frozen.names) if frozen else ("", [])
+        )
+        assert draw_frozen(cluster, NEVER) is None
+
+    for seed in range(60):
+        in_a_cluster(look, str(seed))
+    assert any(seed < 60 for seed in disks)
 
 
 def test_there_is_no_core_without_a_majority_of_whole_nodes() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Final, NamedTuple
 
-from kvstore.sim.core import FROZEN, NEVER
+from kvstore.sim.core import DISKS, FROZEN, NEVER
 from kvstore.sim.scenario import Options
 
 NONE: Final = "none"
@@ -81,7 +81,11 @@ FLAGS: Final = (
     Flag("mean-s", "mean_s", float, "{:g}".format, "between two faults; 0: as drawn"),
     Flag("hold-s", "hold_s", float, "{:g}".format, "how long a fault lasts, about; 0: as drawn"),
     Flag(
-        "frozen", "frozen", str, str, f"what a minority stays in: {', '.join(FROZEN)}, or {NEVER}"
+        "frozen",
+        "frozen",
+        str,
+        str,
+        f"what a minority stays in: {', '.join((*FROZEN, *DISKS))}, or {NEVER}",
     ),
     Flag("faults-kept", "faults_kept", read_numbers, show_numbers, "numbers of faults, as 1,4-6"),
     Flag("ops-kept", "ops_kept", read_places, show_places, "operations, as PLACE:1,4-6;PLACE:2"),
