@@ -21,7 +21,7 @@ from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Server, SimCluster
 from kvstore.sim.core import Frozen
 from kvstore.sim.kinds import APART, KINDS, RARE, Kinds, Trap, drawn_apart
-from kvstore.sim.messages import MessageFaults
+from kvstore.sim.messages import MessageFaults, RequestFaults
 from kvstore.sim.process import PROCESS
 
 SHARE: Final = 0.45  # of the kinds that a seed has, on average
@@ -60,7 +60,7 @@ class Nemesis:
         self.happened: dict[int, Fault] = {}  # by number, in their order
         self.cluster = cluster
         self.atlas = Atlas(cluster, random.Random(f"{cluster.seed}/atlas"))
-        self.messages = MessageFaults(cluster)
+        self.messages, self.requests = MessageFaults(cluster), RequestFaults(cluster)
         self.victims, self.on_client_crash = victims, on_client_crash
         self.rights_clocks = rights_clocks
         self.traps: dict[str, Trap] = {}  # by server
@@ -129,6 +129,7 @@ class Nemesis:
         network.set_delay(hosts, hosts, None)
         network.heal()
         self.messages.clear()
+        self.requests.clear()
         while self.left:
             self.left.pop()()  # the last first: one may stand on another
         for name in hosts:
@@ -152,6 +153,7 @@ class Nemesis:
             server.machine.on_io.remove(self._on_io)
         self.cluster.on_failure.remove(self._on_failure)
         self.messages.leave()
+        self.requests.leave()
 
     # -- for the kinds
 

@@ -309,12 +309,7 @@ def _astray(fault: Kinds) -> None:
     rng, messages, names = fault.rng, fault.nemesis.messages, list(fault.cluster.servers)
     if len(names) < 2:
         return
-    astray = Astray(
-        rng.choice((0.0, 0.02, 0.1, 0.3)),
-        rng.choice((0.0, 0.05, 0.3)),
-        rng.choice((0.0, 0.1, 0.5)),
-        rng.choice(LATE_S),
-    )
+    astray = _drawn_astray(rng)
     one, other = rng.sample(names, 2)
     paths = [(a, b) for a in names for b in names if a != b]
     where = rng.choice(("all", one, f"{one} to {other}"))
@@ -322,10 +317,7 @@ def _astray(fault: Kinds) -> None:
         paths = [path for path in paths if one in path]
     elif where != "all":
         paths = [(one, other)]
-    fault.say(
-        f"{where}: {astray.loss:g} lost, {astray.double:g} doubled, {astray.late:g} late by {astray.late_s:g} s,"
-        f" {_for(fault)}"
-    )
+    fault.say(f"{where}: {_shares(astray)}, {_for(fault)}")
     for path in paths:
         messages.set(*path, astray)
 
@@ -334,6 +326,35 @@ def _astray(fault: Kinds) -> None:
             messages.clear(*path)
 
     fault.until(end)
+
+
+def _requests_astray(fault: Kinds) -> None:
+    """Requests that nodes take from clients and from each other, and their answers: of all nodes, or of one."""
+    requests, servers = fault.nemesis.requests, fault.cluster.servers
+    astray = _drawn_astray(fault.rng)
+    names = fault.rng.choice((list(servers), [fault.any_server().name]))
+    fault.say(f"{'+'.join(names)}: {_shares(astray)}, {_for(fault)}")
+    for name in names:
+        requests.set(name, astray)
+
+    def end() -> None:
+        for name in names:
+            requests.clear(name)
+
+    fault.until(end)
+
+
+def _drawn_astray(rng: random.Random) -> Astray:
+    return Astray(
+        rng.choice((0.0, 0.02, 0.1, 0.3)),
+        rng.choice((0.0, 0.05, 0.3)),
+        rng.choice((0.0, 0.1, 0.5)),
+        rng.choice(LATE_S),
+    )
+
+
+def _shares(astray: Astray) -> str:
+    return f"{astray.loss:g} lost, {astray.double:g} doubled, {astray.late:g} late by {astray.late_s:g} s"
 
 
 # -- disks
@@ -554,9 +575,13 @@ KINDS: Final[Mapping[str, Callable[[Kinds], None]]] = {
     "client_crash": _client_crash,
     "commit_crash": _commit_crash,
     "engine_fails": _engine_fails,
+    "requests_astray": _requests_astray,
 }
 RARE: Final = frozenset({"log_rot", "misdirected", "engine_rot"})  # they leave a node damaged
-APART: Final[Mapping[str, float]] = {"engine_fails": 0.05}  # shares of the seeds; see `drawn_apart`
+APART: Final[Mapping[str, float]] = {  # shares of the seeds; see `drawn_apart`
+    "engine_fails": 0.05,
+    "requests_astray": 0.08,
+}
 
 
 def drawn_apart(seed: str, kind: str) -> bool:

@@ -22,12 +22,16 @@ from kvstore.sim import loop as simulated
 from kvstore.sim.adapters import DRIFT_MAX, QUICK_S
 from kvstore.sim.atlas import Atlas
 from kvstore.sim.cluster import Client, Server, SimCluster, small_logs
+from kvstore.sim.core import NEVER
 from kvstore.sim.faults import RARE_SHARE, SHARE, Nemesis
 from kvstore.sim.kinds import APART, FAULT_S_MAX, KINDS, RARE, Trap, drawn_apart
+from kvstore.sim.messages import Astray
 from kvstore.sim.process import ProcessDied
 from kvstore.sim.scenario import Options, run
 from kvstore.transactions import Transaction
 from replication.errors import LogMismatch
+from tests.sim.plants import planted
+from tests.sim.plants.base import first_of
 
 KEYS = (b"a", b"k", b"z")  # one in each range of users
 
@@ -284,6 +288,56 @@ def test_a_node_whose_engine_fails_stops_and_is_there_again_once_it_works(
         assert server.node is not None
         assert server.node.state == "ready"
         await world.write(3)
+
+    play(test)
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_increments_count_once_whatever_becomes_of_their_requests(seed: str) -> None:
+    async def test(world: World) -> None:
+        requests = world.nemesis.requests
+        world.client = await world.cluster.client("patient", 90.0)
+        database = world.client.database
+        for name in world.cluster.servers:
+            requests.set(name, Astray(0.2, 0.5, 0.5, 2.0))
+        for _ in range(5):
+            for key in (b"an", b"zn"):
+                await world.client.process.call(database.increment(key))
+            await world.write(1, 90.0)
+        assert (
+            min(requests.counters[each] for each in ("lost", "unanswered", "doubled", "late")) > 2
+        )
+        await asyncio.sleep(5.0)  # copies may come yet
+        await world.nemesis.heal()
+        found = await world.client.process.call(database.get_many((b"an", b"zn")))
+        assert found == {b"an": b"5", b"zn": b"5"}
+
+    play(test, seed)
+
+
+@pytest.mark.parametrize("plant", ["versions forgotten", "resolved part leaves no status"])
+def test_copies_of_requests_show_it_if_one_is_evaluated_anew(plant: str) -> None:
+    options = Options(
+        seconds=5.0, clients=3, ops=20, kinds=("requests_astray",), mean_s=0.7, frozen=NEVER
+    )
+    assert run(1, options).problems == []
+    with planted(plant):
+        problems = run(1, options).problems
+    assert first_of(("I1", "I5"), problems) is not None
+
+
+def test_a_request_that_is_on_its_way_when_all_heals_is_asked_again() -> None:
+    async def test(world: World) -> None:
+        requests, database = world.nemesis.requests, world.client.database
+        for name in world.cluster.servers:
+            requests.set(name, Astray(0.0, 0.0, 1.0, 3.0))
+        process = world.client.process
+        put = process.spawn(database.put(b"a", b"late", timeout=20.0))
+        await asyncio.sleep(0.05)
+        await world.nemesis.heal()
+        await put
+        assert await process.call(database.get(b"a")) == b"late"
+        assert requests.counters["late"] > 0
 
     play(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from typing import Any, Final
 
 from kvstore.peers import CLOSED_TIMESTAMPS
 from kvstore.sim import loop as simulated
-from kvstore.sim.messages import Astray, MessageFaults
+from kvstore.sim.messages import ASTRAY, Astray, MessageFaults, RequestFaults
 from kvstore.sim.points import EXPECTED, RARE, UNREACHED, Points, never_reached
 from kvstore.sim.process import PROCESS, Process
+from kvstore.store import Asker
 from replication.messages import Heartbeat, Message
+from txn.messages import Ack, GetTimestamps, Read, Reply, Request
 
 ROOT: Final = Path(__file__).parents[3]
 LOST = Astray(1.0, 0.0, 0.0, 0.0)
@@ -67,10 +70,57 @@ class Receiver:
         self.host.receive(sender, [Heartbeat(1, 2, 1, term, 0, 0) for term in terms])
 
 
+class Client:
+    """A connection that keeps what it is to send, and how many of its requests have ended."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+        self.ended = 0
+
+    def answer(self, reply: Reply) -> None:
+        self.ended += 1
+        if reply.id:
+            self.told.append(reply.id)
+
+
+class Taker:
+    """A server n2 whose store answers all that it is asked, and keeps it; and its faults."""
+
+    def __init__(self) -> None:
+        cluster: Any = SimpleNamespace(seed="1", on_open=[])
+        self.cluster, self.faults = cluster, RequestFaults(cluster)
+        self.server: Any = SimpleNamespace(name="n2")
+        self.boot()
+
+    def boot(self) -> None:
+        self.got: list[int] = []
+        self.bytes = 0
+        self.contexts: list[Process | None] = []
+
+        def accept(asker: Asker, requests: Sequence[Request], size_bytes: int = 0) -> None:
+            self.bytes += size_bytes
+            for request in requests:
+                self.got.append(request.id)
+                self.contexts.append(PROCESS.get())
+                asker.answer(Ack(request.id))
+
+        self.store = SimpleNamespace(accept=accept)
+        self.server.process = Process("n2")
+        self.server.node = SimpleNamespace(store=self.store)
+        for look in self.cluster.on_open:
+            look(self.server)
+
+    def ask(self, client: Client, *ids: int) -> None:
+        """In one message of 10 bytes for each."""
+        self.store.accept(client, [Read(each, 0, 0, 0, [b"k"]) for each in ids], 10 * len(ids))
+
+
 def simulate(test: Any) -> Any:
+    world = typing.get_type_hints(test)["world"]
+
     def run() -> None:
         async def main(_loop: simulated.SimLoop) -> None:
-            await test(Receiver())
+            await test(world())
 
         simulated.run(main, 1)
 
@@ -162,6 +212,100 @@ async def test_a_late_message_to_nobody_is_lost(world: Receiver) -> None:
     await asyncio.sleep(3.0)
     assert world.got == []
     assert world.faults.counters["late_in_vain"] == 1
+
+
+@simulate
+async def test_of_lost_requests_the_question_or_the_answer_is_lost(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n2", LOST)
+    world.ask(client, *range(1, 101))
+    assert 30 < len(world.got) < 70
+    assert world.faults.counters["unanswered"] == len(world.got)
+    assert world.bytes == 10 * len(world.got)
+    assert client.told == []
+    assert client.ended == 100  # so his connection has room for others
+    world.faults.clear("n2")
+    world.ask(client, 101)
+    assert client.told == [101]
+
+
+@simulate
+async def test_requests_of_other_nodes_are_left_alone(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n1", LOST)
+    world.ask(client, 1, 2)
+    assert client.told == world.got == [1, 2]
+
+
+@simulate
+async def test_of_a_doubled_request_one_answer_arrives(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n2", DOUBLED)
+    world.ask(client, 1, 2)
+    assert world.got == [1, 1, 2, 2]
+    assert client.told == [1, 2]
+    assert client.ended == 2
+
+
+@simulate
+async def test_late_requests_are_overtaken_and_answered(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n2", LATE)
+    world.ask(client, *range(1, 21))
+    world.faults.clear("n2")
+    world.ask(client, 99)
+    await asyncio.sleep(3.0)
+    assert world.got == client.told
+    assert world.got[0] == 99
+    assert world.got != sorted(world.got)
+    assert sorted(world.got) == [*range(1, 21), 99]
+    assert set(world.contexts[1:]) == {world.server.process}
+
+
+@simulate
+async def test_a_late_request_at_the_next_process_is_answered_to_nobody(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n2", LATE)
+    world.ask(client, 7)
+    world.server.process.kill()
+    world.boot()
+    await asyncio.sleep(3.0)
+    assert world.got == [7]
+    assert world.contexts == [world.server.process]
+    assert client.told == []
+    world.ask(client, 8)
+    world.server.process.kill()
+    await asyncio.sleep(3.0)
+    assert world.got == [7]
+    assert world.faults.counters["late_in_vain"] == 1
+
+
+@simulate
+async def test_what_is_on_its_way_when_all_heals_is_lost(world: Taker) -> None:
+    client = Client()
+    world.faults.set("n2", LATE)
+    world.ask(client, 7)
+    world.faults.clear()
+    world.ask(client, 8)
+    await asyncio.sleep(3.0)
+    assert world.got == client.told == [8]
+    assert client.ended == 2
+    world.faults.leave()
+    assert world.cluster.on_open == []
+
+
+@simulate
+async def test_what_a_client_says_to_hold_keeps_its_place(world: Taker) -> None:
+    client = Client()
+    for astray in (LOST, DOUBLED, LATE):
+        world.faults.set("n2", astray)
+        world.store.accept(client, [GetTimestamps(5, 0, 77, 1_000)], 10)
+    assert world.got == client.told == [5, 5, 5]
+
+
+def test_every_kind_of_request_may_go_astray_which_is_written_down_for_each() -> None:
+    """Who adds one says why a copy of it may come late, or leaves it out here."""
+    assert frozenset(typing.get_args(Request)) == ASTRAY
 
 
 def test_a_seed_switches_on_about_a_quarter_of_the_points_and_always_the_same() -> None:
