@@ -2,9 +2,9 @@
 
 A healed cluster in which everything must end does not show that a majority suffices: the node that was away is there again,
 and may be what the others had waited for. So in a share of the seeds some node is left down, stopped, or cut off from
-everybody, both ways or one way; or its disk goes on to stall, or to be full, for which it ends again and again. With that,
-and no other fault, all clients must end, reads and writes of all ranges succeed, nothing stay undecided, and the others'
-replicas become equal. Then that node heals, too. (As TigerBeetle's VOPR does.)
+everybody, both ways or one way; or its disk goes on to stall, or to be full: of a log, when its segment is. With that, and no
+other fault, all clients must end, reads and writes of all ranges succeed, nothing stay undecided, and the others' replicas
+become equal. Then that node heals, too. (As TigerBeetle's VOPR does.)
 
 Not where damage was done: a core needs whole replicas of every range, and damage takes the minority already (atlas.py).
 A client is never on the wrong side: what is cut are the paths between the frozen nodes and all others.

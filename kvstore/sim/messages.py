@@ -214,7 +214,8 @@ class RequestFaults:
     Not GetTimestamps by which a client says what it has open: there the word that comes last counts, and an old one that passes
     a new one would end what that holds. That costs no more than SnapshotTooOld (kvstore/holds.py), but is foreseen by nobody.
 
-    What is on its way at `clear` is lost, as with a connection that breaks: no write comes after all has healed.
+    What is on its way at `clear` is lost, as with a connection that breaks. What has arrived at a process that is stopped waits
+    there until that goes on, as in a socket.
     """
 
     def __init__(self, cluster: SimCluster) -> None:
