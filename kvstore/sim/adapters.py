@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from crc32c import crc32c
 
 from kvstore.adapters.memory_engine import MemoryDirectory, MemoryEngine
-from kvstore.errors import EngineClosed
+from kvstore.errors import DiskFull, EngineClosed
 from kvstore.ports import FramePipe
-from kvstore.sim.disk import SimDisk
+from kvstore.sim.disk import INJECTED, SimDisk
 from kvstore.sim.loop import SimLoop
 from kvstore.sim.network import SimHost, SimNetwork
 from kvstore.sim.process import PROCESS, Process
@@ -33,6 +33,8 @@ DRIFT_MAX: Final = (
     0.04  # of a monotonic clock; two may differ by 0.08, below RaftConfig.lease_drift
 )
 QUICK_S: Final = (0.000_1, 0.003)  # how long a blocking call takes, when nothing is wrong
+STALL_TIMEOUTS: Final = (1.5, 4.0)  # of an election: so long takes a call while a disk stalls
+NO_SPACE: Final = ((True, False), (False, True), (True, True))  # for the log, for the engine
 
 
 class Machine:
@@ -58,6 +60,17 @@ class Machine:
         self._loop, self._time = loop, loop.time
         self._mono_at, self._mono = 0.0, 0.0
         self._busy_until = 0.0  # of its process: what it does now, it does at this time
+
+    def stall(self, seconds: float) -> None:
+        """From now on, each blocking call takes about so long."""
+        self.call_s = (0.9 * seconds, seconds)
+
+    def fill(self, *, log: bool, engine: bool) -> None:
+        """No space is left: for new segments of the log, for what the engine writes, or for both."""
+        if log:
+            self.disk.fill()
+        if engine:
+            self.directory.write_error = DiskFull(f"no space left: {INJECTED}")
 
     def boot(self, process: Process) -> None:
         """A new process, or a new machine: its monotonic clock begins anywhere."""

@@ -15,9 +15,8 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from kvstore.errors import DiskFull
-from kvstore.sim.cluster import Server, SimCluster
-from kvstore.sim.disk import INJECTED
+from kvstore.sim.adapters import NO_SPACE, STALL_TIMEOUTS
+from kvstore.sim.cluster import SimCluster
 
 SHARE: Final = 0.35  # of the seeds, if damage permits
 DOWN, PAUSED, CUT_OFF, DEAF, MUTE = "down", "paused", "cut_off", "deaf", "mute"
@@ -25,7 +24,6 @@ FROZEN: Final = (DOWN, PAUSED, CUT_OFF, DEAF, MUTE)  # deaf: it hears nobody; mu
 STALLED, FULL = "stalled", "full"
 DISKS: Final = (STALLED, FULL)  # they are drawn apart, before the others
 DISK_SHARE: Final = 0.05  # the same of those
-STALL_TIMEOUTS: Final = (1.5, 4.0)  # of an election: so long takes each call
 NEVER: Final = "none"
 
 
@@ -39,7 +37,7 @@ class Frozen:
         self._cluster = cluster
         rng = random.Random(f"{cluster.seed}/core/disk")
         self._stall_s = rng.uniform(*STALL_TIMEOUTS) * cluster.config.raft.election_timeout_s
-        self._full_log, self._full_engine = rng.choice(((True, False), (False, True), (True, True)))
+        self._full_log, self._full_engine = rng.choice(NO_SPACE)
 
     def __str__(self) -> str:
         return f"{'+'.join(self.names)} {self.kind.replace('_', ' ')}"
@@ -62,18 +60,11 @@ class Frozen:
         for name in self.names:
             if self.kind == PAUSED:
                 self._cluster.pause(name)
-            elif self.kind in DISKS:
-                self._hold_disk(self._cluster.servers[name])
-
-    def _hold_disk(self, server: Server) -> None:
-        machine = server.machine
-        if self.kind == STALLED:
-            machine.call_s = (0.9 * self._stall_s, self._stall_s)
-            return
-        if self._full_log:
-            machine.disk.fill()
-        if self._full_engine:
-            machine.directory.write_error = DiskFull(f"no space left: {INJECTED}")
+            elif self.kind == STALLED:
+                self._cluster.servers[name].machine.stall(self._stall_s)
+            elif self.kind == FULL:
+                machine = self._cluster.servers[name].machine
+                machine.fill(log=self._full_log, engine=self._full_engine)
 
     def _cut(self, host: str) -> None:
         """Also of hosts that are made later."""

@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvstore.errors import DiskFull, StorageError
-from kvstore.sim.adapters import DRIFT_MAX, QUICK_S
+from kvstore.errors import StorageError
+from kvstore.sim.adapters import DRIFT_MAX, NO_SPACE, QUICK_S, STALL_TIMEOUTS
 from kvstore.sim.cluster import Server
 from kvstore.sim.disk import INJECTED
 from kvstore.sim.messages import Astray
@@ -375,9 +375,9 @@ def _slow_disk(fault: Kinds) -> None:
 def _stalled_disk(fault: Kinds) -> None:
     """A sync takes longer than an election."""
     machine = fault.any_server().machine
-    stall_s = fault.rng.uniform(1.5, 4.0) * fault.cluster.config.raft.election_timeout_s
+    stall_s = fault.rng.uniform(*STALL_TIMEOUTS) * fault.cluster.config.raft.election_timeout_s
     fault.say(f"{machine.name} {stall_s:.3f} s a call {_for(fault)}")
-    machine.call_s = (0.9 * stall_s, stall_s)
+    machine.stall(stall_s)
 
     def end() -> None:
         machine.call_s = QUICK_S
@@ -449,12 +449,9 @@ def _full_disk(fault: Kinds) -> None:
     if server is None:
         return
     machine = server.machine
-    log, engine = fault.rng.choice(((True, False), (False, True), (True, True)))
+    log, engine = fault.rng.choice(NO_SPACE)
     fault.say(f"{server.name}{' log' if log else ''}{' engine' if engine else ''} {_for(fault)}")
-    if log:
-        machine.disk.fill()
-    if engine:
-        machine.directory.write_error = DiskFull(f"no space left: {INJECTED}")
+    machine.fill(log=log, engine=engine)
 
     def end() -> None:
         machine.disk.capacity_bytes = None
